@@ -1,0 +1,90 @@
+"""Shapes of stored KV: units, tiles, slabs. Pure arithmetic, no torch.
+
+A unit is the keys or the values of one layer. It is a sequence of tiles [batch, kv_heads, rows,
+dim]; one sequence's part of a tile is a slab [kv_heads, rows, dim], padded to whole blocks, so
+that every slab can be read on its own and n tiles are one contiguous range.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from dualblade.units import BLOCK_BYTES, round_up
+
+TILE_ROWS_DEFAULT = 64
+"""Rows in a tile: small enough that tails stay small, large enough that a slab is tens of KiB."""
+
+_WIDER_ROWS = (128, 256, 512)
+_NARROWER_ROWS = (32, 16, 8, 4, 2, 1)
+
+
+class Part(str, Enum):
+    """Which half of a layer's KV a unit is."""
+
+    KEYS = "keys"
+    VALUES = "values"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class UnitId:
+    """The keys or the values of one layer: the thing that is placed."""
+
+    layer: int
+    part: Part
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} {self.part.value}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileGeometry:
+    """The shape of one unit's tiles. `dim` counts elements; `*_bytes` are bytes."""
+
+    kv_heads: int
+    rows: int
+    dim: int
+    item_bytes: int
+
+    @property
+    def slab_payload_bytes(self) -> int:
+        """Bytes of one sequence's rows in one tile, without padding."""
+        return self.kv_heads * self.rows * self.dim * self.item_bytes
+
+    @property
+    def slab_bytes(self) -> int:
+        """Bytes of one sequence's part of one tile as stored: whole blocks."""
+        return round_up(self.slab_payload_bytes, BLOCK_BYTES)
+
+    def tile_bytes(self, batch: int) -> int:
+        """Stored bytes of one tile of `batch` sequences."""
+        return batch * self.slab_bytes
+
+    def stored_bytes(self, batch: int, tokens: int) -> int:
+        """Stored bytes of the whole tiles in `tokens` rows of `batch` sequences."""
+        return tokens // self.rows * self.tile_bytes(batch)
+
+
+def choose_tile_rows(
+    *, kv_heads: int, dims: tuple[int, int], item_bytes: int, batch: int, tail_bytes_max: int
+) -> int:
+    """Rows in a tile of a layer whose keys and values have `dims` = (key_dim, value_dim).
+
+    64, when a slab of both is then whole blocks; else the next that is (128, 256, 512), else 64
+    with padding. When both tails would exceed `tail_bytes_max`, the largest smaller whole-block
+    count that fits, else the smallest one.
+    """
+
+    def is_whole(rows: int) -> bool:
+        return all(kv_heads * rows * dim * item_bytes % BLOCK_BYTES == 0 for dim in dims)
+
+    def tails_fit(rows: int) -> bool:
+        return batch * kv_heads * rows * sum(dims) * item_bytes <= tail_bytes_max
+
+    wanted = (TILE_ROWS_DEFAULT, *_WIDER_ROWS)
+    rows = next((rows for rows in wanted if is_whole(rows)), TILE_ROWS_DEFAULT)
+    if tails_fit(rows):
+        return rows
+    smaller = [less for less in (*wanted, *_NARROWER_ROWS) if less < rows and is_whole(less)]
+    smaller.sort(reverse=True)
+    return next((less for less in smaller if tails_fit(less)), smaller[-1] if smaller else rows)
