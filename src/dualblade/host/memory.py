@@ -185,10 +185,6 @@ def read_limit(group: MemoryGroup) -> GroupLimit | None:
     name, limit = _limit_v1(group) if group.version == 1 else _limit_v2(group)
     if limit >= NO_LIMIT_BYTES:
         return None
-    stat = _memory_stat(group)
-    prefix = "total_" if group.version == 1 else ""
-    mapped = stat.get("total_mapped_file" if group.version == 1 else "file_mapped", 0)
-    file_pages = stat.get(f"{prefix}active_file", 0) + stat.get(f"{prefix}inactive_file", 0)
     usage_file = "memory.usage_in_bytes" if group.version == 1 else "memory.current"
     return GroupLimit(
         path=group.path,
@@ -196,8 +192,17 @@ def read_limit(group: MemoryGroup) -> GroupLimit | None:
         limit_bytes=limit,
         limit_name=name,
         usage_bytes=int((group.directory / usage_file).read_text()),
-        reclaimable_bytes=max(0, file_pages - mapped),
+        reclaimable_bytes=reclaimable_bytes(group),
     )
+
+
+def reclaimable_bytes(group: MemoryGroup) -> int:
+    """File pages of the group and those below it that nobody has mapped. Raises: OSError."""
+    stat = _memory_stat(group)
+    prefix = "total_" if group.version == 1 else ""
+    mapped = stat.get("total_mapped_file" if group.version == 1 else "file_mapped", 0)
+    file_pages = stat.get(f"{prefix}active_file", 0) + stat.get(f"{prefix}inactive_file", 0)
+    return max(0, file_pages - mapped)
 
 
 def _limit_v1(group: MemoryGroup) -> tuple[str, int]:

@@ -1,0 +1,156 @@
+"""Real memory cgroups of this machine; skipped, saying why, where none can be made."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dualblade.errors import BudgetError
+from dualblade.host.cgroup import MemoryCgroup, MemoryLimit, _find_parent
+from dualblade.units import MIB
+
+REASON = MemoryCgroup.available()
+needs_cgroup = pytest.mark.skipif(REASON is not None, reason=f"no memory cgroup: {REASON}")
+
+TAKE = "import sys; block = bytearray(int(sys.argv[1])); print(len(block))"
+
+
+def take(group: MemoryCgroup, size_bytes: int) -> subprocess.Popen[str]:
+    """A program in `group` that touches `size_bytes` of memory and says so."""
+    command = [sys.executable, "-c", TAKE, str(size_bytes)]
+    return group.popen(command, stdout=subprocess.PIPE, text=True)
+
+
+@needs_cgroup
+def test_a_program_that_fits_ends_well_and_its_peak_is_known() -> None:
+    with MemoryCgroup(256 * MIB) as group:
+        process = take(group, 100 * MIB)
+        out, _ = process.communicate(timeout=60)
+        assert (process.returncode, out.strip()) == (0, str(100 * MIB))
+        assert not group.was_oom_killed(process.returncode)
+        peak = group.limit.peak_bytes()
+        assert peak is not None
+        assert 100 * MIB <= peak <= 256 * MIB
+        directory = group.directory
+        assert directory.exists()
+    assert not directory.exists()
+    group.close()  # again: nothing to do
+
+
+@needs_cgroup
+def test_a_program_that_does_not_fit_is_killed_and_that_is_seen() -> None:
+    with MemoryCgroup(64 * MIB) as group:
+        process = take(group, 200 * MIB)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
+        assert out == ""
+        assert group.was_oom_killed(process.returncode)
+        assert group.limit.oom_kills() >= 1
+
+
+@needs_cgroup
+def test_another_kill_is_not_an_oom_kill() -> None:
+    with MemoryCgroup(64 * MIB) as group:
+        process = group.popen(["sleep", "60"])
+        process.kill()
+        assert not group.was_oom_killed(process.wait(timeout=60))
+
+
+@needs_cgroup
+def test_failure_in_the_block_leaves_neither_process_nor_group() -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def fail(group: MemoryCgroup) -> None:
+        command = ["sh", "-c", "sleep 60 & echo ready; wait"]
+        started.append(group.popen(command, stdout=subprocess.PIPE))
+        assert started[0].stdout is not None
+        assert started[0].stdout.readline() == b"ready\n"
+        raise RuntimeError("stop")
+
+    group = MemoryCgroup(64 * MIB)
+    with pytest.raises(RuntimeError, match="stop"), group:
+        fail(group)
+    assert not group.directory.exists()
+    started[0].communicate(timeout=60)
+    assert started[0].returncode == -signal.SIGKILL
+
+
+@needs_cgroup
+def test_the_limit_may_be_set_and_lifted_later_and_the_peak_reset() -> None:
+    script = "b = bytearray(100 << 20); print('big', flush=True); input(); del b; print('small')"
+    with MemoryCgroup() as group:
+        process = group.popen(
+            [sys.executable, "-uc", script + "; input()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "big\n"
+        assert group.limit.needed_bytes() >= 100 * MIB
+        if group.limit.version == 1:  # v2 would kill
+            with pytest.raises(BudgetError) as caught:
+                group.limit.set(50 * MIB)
+            assert caught.value.needed_bytes >= 100 * MIB
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "small\n"
+        group.limit.set(50 * MIB)
+        if group.limit.reset_peak():
+            peak = group.limit.peak_bytes()
+            assert peak is not None
+            assert peak <= 50 * MIB
+        group.limit.set(None)
+        process.stdin.write("\n")
+        process.stdin.close()
+        assert process.wait(timeout=60) == 0
+        process.stdout.close()
+
+
+@needs_cgroup
+def test_groups_of_dead_processes_are_swept() -> None:
+    parent, _ = _find_parent()
+    assert parent is not None
+    stale = parent.directory / "dualblade-4194305-0"  # above the largest process id there can be
+    stale.mkdir()
+    ours = parent.directory / f"dualblade-{os.getppid()}-99"
+    ours.mkdir()
+    try:
+        with MemoryCgroup():
+            assert not stale.exists()
+            assert ours.exists()
+    finally:
+        ours.rmdir()
+
+
+def test_v2_files_are_read_and_written(tmp_path: Path) -> None:
+    """The v2 names, on a recorded directory: the guest of tests/lab has the real thing."""
+    recorded = {
+        "memory.max": "max\n",
+        "memory.swap.max": "max\n",
+        "memory.current": f"{300 * MIB}\n",
+        "memory.peak": f"{400 * MIB}\n",
+        "memory.stat": f"active_file {MIB}\ninactive_file {9 * MIB}\nfile_mapped {2 * MIB}\n",
+        "memory.events": "low 0\nhigh 0\nmax 12\noom 2\noom_kill 1\noom_group_kill 0\n",
+    }
+    for name, text in recorded.items():
+        (tmp_path / name).write_text(text)
+    limit = MemoryLimit(tmp_path, 2)
+    assert limit.used_bytes() == 300 * MIB
+    assert limit.needed_bytes() == 292 * MIB
+    assert limit.peak_bytes() == 400 * MIB
+    assert limit.oom_kills() == 1
+    limit.set(512 * MIB)
+    assert (tmp_path / "memory.max").read_text() == str(512 * MIB)
+    assert (tmp_path / "memory.swap.max").read_text() == "0"
+    limit.set(None)
+    assert (tmp_path / "memory.max").read_text() == "max"
+    (tmp_path / "memory.peak").unlink()
+    assert limit.peak_bytes() is None
+    assert not limit.reset_peak()
