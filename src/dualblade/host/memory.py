@@ -266,7 +266,7 @@ def _cgroup_mounts(table: str) -> list[tuple[int, str, str]]:
         fields, kind = left.split(), right.split()
         if len(fields) < 5 or not kind:
             continue
-        entry = (_unescape(fields[3]), _unescape(fields[4]))
+        entry = (unescape(fields[3]), unescape(fields[4]))
         if kind[0] == "cgroup2":
             mounts[2] = (2, *entry)
         elif kind[0] == "cgroup" and "memory" in kind[-1].split(","):
@@ -297,7 +297,7 @@ def _groups_upwards(version: int, top: Path, below: str) -> list[MemoryGroup]:
     ]
 
 
-def _unescape(field: str) -> str:
+def unescape(field: str) -> str:
     r"""Mount tables write space, tab, newline and backslash as \040 and the like."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
 

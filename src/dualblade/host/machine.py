@@ -1,0 +1,97 @@
+"""Facts about this machine and build, for result files: what a figure was measured on."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dualblade.host.devices import device_facts
+from dualblade.host.memory import ROOT, available_memory
+
+PACKAGES = ("dualblade", "torch", "transformers", "safetensors", "numpy")
+
+
+def machine_facts(path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """Kernel, processor, memory, versions and date; with `path`, what it stands on.
+
+    Plain values, ready for JSON. Figures that cannot be found are None.
+
+    Raises: StorageError when `path` cannot be examined; Unsupported without /proc.
+    """
+    memory = available_memory()
+    facts: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "kernel": platform.release(),
+        "architecture": platform.machine(),
+        "cpu_model": cpu_model(),
+        "cpu_count": os.cpu_count(),
+        "cpu_usable_count": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "memory_available_bytes": memory.available_bytes,
+        "memory_available_source": memory.source,
+        "python": platform.python_version(),
+        "versions": {name: package_version(name) for name in PACKAGES},
+        "git": git_state(Path(__file__).resolve().parent),
+    }
+    if path is not None:
+        facts["device"] = device_facts(path).to_dict()
+    return facts
+
+
+def cpu_model(root: Path = ROOT) -> str | None:
+    """`model name` of /proc/cpuinfo (x86), else its `Model` or `Hardware` (ARM boards)."""
+    try:
+        text = (root / "proc/cpuinfo").read_text()
+    except OSError:
+        return None
+    for name in ("model name", "Model", "Hardware"):
+        found = re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return None
+
+
+def package_version(name: str) -> str | None:
+    """The installed version, found without importing the package; None when not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit of the checkout that holds `folder`, and whether tracked files differ from it.
+
+    None outside a checkout, also when an installed package merely lies below someone else's.
+    """
+    top = _git(folder, "rev-parse", "--show-toplevel")
+    if top is None or not (Path(top) / "src/dualblade/host/machine.py").exists():
+        return None
+    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": _git(folder, "rev-parse", "HEAD"), "dirty": bool(changes)}
+
+
+def command_line() -> str:
+    """The command that runs now, as one would type it."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

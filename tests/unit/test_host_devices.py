@@ -1,0 +1,148 @@
+"""Devices: the real ones of this machine, and recorded sysfs trees of others."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from dualblade.errors import StorageError
+from dualblade.host import devices
+from dualblade.host.devices import block_queue, device_facts
+from dualblade.host.machine import cpu_model, git_state, machine_facts, package_version
+
+
+def test_a_folder_a_file_and_a_missing_file_say_the_same(tmp_path: Path) -> None:
+    file = tmp_path / "store"
+    missing = device_facts(file)
+    file.write_bytes(bytes(8192))
+    for place in (tmp_path, file):
+        facts = device_facts(place)
+        assert facts.file_system == missing.file_system
+        assert facts.direct.possible == missing.direct.possible
+        assert facts.queue == missing.queue
+        assert 0 < facts.free_bytes <= facts.size_bytes
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]  # the probe leaves nothing
+
+
+def test_statx_and_the_direct_read_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = device_facts(tmp_path).direct
+    monkeypatch.setattr(devices, "_statx_alignment", lambda _fd: None)
+    assert device_facts(tmp_path).direct.possible == told.possible
+
+
+def test_tmpfs_is_not_direct() -> None:
+    shm = Path("/dev/shm")
+    if not shm.is_dir() or not os.access(shm, os.W_OK):
+        pytest.skip("no writable /dev/shm")
+    facts = device_facts(shm)
+    assert facts.file_system == "tmpfs"
+    assert not facts.direct.possible
+    assert facts.direct.reason == "tmpfs keeps its files in memory"
+    assert facts.queue is None
+
+
+def test_a_file_system_that_says_it_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_statx_alignment", lambda _fd: (0, 0))
+    direct = device_facts(tmp_path).direct
+    assert not direct.possible
+    assert direct.reason is not None
+    assert direct.reason.endswith("says it cannot")
+
+
+def test_a_folder_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="No such file") as caught:
+        device_facts(tmp_path / "no" / "such")
+    assert caught.value.path == str(tmp_path / "no" / "such")
+
+
+def recorded_nvme(root: Path) -> int:
+    """Sysfs of an NVMe drive with one partition; returns the partition's device number."""
+    whole = root / "sys/devices/pci0/nvme/nvme0/nvme0n1"
+    for name, text in {
+        "queue/rotational": "0",
+        "queue/logical_block_size": "512",
+        "queue/physical_block_size": "4096",
+        "queue/max_sectors_kb": "1280",
+        "queue/max_segments": "127",
+        "queue/read_ahead_kb": "128",
+        "queue/write_cache": "write back",
+        "queue/scheduler": "[none] mq-deadline",
+        "device/model": "FASTDRIVE 1TB    ",
+        "nvme0n1p2/partition": "2",
+    }.items():
+        (whole / name).parent.mkdir(parents=True, exist_ok=True)
+        (whole / name).write_text(text + "\n")
+    (root / "sys/dev/block").mkdir(parents=True)
+    (root / "sys/dev/block/259:2").symlink_to(whole / "nvme0n1p2")
+    return os.makedev(259, 2)
+
+
+def test_a_partition_has_the_limits_of_its_drive(tmp_path: Path) -> None:
+    queue = block_queue(recorded_nvme(tmp_path), tmp_path)
+    assert queue is not None
+    assert (queue.name, queue.model) == ("nvme0n1p2", "FASTDRIVE 1TB")
+    assert (queue.logical_block_bytes, queue.physical_block_bytes) == (512, 4096)
+    assert queue.rotational is False
+    assert (queue.max_sectors_kb, queue.max_segments) == (1280, 127)
+    assert queue.read_ahead_bytes == 128 * 1024
+    assert (queue.write_cache, queue.scheduler) == ("write back", "none")
+
+
+def test_what_is_not_a_block_device_has_no_queue(tmp_path: Path) -> None:
+    assert block_queue(os.makedev(0, 24), tmp_path) is None
+    assert block_queue(os.makedev(259, 7), tmp_path) is None
+
+
+def test_an_absent_sysfs_file_is_unknown(tmp_path: Path) -> None:
+    number = recorded_nvme(tmp_path)
+    (tmp_path / "sys/devices/pci0/nvme/nvme0/nvme0n1/queue/max_segments").unlink()
+    queue = block_queue(number, tmp_path)
+    assert queue is not None
+    assert queue.max_segments is None
+
+
+def test_the_mount_is_the_innermost_and_the_last(tmp_path: Path) -> None:
+    place = tmp_path / "data" / "x y"
+    place.mkdir(parents=True)
+    point = str(place).replace(" ", r"\040")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/mountinfo").write_text(
+        "27 1 1:1 / / rw - ext4 /dev/a rw\n"
+        f"28 27 1:2 / {point} rw - tmpfs t rw\n"
+        f"29 27 1:3 / {point} rw,noatime shared:1 - xfs /dev/b rw,quota\n"
+        f"30 27 1:3 / {place.parent}/x rw - nfs c rw\n"
+    )
+    found = devices._mount_of(place, os.makedev(9, 9), tmp_path)
+    assert found == ("xfs", str(place), "rw,noatime,rw,quota", "/dev/b")
+
+
+def test_machine_facts_are_ready_for_json(tmp_path: Path) -> None:
+    facts = json.loads(json.dumps(machine_facts(tmp_path)))
+    assert facts["kernel"]
+    assert facts["cpu_usable_count"] >= 1
+    assert facts["memory_bytes"] > facts["memory_available_bytes"] > 0
+    assert facts["versions"]["torch"] == package_version("torch")
+    assert facts["device"]["path"] == str(tmp_path)
+    assert "device" not in machine_facts()
+
+
+def test_git_state_only_of_our_own_checkout(tmp_path: Path) -> None:
+    assert git_state(tmp_path) is None
+    state = git_state(Path(__file__).parent)
+    if state is not None:  # None in an unpacked sdist
+        assert len(state["commit"]) == 40
+        assert isinstance(state["dirty"], bool)
+
+
+def test_cpu_model_of_other_machines(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    cpuinfo = tmp_path / "proc/cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nBogoMIPS\t: 108\n\nModel\t\t: Raspberry Pi 5 Model B\n")
+    assert cpu_model(tmp_path) == "Raspberry Pi 5 Model B"
+    cpuinfo.write_text("processor\t: 0\nmodel\t\t: 85\nmodel name\t: Xeon\n")
+    assert cpu_model(tmp_path) == "Xeon"
+    cpuinfo.unlink()
+    assert cpu_model(tmp_path) is None
