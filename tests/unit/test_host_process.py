@@ -1,0 +1,75 @@
+"""What the kernel counts for this process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dualblade.errors import Unsupported
+from dualblade.host import page_cache
+from dualblade.host.memory import process_memory
+from dualblade.host.process import process_io, release_memory, reset_peak_memory
+from dualblade.units import MIB
+
+
+def test_reads_from_the_device_are_counted_and_cached_ones_are_not(tmp_path: Path) -> None:
+    with (tmp_path / "data").open("w+b") as file:
+        file.write(os.urandom(4 * MIB))
+        file.flush()
+        fd = file.fileno()
+        os.fsync(fd)
+        page_cache.drop(fd, 0, 4 * MIB)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        before = process_io()
+        os.pread(fd, 4 * MIB, 0)
+        cold = process_io()
+        os.pread(fd, 4 * MIB, 0)
+        warm = process_io()
+    assert cold.read_bytes - before.read_bytes == 4 * MIB
+    assert warm.read_bytes == cold.read_bytes
+
+
+def test_without_accounting_it_is_unsupported(tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match="TASK_IO_ACCOUNTING"):
+        process_io(tmp_path)
+    assert not reset_peak_memory(tmp_path)
+
+
+def test_the_peak_can_be_reset() -> None:
+    block = bytearray(os.urandom(MIB)) * 64
+    assert len(block) == 64 * MIB
+    high = process_memory().peak_resident_bytes
+    del block
+    release_memory()
+    if not reset_peak_memory():
+        pytest.skip("/proc/self/clear_refs is not writable here")
+    assert process_memory().peak_resident_bytes <= high - 32 * MIB
+
+
+def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
+    child = (
+        "from dualblade.host.process import die_with_parent; import time, sys; die_with_parent();"
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    parent = (
+        "import subprocess, sys, os, signal;"
+        f"p = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE);"
+        "p.stdout.readline(); print(p.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", parent], capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    pid = int(done.stdout)
+    state = Path(f"/proc/{pid}/stat")
+    for _ in range(
+        1000
+    ):  # up to 10 s: killed by the kernel; gone once whoever inherits it has reaped it
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] in "ZX":
+            return
+        time.sleep(0.01)
+    pytest.fail(f"process {pid} still runs")
