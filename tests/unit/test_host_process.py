@@ -66,9 +66,7 @@ def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
     )
     pid = int(done.stdout)
     state = Path(f"/proc/{pid}/stat")
-    for _ in range(
-        1000
-    ):  # up to 10 s: killed by the kernel; gone once whoever inherits it has reaped it
+    for _ in range(1000):  # up to 10 s; a dead one may wait to be reaped
         if not state.exists() or state.read_text().rpartition(")")[2].split()[0] in "ZX":
             return
         time.sleep(0.01)
