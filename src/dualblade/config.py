@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from dualblade.errors import ConfigError
 from dualblade.units import BLOCK_BYTES, GIB, KIB, MIB, parse_size
 
 
-class Path(str, Enum):
+class Path(StrEnum):
     """The way of a unit between memory and drive, in the words that users see."""
 
     DUAL = "dual"
@@ -34,10 +34,10 @@ class Path(str, Enum):
 class EngineConfig:
     """How bytes are moved. Every default is the one that the benchmarks chose.
 
-    io_engine            `auto`, `io_uring` or `posix`; `auto` falls to posix openly, never silently.
+    io_engine            `auto`, `io_uring` or `posix`; `auto` falls to posix, openly.
     queue_depth          requests in flight on the device.
     chunk_bytes          largest single request; longer transfers are split.
-    tile_tokens          rows in a tile; None: the geometry decides (64 unless blocks ask for more).
+    tile_tokens          rows in a tile; None: 64, unless whole blocks ask for more.
     staging_bytes        memory that reads land in; None: an eighth of the budget, within limits.
     lookahead            layers read ahead of compute, at most.
     disk_capacity_bytes  most that the store may occupy; None: free space less a reserve.
@@ -71,13 +71,15 @@ class EngineConfig:
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> EngineConfig:
-        """Settings by name; sizes may be words. Raises: ConfigError naming the nearest known key."""
+        """Settings by name; sizes may be words. Raises: ConfigError with the nearest key."""
         known = {field.name for field in fields(cls)}
         values: dict[str, Any] = {}
         for name, value in settings.items():
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+                hint = (
+                    f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+                )
                 raise ConfigError(f"unknown setting {name!r}", hint=hint)
             is_size = name.endswith("_bytes") and value is not None
             values[name] = parse_size(value) if is_size else value

@@ -8,7 +8,7 @@ that every slab can be read on its own and n tiles are one contiguous range.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from dualblade.units import BLOCK_BYTES, round_up
 
@@ -19,7 +19,7 @@ _WIDER_ROWS = (128, 256, 512)
 _NARROWER_ROWS = (32, 16, 8, 4, 2, 1)
 
 
-class Part(str, Enum):
+class Part(StrEnum):
     """Which half of a layer's KV a unit is."""
 
     KEYS = "keys"

@@ -11,7 +11,7 @@ MIB = 1 << 20
 GIB = 1 << 30
 
 BLOCK_BYTES = 4096
-"""Every transfer through the direct door is a multiple of this: it covers 512- and 4096-byte LBAs."""
+"""Every transfer is a multiple of this: it covers LBAs of 512 and of 4096 bytes."""
 
 EXTENT_ALIGN_BYTES = 2 * MIB
 """Extents start and end here, so that dropping one never meets a page-cache folio of another."""

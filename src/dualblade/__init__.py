@@ -1,0 +1,50 @@
+"""dualblade: generate with a KV cache on an NVMe drive, fast and exactly."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from dualblade.config import EngineConfig
+from dualblade.errors import (
+    BudgetError,
+    Closed,
+    ConfigError,
+    CorruptExtent,
+    DeviceError,
+    DualBladeError,
+    NoSpace,
+    NotAStore,
+    StorageError,
+    Unsupported,
+)
+
+if TYPE_CHECKING:
+    from dualblade.hf.cache import DualBladeCache
+
+__version__ = version("dualblade")
+
+__all__ = [
+    "BudgetError",
+    "Closed",
+    "ConfigError",
+    "CorruptExtent",
+    "DeviceError",
+    "DualBladeCache",
+    "DualBladeError",
+    "EngineConfig",
+    "NoSpace",
+    "NotAStore",
+    "StorageError",
+    "Unsupported",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # transformers and torch take seconds to import; the command line's --help must not.
+    if name == "DualBladeCache":
+        from dualblade.hf.cache import DualBladeCache
+
+        return DualBladeCache
+    raise AttributeError(f"module 'dualblade' has no attribute {name!r}")

@@ -1,0 +1,236 @@
+"""`DualBladeCache`: a transformers cache whose full-attention layers are in a store."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+
+from dualblade.config import EngineConfig, Path
+from dualblade.errors import BudgetError, ConfigError, Unsupported
+from dualblade.geometry import TILE_ROWS_DEFAULT
+from dualblade.hf.geometry import item_bytes, layer_shapes, memory_layers, offloadable
+from dualblade.hf.layer import MemoryLayer, StoredLayer
+from dualblade.host.memory import auto_budget_bytes
+from dualblade.io import open_engine
+from dualblade.metrics import CacheStats, MemoryUse, StageSeconds, TransferTotals
+from dualblade.pipeline import KVPipeline, KVSettings
+from dualblade.pipeline.staging import staging_shape
+from dualblade.store import Store
+from dualblade.units import format_size, parse_size
+
+
+class DualBladeCache(Cache):
+    """The KV cache of one model's generations, in a store on a drive.
+
+    Made by `for_model`; a context manager. Greedy tokens and logits equal `DynamicCache`'s.
+    It is used by one thread at a time. After an error in the middle of a step it says so at every
+    further use; closing it always works and leaves nothing behind.
+    """
+
+    def __init__(
+        self, layers: list[Any], pipeline: KVPipeline | None, path: Path, store: Store | None
+    ) -> None:
+        super().__init__(layers=layers)
+        self._pipeline = pipeline
+        self._path = path
+        self._store = store
+
+    @classmethod
+    def for_model(
+        cls,
+        model: PreTrainedModel,
+        *,
+        store: str | os.PathLike[str] | None = None,
+        memory_budget: str | int = "auto",
+        path: str | Path = "dual",
+        attention: Literal["auto", "exact"] = "auto",
+        max_tokens: int | None = None,
+        config: EngineConfig | None = None,
+    ) -> DualBladeCache:
+        """A cache for `model`, to pass as `past_key_values`.
+
+        store          a file: made 0600 when missing, reused when it is a dualblade store, else
+                       refused. None: a private file in the cache directory, gone at close.
+        memory_budget  host memory for this cache in all: `512MiB`, bytes, or `auto`.
+        path           `dual` keeps in the page cache what fits under the budget and reads the
+                       rest directly; `page-cache`, `direct` and `memory` are one way for all.
+        attention      `exact`: the model's own attention on gathered tiles. `auto` is `exact`.
+        max_tokens     most tokens of a sequence, prompt included: each unit is then one
+                       contiguous extent. None: it grows as needed.
+        config         engine settings.
+
+        Raises: ConfigError, Unsupported, BudgetError, NotAStore, NoSpace, StorageError.
+        """
+        way, settings = Path.parse(path), config or EngineConfig()
+        if attention not in ("auto", "exact"):
+            raise ConfigError(f"unknown attention {attention!r}", hint="use auto or exact")
+        if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
+            raise ConfigError(f"max_tokens must be a positive number, not {max_tokens!r}")
+        layers = memory_layers(model.config)
+        stored = offloadable(model.config, layers)
+        _check_model(model, layers, stored)
+        if way is Path.MEMORY:
+            kept = [
+                MemoryLayer(max_tokens) if is_stored else layer
+                for layer, is_stored in zip(layers, stored, strict=True)
+            ]
+            return cls(kept, None, way, None)
+        budget = auto_budget_bytes() if memory_budget == "auto" else parse_size(memory_budget)
+        _check_budget(model, budget, settings)
+        engine = open_engine(
+            settings.io_engine, queue_depth=settings.queue_depth, chunk_bytes=settings.chunk_bytes
+        )
+        try:
+            opened = Store.open(
+                store,
+                engine,
+                direct=way is not Path.PAGE_CACHE,
+                capacity_bytes=settings.disk_capacity_bytes,
+                keep_blocks=settings.keep_store_blocks,
+            )
+        except BaseException:
+            engine.close()
+            raise
+        pipeline = KVPipeline(
+            opened,
+            engine,
+            KVSettings(
+                path=way,
+                budget_bytes=budget,
+                layer_count=sum(stored),
+                tokens_max=max_tokens,
+                device=model.device,
+                config=settings,
+            ),
+        )
+        index = 0
+        for layer_index, is_stored in enumerate(stored):
+            if is_stored:
+                layers[layer_index] = StoredLayer(pipeline, index, layer_index, max_tokens)
+                index += 1
+        return cls(layers, pipeline, way, opened)
+
+    def append(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> None:
+        """Take in rows [batch, kv_heads, n, dim] of a layer without attending to them.
+
+        For KV that exists already: a benchmark's, or another machine's prefill.
+        Raises: as `update`; Unsupported for layers that are not full attention.
+        """
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, StoredLayer | MemoryLayer):
+            raise Unsupported(f"layer {layer_idx} is a {type(layer).__name__}; it cannot append")
+        layer.append(key_states, value_states)
+
+    def close(self) -> None:
+        """End all transfers, discard the KV, free memory. Twice is once."""
+        if self._pipeline is not None:
+            self._pipeline.close()
+
+    def __enter__(self) -> DualBladeCache:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DualBladeCache:
+        raise Unsupported(
+            "a cache in a store cannot be copied", hint="make a second one with for_model"
+        )
+
+    def stats(self) -> CacheStats:
+        """Where bytes and time went, and what is in force. Asks the kernel once; cheap."""
+        stored_count = sum(isinstance(layer, StoredLayer) for layer in self.layers)
+        memory_bytes = sum(_layer_bytes(layer) for layer in self.layers)
+        pipeline, store = self._pipeline, self._store
+        if pipeline is None or store is None:
+            return CacheStats(
+                path=self._path.value,
+                attention="exact",
+                engine=None,
+                store_path=None,
+                store_pieces=None,
+                tokens=self.get_seq_length(),
+                kv_bytes=memory_bytes,
+                stored_bytes=0,
+                offloaded_layers=0,
+                memory_layers=len(self.layers),
+                memory=_NO_MEMORY,
+                io=TransferTotals(),
+                seconds=StageSeconds(),
+                plan=(),
+            )
+        return CacheStats(
+            path=self._path.value,
+            attention="exact",
+            engine=pipeline.engine_facts(),
+            store_path=store.path,
+            store_pieces=store.file_pieces(),
+            tokens=self.get_seq_length(),
+            kv_bytes=pipeline.kv_bytes + memory_bytes,
+            stored_bytes=pipeline.stored_bytes,
+            offloaded_layers=stored_count,
+            memory_layers=len(self.layers) - stored_count,
+            memory=pipeline.memory_use(),
+            io=pipeline.transfers(),
+            seconds=pipeline.seconds(),
+            plan=pipeline.placements(),
+        )
+
+
+_NO_MEMORY = MemoryUse(
+    budget_bytes=None,
+    staging_bytes=0,
+    gather_bytes=0,
+    tail_bytes=0,
+    table_bytes=0,
+    page_cache_planned_bytes=0,
+    page_cache_bytes=0,
+)
+
+
+def _layer_bytes(layer: Any) -> int:
+    """Bytes of the KV that a layer in memory holds."""
+    tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _check_model(model: PreTrainedModel, layers: list[Any], stored: list[bool]) -> None:
+    name = type(model).__name__
+    if not model.can_generate():
+        raise Unsupported(f"{name} does not generate", hint="load it as AutoModelForCausalLM")
+    if not any(stored):
+        kinds = sorted({type(layer).__name__ for layer in layers})
+        bounded = all(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers)
+        raise Unsupported(
+            f"{name} has no full-attention layers to store (its layers: {', '.join(kinds)})",
+            hint="its KV is bounded by the window; use transformers' DynamicCache"
+            if bounded
+            else "use transformers' own cache for it",
+        )
+    devices = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    if len(devices) > 1:
+        raise Unsupported(
+            f"{name} is spread over devices {', '.join(sorted(devices))}",
+            hint="load it on one device",
+        )
+
+
+def _check_budget(model: PreTrainedModel, budget: int, config: EngineConfig) -> None:
+    """Refuse at once a budget that not even one sequence's staging and tails fit in."""
+    size = item_bytes(model.dtype)
+    shapes = [shape for shape in layer_shapes(model.config) if shape.offloaded]
+    row_bytes = [s.kv_heads * (s.key_dim + s.value_dim) * size for s in shapes]
+    rows = config.tile_tokens or TILE_ROWS_DEFAULT
+    staging = staging_shape(config, budget, max(row_bytes) * rows // 2).total_bytes
+    needed = staging + sum(row_bytes) * rows // 8
+    if needed > budget:
+        raise BudgetError(
+            f"the memory budget of {format_size(budget)} is too small: staging alone needs "
+            f"{format_size(staging)}",
+            needed_bytes=needed,
+            hint=f"give it at least {format_size(needed)}, and more for longer contexts",
+        )

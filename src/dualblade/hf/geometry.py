@@ -1,0 +1,111 @@
+"""What a model's configuration says of its KV: the layers and their shapes, without weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+from dualblade.errors import Unsupported
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerShape:
+    """One decoder layer's KV as the configuration tells it; heads and dims count elements.
+
+    `offloaded`: it goes to the store. Other kinds stay in memory in transformers' own classes.
+    """
+
+    index: int
+    kind: str
+    offloaded: bool
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+def memory_layers(config: PretrainedConfig) -> list[Any]:
+    """transformers' own layers for a model of this configuration, as `DynamicCache` has them.
+
+    Raises: Unsupported naming the layer type that transformers itself cannot hold.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise Unsupported(
+            f"{config.model_type} is an encoder-decoder model", hint="dualblade serves decoders"
+        )
+    try:
+        layers = list(DynamicCache(config=config).layers)
+    except KeyError as exc:
+        raise Unsupported(
+            f"{config.model_type} has layers of type {exc.args[0]!r}, which no cache class of "
+            "this transformers can hold"
+        ) from exc
+    except (AttributeError, TypeError) as exc:
+        raise Unsupported(
+            f"{config.model_type} does not say how many attention layers it has: {exc}"
+        ) from exc
+    if not layers:
+        raise Unsupported(f"{config.model_type} has no KV cache")
+    return layers
+
+
+def offloadable(config: PretrainedConfig, layers: list[Any]) -> list[bool]:
+    """Which of `layers` may go to the store: full attention, and not read again by later layers.
+
+    A layer whose KV later layers share is kept by the model beyond its turn, so its tensors
+    cannot live in a buffer that the next layer overwrites.
+    """
+    text = config.get_text_config(decoder=True)
+    sharing = getattr(text, "kv_sharing_modes", None) or [None] * len(layers)
+    return [
+        type(layer) is DynamicLayer and mode != "store"
+        for layer, mode in zip(layers, sharing, strict=True)
+    ]
+
+
+def layer_shapes(config: PretrainedConfig) -> list[LayerShape]:
+    """The shape of every layer's KV, for plans and early checks; the real one is what arrives.
+
+    Raises: Unsupported (see `memory_layers`).
+    """
+    layers = memory_layers(config)
+    stored = offloadable(config, layers)
+    text = config.get_text_config(decoder=True)
+    kinds = getattr(text, "layer_types", None) or [type(layer).__name__ for layer in layers]
+    per_layer = list(getattr(text, "per_layer_config", None) or [text] * len(layers))
+    return [
+        LayerShape(
+            index=index,
+            kind=kind if kind != "DynamicLayer" else "full_attention",
+            offloaded=is_stored,
+            kv_heads=_kv_heads(one),
+            key_dim=_key_dim(one),
+            value_dim=getattr(one, "v_head_dim", None) or _key_dim(one),
+        )
+        for index, (kind, is_stored, one) in enumerate(zip(kinds, stored, per_layer, strict=True))
+    ]
+
+
+def item_bytes(dtype: torch.dtype) -> int:
+    """Bytes of one element."""
+    return torch.empty((), dtype=dtype).element_size()
+
+
+def _kv_heads(config: Any) -> int:
+    if getattr(config, "multi_query", False) and not getattr(
+        config, "new_decoder_architecture", False
+    ):
+        return 1
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)
+    return int(heads or config.num_attention_heads)
+
+
+def _key_dim(config: Any) -> int:
+    nope = getattr(config, "qk_nope_head_dim", None)
+    if nope is not None:
+        return int(nope + config.qk_rope_head_dim)
+    dim = getattr(config, "head_dim", None)
+    return int(dim or config.hidden_size // config.num_attention_heads)

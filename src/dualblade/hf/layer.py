@@ -1,0 +1,209 @@
+"""Layers of a transformers cache: one whose rows are in the store, one whose rows are in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from dualblade.errors import ConfigError, Unsupported
+from dualblade.pipeline import KVPipeline
+
+
+class StoredLayer(CacheLayerMixin):
+    """A full-attention layer whose KV is in the store. Thin: all is done by the pipeline.
+
+    `index` is its place among the stored layers, `layer_index` its place in the model.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(
+        self, pipeline: KVPipeline, index: int, layer_index: int, tokens_max: int | None
+    ) -> None:
+        super().__init__()
+        self._pipeline = pipeline
+        self._index = index
+        self._layer_index = layer_index
+        self._tokens_max = tokens_max
+        self._record_past = False
+
+    @property
+    def record_past(self) -> bool:
+        """Whether candidates may be taken back soon: a tile more then stays in memory."""
+        return self._record_past
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self._record_past = value
+        self._pipeline.set_recall(self._index, value)
+
+    def activate_past_recording(self) -> None:
+        """transformers is about to append candidates and crop the rejected ones."""
+        self.record_past = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to allocate here: the pipeline does it when rows come."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take in new rows [batch, kv_heads, n, dim]; return all keys and values for attention.
+
+        The returned tensors are valid until the next layer's update.
+        Raises: ConfigError, BudgetError, NoSpace, DeviceError, Closed, Unsupported.
+        """
+        _refuse_gradients(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        # Tails outlive the call: made under inference_mode they could not be written outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            together = self._pipeline.update(self._index, key_states, value_states)
+        self._keep_recording()
+        return together
+
+    def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Take in new rows without attending to them. Raises: as `update`."""
+        _refuse_gradients(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        with torch.inference_mode(False), torch.no_grad():
+            self._pipeline.append(self._index, key_states, value_states)
+        self._keep_recording()
+
+    def _keep_recording(self) -> None:
+        if self._record_past:  # a layer made by this call does not know yet
+            self._pipeline.set_recall(self._index, True)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(tokens that attention will see, offset 0), asked before `update`."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens of each sequence."""
+        return self._pipeline.tokens(self._index)
+
+    def get_max_length(self) -> int:
+        """The stated maximum, -1 without one."""
+        return -1 if self._tokens_max is None else self._tokens_max
+
+    def reset(self) -> None:
+        """Forget all tokens, of all stored layers: they are one cache."""
+        if self.get_seq_length():
+            self._pipeline.reset()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Beam search: sequence i becomes what `beam_idx[i]` was. Stored tiles do not move."""
+        self._pipeline.select(self._index, beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the sequences that `indices` name (numbers, or a mask), in that order."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().squeeze(1)
+        self._pipeline.select(self._index, indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence `repeats` times, copies side by side."""
+        batch = self._pipeline.batch(self._index)
+        self._pipeline.select(self._index, torch.arange(batch).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest `-tokens_to_remove` tokens. Raises: ConfigError for a positive one."""
+        if tokens_to_remove > 0:
+            raise ConfigError(
+                f"crop({tokens_to_remove}): tokens to remove are given as a negative number"
+            )
+        self._pipeline.crop(self._index, -tokens_to_remove)
+
+    def offload(self) -> None:
+        """Nothing to do: the rows are in the store already."""
+
+    def prefetch(self) -> None:
+        """Nothing to do: the pipeline reads ahead by itself."""
+
+
+class MemoryLayer(DynamicLayer):
+    """A full-attention layer in memory: like `DynamicLayer`, with the same results, but rows are
+    written in place instead of copying everything at each step.
+
+    `tokens_max` None: capacity grows by an eighth at a time.
+    """
+
+    def __init__(self, tokens_max: int | None) -> None:
+        super().__init__()
+        self._tokens_max = tokens_max
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take in new rows; return views of all rows."""
+        _refuse_gradients(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        past, new = self.get_seq_length(), key_states.shape[-2]
+        with torch.inference_mode(False), torch.no_grad():
+            buffers = self._room_for(past + new, key_states, value_states)
+            for buffer, rows in zip(buffers, (key_states, value_states), strict=True):
+                buffer[:, :, past : past + new] = rows
+            self.keys, self.values = (buffer[:, :, : past + new] for buffer in buffers)
+        return self.keys, self.values
+
+    def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Take in new rows without attending to them."""
+        self.update(key_states, value_states)
+
+    def _room_for(
+        self, tokens: int, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._buffers is not None and self._buffers[0].shape[2] >= tokens:
+            return self._buffers
+        capacity = max(tokens + max(tokens // 8, 64), self._tokens_max or 0)
+        grown = []
+        for rows, old in ((key_states, self.keys), (value_states, self.values)):
+            buffer = rows.new_empty((*rows.shape[:2], capacity, rows.shape[3]))
+            if old is not None and old.numel():
+                buffer[:, :, : old.shape[2]] = old
+            grown.append(buffer)
+        self._buffers = (grown[0], grown[1])
+        return self._buffers
+
+    def reset(self) -> None:
+        """Forget all tokens and give the memory back."""
+        self._buffers = None
+        super().reset()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Beam search; the rows are copied, as in `DynamicLayer`."""
+        self._buffers = None
+        super().reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the sequences that `indices` name."""
+        self._buffers = None
+        super().batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence `repeats` times."""
+        self._buffers = None
+        super().batch_repeat_interleave(repeats)
+
+
+def _refuse_gradients(key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    if key_states.requires_grad or value_states.requires_grad:
+        raise Unsupported(
+            "stored KV carries no gradients",
+            hint="call the model inside torch.no_grad(), as generate does",
+        )

@@ -1,0 +1,104 @@
+"""What a cache tells of itself: where bytes and time went, and what is in force."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFacts:
+    """The I/O engine in force; `reason` says why it is not the first choice."""
+
+    name: str
+    reason: str | None
+    queue_depth: int
+    chunk_bytes: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryUse:
+    """Host memory of the cache, in bytes. Everything but `page_cache_bytes` is reserved by us;
+    that is what the kernel holds of the store now, `page_cache_planned_bytes` what it may hold."""
+
+    budget_bytes: int | None
+    staging_bytes: int
+    gather_bytes: int
+    tail_bytes: int
+    table_bytes: int
+    page_cache_planned_bytes: int
+    page_cache_bytes: int
+
+    @property
+    def used_bytes(self) -> int:
+        """What counts against the budget now."""
+        fixed = self.staging_bytes + self.gather_bytes + self.tail_bytes + self.table_bytes
+        return fixed + self.page_cache_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferTotals:
+    """Bytes asked of the store since it was opened."""
+
+    direct_read_bytes: int = 0
+    direct_write_bytes: int = 0
+    page_cache_read_bytes: int = 0
+    page_cache_write_bytes: int = 0
+    dead_read_bytes: int = 0
+    promotions: int = 0
+    demotions: int = 0
+
+    @property
+    def written_bytes(self) -> int:
+        """Through both doors."""
+        return self.direct_write_bytes + self.page_cache_write_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageSeconds:
+    """Wall time of the model's thread: waiting for reads, gathering tiles, taking in new rows
+    (waits for a free write slot included), and of those the waits for writes alone."""
+
+    read_wait: float = 0.0
+    gather: float = 0.0
+    append: float = 0.0
+    write_wait: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitPlacement:
+    """One unit in the plan."""
+
+    layer: int
+    part: str
+    path: str
+    bytes: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheStats:
+    """A snapshot of a cache. `tokens` per sequence; `kv_bytes` is all KV, in store and memory."""
+
+    path: str
+    attention: str
+    engine: EngineFacts | None
+    store_path: str | None
+    store_pieces: int | None
+    tokens: int
+    kv_bytes: int
+    stored_bytes: int
+    offloaded_layers: int
+    memory_layers: int
+    memory: MemoryUse
+    io: TransferTotals
+    seconds: StageSeconds
+    plan: tuple[UnitPlacement, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON types."""
+        fields = asdict(self)
+        fields["io"]["written_bytes"] = self.io.written_bytes
+        fields["memory"]["used_bytes"] = self.memory.used_bytes
+        return fields

@@ -1,0 +1,181 @@
+"""The budget's division and the plan in force, kept in step with the shapes and the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from dualblade.config import Path
+from dualblade.geometry import Part, UnitId
+from dualblade.metrics import UnitPlacement
+from dualblade.pipeline.gather import GatherBuffers
+from dualblade.pipeline.layer import HalfLayer, Layer
+from dualblade.residency import (
+    BudgetShares,
+    ResidencyPlan,
+    UnitDemand,
+    plan_by_size,
+    plan_fixed,
+)
+from dualblade.store import Door
+from dualblade.units import round_up
+
+_GROWTH_SHARE = 8
+_GROWTH_TOKENS_MIN = 256
+_CAPACITY_STEP_TOKENS = 64
+_TABLE_ITEM_BYTES = 4
+
+
+def tokens_ahead(tokens: int, tokens_max: int | None) -> int:
+    """Tokens to prepare for when there are `tokens` now: the stated maximum, or an eighth more,
+    so that buffers and plans change a few dozen times in a long generation, not at each step."""
+    if tokens_max is not None:
+        return max(tokens, tokens_max)
+    return tokens + max(_GROWTH_TOKENS_MIN, tokens // _GROWTH_SHARE)
+
+
+class MemoryBudget:
+    """Claims on the budget: staging, gather buffers, tails and tables.
+
+    `gather_on_host` is False when the gather buffers are on a GPU with memory of its own.
+    """
+
+    def __init__(
+        self, budget_bytes: int, tokens_max: int | None, *, gather_on_host: bool = True
+    ) -> None:
+        self._tokens_max = tokens_max
+        self._gather_on_host = gather_on_host
+        self._claimed: dict[int, tuple[int, int]] = {}
+        self.capacity_tokens = 0
+        self.keys_bytes = 0
+        self.values_bytes = 0
+        self.shares = BudgetShares(
+            budget_bytes=budget_bytes, staging_bytes=0, gather_bytes=0, tail_bytes=0, table_bytes=0
+        )
+
+    def needs_claim(self, layer: Layer, tokens: int) -> bool:
+        """Whether `tokens` of `layer` pass what was claimed."""
+        claimed = self._claimed.get(layer.index)
+        return tokens > self.capacity_tokens or claimed != (layer.batch, layer.tail_bytes)
+
+    def claim(
+        self, layers: Collection[Layer], layer_count: int, staging_bytes: int, tokens: int
+    ) -> None:
+        """Claim for `tokens` and a while more, or for `tokens` alone when that is all that fits.
+
+        Layers not seen yet are taken to be like the ones that were.
+        Raises: BudgetError with the bytes needed; the claims are then as before.
+        """
+        wide = round_up(tokens_ahead(tokens, self._tokens_max), _CAPACITY_STEP_TOKENS)
+        narrow = round_up(tokens, _CAPACITY_STEP_TOKENS)
+        for capacity in (max(wide, self.capacity_tokens), max(narrow, self.capacity_tokens)):
+            shares = self._divide(layers, layer_count, staging_bytes, capacity)
+            if shares.fixed_bytes <= shares.budget_bytes:
+                break
+        shares.require()
+        self.shares, self.capacity_tokens = shares, capacity
+        self.keys_bytes, self.values_bytes = _gather_bytes(layers, capacity)
+        self._claimed = {layer.index: (layer.batch, layer.tail_bytes) for layer in layers}
+
+    def forget(self) -> None:
+        """No layer is known any more; staging and gather buffers stay."""
+        self._claimed.clear()
+
+    def _divide(
+        self, layers: Collection[Layer], layer_count: int, staging_bytes: int, capacity: int
+    ) -> BudgetShares:
+        tails = sum(layer.tail_bytes for layer in layers)
+        tables = sum(capacity // layer.rows * layer.batch * _TABLE_ITEM_BYTES for layer in layers)
+        gather = sum(
+            GatherBuffers.allocated_bytes(size) for size in _gather_bytes(layers, capacity)
+        )
+        return BudgetShares(
+            budget_bytes=self.shares.budget_bytes,
+            staging_bytes=staging_bytes,
+            gather_bytes=gather if self._gather_on_host else 0,
+            tail_bytes=tails * layer_count // len(layers),
+            table_bytes=tables * layer_count // len(layers),
+        )
+
+
+def _gather_bytes(layers: Collection[Layer], capacity: int) -> tuple[int, int]:
+    def largest(halves: Collection[tuple[Layer, HalfLayer]]) -> int:
+        return max(
+            layer.batch * half.unit.geometry.slab_payload_bytes // layer.rows * capacity
+            for layer, half in halves
+        )
+
+    return largest([(la, la.keys) for la in layers]), largest([(la, la.values) for la in layers])
+
+
+class Placements:
+    """The residency plan in force, and the door of each unit that follows from it.
+
+    On the `dual` path the plan is by size for the tokens to come; as they grow it only ever
+    demotes, because a promotion costs a cold read of what it promotes.
+    """
+
+    def __init__(self, path: Path, layer_count: int, tokens_max: int | None) -> None:
+        self._path = path
+        self._layer_count = layer_count
+        self._tokens_max = tokens_max
+        self._plan: ResidencyPlan | None = None
+        self._cached: frozenset[UnitId] = frozenset()
+        self._planned_for: tuple[int, int, int] = (0, 0, 0)
+
+    @property
+    def page_cache_bytes(self) -> int:
+        """Page cache that the plan counts on; on a fixed path the kernel decides, so 0."""
+        if self._plan is None or self._path is not Path.DUAL:
+            return 0
+        return self._plan.bytes_on(Path.PAGE_CACHE)
+
+    def door(self, unit: UnitId) -> Door:
+        """The door that `unit` is to be reached through."""
+        cached = self._path is Path.PAGE_CACHE or unit in self._cached
+        return Door.PAGE_CACHE if cached else Door.DIRECT
+
+    def needs_plan(self, layer: Layer, tokens: int, shares: BudgetShares) -> bool:
+        """Whether `tokens` of `layer`, or the division of the budget, pass what was planned."""
+        horizon, batch, allowance = self._planned_for
+        return tokens > horizon or layer.batch != batch or shares.page_cache_bytes < allowance
+
+    def plan(
+        self, like: Layer, layers: Mapping[int, Layer], tokens: int, shares: BudgetShares
+    ) -> None:
+        """Plan for `tokens` and a while more; layers not seen yet are taken to be like `like`."""
+        horizon = tokens_ahead(tokens, self._tokens_max)
+        demands = []
+        for index in range(self._layer_count):
+            layer = layers.get(index, like)
+            for part, half in zip(Part, layer.halves, strict=True):
+                tiles = -(-horizon // layer.rows)
+                size = tiles * half.unit.geometry.tile_bytes(like.batch)
+                demands.append(UnitDemand(unit=UnitId(index, part), size_bytes=size))
+        if self._path is Path.DUAL:
+            among = None if self._plan is None else self._cached
+            self._plan = plan_by_size(demands, shares.page_cache_bytes, among=among)
+            self._cached = self._plan.cached_units
+        else:
+            self._plan = plan_fixed(demands, self._path)
+        self._planned_for = (horizon, like.batch, shares.page_cache_bytes)
+
+    def forget(self) -> None:
+        """Plan afresh for the next prompt."""
+        self._plan = None
+        self._cached = frozenset()
+        self._planned_for = (0, 0, 0)
+
+    def describe(self) -> tuple[UnitPlacement, ...]:
+        """The plan in plain words, in the order of the sweep."""
+        if self._plan is None:
+            return ()
+        return tuple(
+            UnitPlacement(
+                layer=p.unit.layer,
+                part=p.unit.part.value,
+                path=p.path.value,
+                bytes=p.size_bytes,
+                reason=p.reason,
+            )
+            for p in self._plan.placements
+        )

@@ -1,0 +1,155 @@
+"""One layer's KV: stored tiles of keys and values, and the newest rows in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from dualblade.pipeline.order import SequenceTable
+from dualblade.pipeline.unit import Piece, Unit
+
+
+@dataclass(slots=True, eq=False)
+class HalfLayer:
+    """Keys or values: the stored unit and its tail [batch, kv_heads, capacity, dim]."""
+
+    unit: Unit
+    tail: torch.Tensor
+
+    def tiles_of(self, rows: torch.Tensor, tail_rows: int, tiles: int) -> Iterator[torch.Tensor]:
+        """`tiles` whole tiles of the tail's rows followed by `rows`, as at most two runs
+        [batch, kv_heads, n x tile_rows, dim]: what the tail begins, and plain slices of `rows`."""
+        size = self.unit.geometry.rows
+        begun = min(-(-tail_rows // size), tiles)
+        taken = begun * size - tail_rows
+        if begun:
+            head = self.tail[:, :, : min(tail_rows, begun * size)]
+            yield torch.cat([head, rows[:, :, : max(taken, 0)]], dim=2)
+        if tiles > begun:
+            yield rows[:, :, taken : taken + (tiles - begun) * size]
+
+    def keep_newest(self, rows: torch.Tensor, tail_rows: int, left: int) -> None:
+        """Make the tail the newest `left` of its `tail_rows` rows followed by `rows`."""
+        new = rows.shape[2]
+        old = left - new
+        if old <= 0:
+            self.tail[:, :, :left] = rows[:, :, new - left :]
+            return
+        if old != tail_rows:
+            self.tail[:, :, :old] = self.tail[:, :, tail_rows - old : tail_rows].clone()
+        self.tail[:, :, old:left] = rows
+
+
+@dataclass(slots=True, eq=False)
+class Layer:
+    """A layer of the cache. All its tokens: `stored_tiles` tiles, then `tail_rows` rows.
+
+    With `recall`, a tile's worth of rows more stays in the tail, so that taking candidate tokens
+    back (assisted decoding) meets no stored tile.
+    """
+
+    index: int
+    keys: HalfLayer
+    values: HalfLayer
+    batch: int
+    dtype: torch.dtype
+    table: SequenceTable = field(default_factory=SequenceTable)
+    stored_tiles: int = 0
+    tail_rows: int = 0
+    recall: bool = False
+
+    @property
+    def halves(self) -> tuple[HalfLayer, HalfLayer]:
+        """Keys before values, as attention needs them."""
+        return self.keys, self.values
+
+    @property
+    def rows(self) -> int:
+        """Tokens in a tile."""
+        return self.keys.unit.geometry.rows
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of each sequence."""
+        return self.stored_tiles * self.rows + self.tail_rows
+
+    @property
+    def tail_capacity(self) -> int:
+        """Rows that the tails must hold."""
+        return self.rows * (2 if self.recall else 1)
+
+    @property
+    def tail_bytes(self) -> int:
+        """Memory of both tails."""
+        return self.keys.tail.nbytes + self.values.tail.nbytes
+
+    def token_bytes(self) -> int:
+        """Bytes of one token of all sequences, keys and values."""
+        return sum(
+            self.batch * h.unit.geometry.kv_heads * h.unit.geometry.dim * h.tail.element_size()
+            for h in self.halves
+        )
+
+    def full_tiles(self, new_rows: int) -> int:
+        """Tiles to store once `new_rows` rows are appended."""
+        kept = self.rows if self.recall else 0
+        return max(0, self.tail_rows + new_rows - kept) // self.rows
+
+    def append(
+        self,
+        key_rows: torch.Tensor,
+        value_rows: torch.Tensor,
+        store_tiles: Callable[[Unit, int, torch.Tensor], None],
+    ) -> None:
+        """Take in rows [batch, kv_heads, n, dim]; `store_tiles(unit, first_tile, rows)` is given
+        what fills whole tiles, each tile once."""
+        tiles = self.full_tiles(key_rows.shape[2])
+        left = self.tail_rows + key_rows.shape[2] - tiles * self.rows
+        for half, rows in ((self.keys, key_rows), (self.values, value_rows)):
+            tile = self.stored_tiles
+            for run in half.tiles_of(rows, self.tail_rows, tiles):
+                store_tiles(half.unit, tile, run)
+                tile += run.shape[2] // self.rows
+            half.keep_newest(rows, self.tail_rows, left)
+            half.unit.stored_tiles = self.stored_tiles + tiles
+        if tiles:
+            self.table.append(tiles, self.batch)
+        self.stored_tiles += tiles
+        self.tail_rows = left
+
+    def select(self, indices: torch.Tensor) -> None:
+        """Sequence i becomes what `indices[i]` was; stored tiles stay where they are."""
+        self.table.select(indices.cpu().numpy())
+        for half in self.halves:
+            half.tail = half.tail.index_select(0, indices.to(half.tail.device))
+        self.batch = len(indices)
+
+    def fit_tails(self) -> None:
+        """Have tails of the capacity that `recall` asks for; rows are kept."""
+        for half in self.halves:
+            if half.tail.shape[2] < self.tail_capacity:
+                shape = (*half.tail.shape[:2], self.tail_capacity, half.tail.shape[3])
+                grown = half.tail.new_empty(shape)
+                grown[:, :, : self.tail_rows] = half.tail[:, :, : self.tail_rows]
+                half.tail = grown
+
+    def drop_tokens(
+        self, count: int, slot_bytes: int, fetch_piece: Callable[[HalfLayer, Piece], None]
+    ) -> None:
+        """Forget the newest `count` tokens. A stored tile that is cut becomes the tail again:
+        `fetch_piece(half, piece)` reads a piece of it, of at most `slot_bytes`, into the tail."""
+        left = self.tokens - count
+        if count <= self.tail_rows:
+            self.tail_rows -= count
+            return
+        tiles, rest = divmod(left, self.rows)
+        for half in self.halves:
+            if rest:
+                for piece in half.unit.pieces(tiles, tiles + 1, slot_bytes):
+                    fetch_piece(half, piece)
+            half.unit.crop(tiles)
+        self.table.crop(tiles)
+        self.stored_tiles = tiles
+        self.tail_rows = rest

@@ -1,0 +1,142 @@
+"""Reading ahead of compute: the units of the layers to come, in the order of the sweep.
+
+Every decode step reads all stored tiles in the same order: keys and values of layer 0, of layer
+1, and so on, then again from layer 0. The cursor walks that ring ahead of the consumer; free
+slots and the lookahead hold it back. It never enters a unit twice before the consumer has
+finished with it, because the layer's next rows are not stored yet.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from dualblade.errors import StorageError
+from dualblade.io import Ticket
+from dualblade.pipeline.staging import Slot, Slots
+from dualblade.pipeline.unit import Piece, Unit
+from dualblade.store import Store
+
+
+@dataclass(slots=True)
+class Landing:
+    """A piece on its way into a slot."""
+
+    piece: Piece
+    slot: Slot
+    ticket: Ticket
+
+
+@dataclass(slots=True, eq=False)
+class _Visit:
+    """One unit's turn in the sweep: pieces not yet issued, and pieces on their way."""
+
+    index: int
+    waiting: deque[Piece]
+    landing: deque[Landing] = field(default_factory=deque)
+
+
+class ReadAhead:
+    """Issues reads for the sweep over `units` and hands them out in order.
+
+    `before_visit` is called with a unit before its pieces are fixed: it waits until all tiles of
+    the unit are on the device, for a read must not overtake the write of the same tile.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        slots: Slots,
+        units: Sequence[Unit],
+        *,
+        lookahead_units: int,
+        before_visit: Callable[[Unit], None],
+    ) -> None:
+        self._store = store
+        self._slots = slots
+        self._units = units
+        self._lookahead = lookahead_units
+        self._before_visit = before_visit
+        self._visits: deque[_Visit] = deque()
+        self._closed_to_cursor: set[int] = set()
+        self._cursor = 0
+        self.wait_seconds = 0.0
+
+    def take(self, index: int) -> Iterator[Landing]:
+        """All stored pieces of unit `index`, each landed; its slot is free again afterwards.
+
+        A unit out of the order of the sweep restarts it there. Raises: DeviceError.
+        """
+        if not self._visits or self._visits[0].index != index:
+            self.cancel()
+            self._enter(index)
+        self.advance()
+        visit = self._visits[0]
+        while visit.landing:
+            landing = visit.landing.popleft()
+            started = time.perf_counter()
+            try:
+                landing.ticket.wait()
+            except BaseException:
+                visit.landing.appendleft(landing)  # so that cancel() finds the slot
+                raise
+            self.wait_seconds += time.perf_counter() - started
+            yield landing
+            self._slots.release(landing.slot)
+            self.advance()
+        assert not visit.waiting, "a free slot always serves the head of the sweep first"
+        self._visits.popleft()
+
+    def finish(self, indices: Sequence[int]) -> None:
+        """The units' next tiles are stored (or on their way): the cursor may visit them again."""
+        self._closed_to_cursor.difference_update(indices)
+        self.advance()
+
+    def advance(self) -> None:
+        """Issue reads until the slots, the lookahead or the sweep hold the cursor back."""
+        for visit in self._visits:
+            if not self._issue(visit):
+                return
+        while len(self._visits) <= self._lookahead and self._cursor not in self._closed_to_cursor:
+            if not self._slots.free_count or not self._issue(self._enter(self._cursor)):
+                return
+
+    def cancel(self) -> None:
+        """Forget what was read ahead; waits until no transfer touches a slot any more."""
+        for visit in self._visits:
+            for landing in visit.landing:
+                # Nobody asked for these bytes; a later read of them fails by itself.
+                with suppress(StorageError):
+                    landing.ticket.wait()
+                self._slots.release(landing.slot)
+        self._visits.clear()
+        self._closed_to_cursor.clear()
+
+    def _enter(self, index: int) -> _Visit:
+        unit = self._units[index]
+        self._before_visit(unit)
+        visit = _Visit(index, deque(unit.pieces(0, unit.stored_tiles, self._slots.slot_bytes)))
+        self._visits.append(visit)
+        self._closed_to_cursor.add(index)
+        self._cursor = (index + 1) % len(self._units)
+        return visit
+
+    def _issue(self, visit: _Visit) -> bool:
+        """Issue what is left of `visit`; False when the slots ran out."""
+        geometry = self._units[visit.index].geometry
+        while visit.waiting:
+            slot = self._slots.acquire()
+            if slot is None:
+                return False
+            piece = visit.waiting.popleft()
+            ticket = self._store.read(
+                piece.segment.extent,
+                piece.offset(geometry),
+                slot.address,
+                piece.size_bytes(geometry),
+            )
+            visit.landing.append(Landing(piece, slot, ticket))
+        return True

@@ -1,0 +1,96 @@
+"""Staging: the fixed memory that transfers land in and leave from."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+from dualblade.config import EngineConfig
+from dualblade.io import Arena
+from dualblade.units import BLOCK_BYTES, EXTENT_ALIGN_BYTES, KIB, MIB, round_up
+
+_SHARE_OF_BUDGET = 8
+_TOTAL_BYTES_MIN = 2 * MIB
+_TOTAL_BYTES_MAX = 96 * MIB
+"""Enough to keep a 3 GiB/s drive busy through a layer's compute of 20 ms, and no more."""
+
+_SLOT_BYTES_MAX = 4 * MIB
+"""Four 1 MiB requests: the device's queue stays full while one slot is gathered."""
+
+_SLOT_BYTES_MIN = 64 * KIB
+_SLOTS_MIN = 8
+_WRITE_SLOTS_SHARE = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagingShape:
+    """How many slots of how many bytes; reads and writes have their own, so that neither starves
+    the other."""
+
+    slot_bytes: int
+    read_slots: int
+    write_slots: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Memory of all slots, in whole huge pages."""
+        return round_up(self.slot_bytes * (self.read_slots + self.write_slots), EXTENT_ALIGN_BYTES)
+
+
+def staging_shape(config: EngineConfig, budget_bytes: int, slab_bytes_max: int) -> StagingShape:
+    """The slots for a budget. A slot holds at least one slab (`slab_bytes_max`); there are at
+    least 8, so that the least staging is 8 slabs."""
+    total = config.staging_bytes or min(
+        max(budget_bytes // _SHARE_OF_BUDGET, _TOTAL_BYTES_MIN), _TOTAL_BYTES_MAX
+    )
+    slot = min(_SLOT_BYTES_MAX, max(total // _SLOTS_MIN, _SLOT_BYTES_MIN))
+    slot = max(slot // BLOCK_BYTES * BLOCK_BYTES, round_up(slab_bytes_max, BLOCK_BYTES))
+    count = max(total // slot, _SLOTS_MIN)
+    write_slots = max(count // _WRITE_SLOTS_SHARE, 2)
+    return StagingShape(slot_bytes=slot, read_slots=count - write_slots, write_slots=write_slots)
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One piece of staging. `memory` is uint8 [slot_bytes]; `address` is where it begins.
+
+    `busy` is the event after which a device copy no longer touches it; None on the CPU.
+    """
+
+    memory: torch.Tensor
+    address: int
+    busy: torch.cuda.Event | None = None
+
+
+class Slots:
+    """A fixed set of slots. An empty one answers None: back-pressure, not growth."""
+
+    def __init__(self, arena: Arena, offset: int, count: int, slot_bytes: int) -> None:
+        whole = torch.frombuffer(arena.buffer, dtype=torch.uint8)
+        starts = range(offset, offset + count * slot_bytes, slot_bytes)
+        self.slot_bytes = slot_bytes
+        self._free = deque(
+            Slot(memory=whole[at : at + slot_bytes], address=arena.address + at) for at in starts
+        )
+
+    @property
+    def free_count(self) -> int:
+        """Slots that nobody holds."""
+        return len(self._free)
+
+    def acquire(self) -> Slot | None:
+        """A slot that nobody touches any more, or None when all are held."""
+        if not self._free:
+            return None
+        slot = self._free.popleft()
+        if slot.busy is not None:
+            # Without this wait the drive would overwrite bytes that a device copy still reads.
+            slot.busy.synchronize()
+            slot.busy = None
+        return slot
+
+    def release(self, slot: Slot) -> None:
+        """Give `slot` back; a device copy may still read it until `slot.busy` has passed."""
+        self._free.append(slot)

@@ -1,0 +1,144 @@
+"""One unit's stored tiles: where each is, and how a run of them is read.
+
+A unit is a list of segments. With a stated maximum there is one; without, they grow geometrically
+to 256 MiB; a change of batch starts a new one, because its tiles have another size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from dualblade.geometry import TileGeometry, UnitId
+from dualblade.store import Door, Extent, Store
+from dualblade.units import EXTENT_ALIGN_BYTES, MIB
+
+_SEGMENT_BYTES_MAX = 256 * MIB
+
+
+@dataclass(slots=True, eq=False)
+class Segment:
+    """Tiles [first_tile, first_tile + capacity) of a unit, `batch` sequences each."""
+
+    extent: Extent
+    batch: int
+    first_tile: int
+    capacity: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One transfer: `tiles` whole tiles from `tile` on, or some sequences of a single one.
+
+    A tile larger than a slot is moved in several pieces of whole slabs.
+    """
+
+    segment: Segment
+    tile: int
+    tiles: int
+    sequence: int
+    sequences: int
+
+    def offset(self, geometry: TileGeometry) -> int:
+        """Where it begins in its segment's extent."""
+        tile_bytes = geometry.tile_bytes(self.segment.batch)
+        within = (self.tile - self.segment.first_tile) * tile_bytes
+        return within + self.sequence * geometry.slab_bytes
+
+    def size_bytes(self, geometry: TileGeometry) -> int:
+        """Bytes of the transfer; whole blocks."""
+        return self.tiles * self.sequences * geometry.slab_bytes
+
+
+def tile_view(
+    memory: torch.Tensor, geometry: TileGeometry, dtype: torch.dtype, tiles: int, sequences: int
+) -> torch.Tensor:
+    """`memory` (uint8, as stored) seen as [tiles, sequences, kv_heads, rows, dim] of `dtype`."""
+    heads, rows, dim = geometry.kv_heads, geometry.rows, geometry.dim
+    slab = geometry.slab_bytes // geometry.item_bytes
+    shape = (tiles, sequences, heads, rows, dim)
+    strides = (sequences * slab, slab, rows * dim, dim, 1)
+    return memory.view(dtype).as_strided(shape, strides)
+
+
+class Unit:
+    """The stored part of the keys or values of one layer. Knows places, holds no tensors.
+
+    `tokens_max` None: segments grow; else the first segment holds that many tokens.
+    """
+
+    def __init__(
+        self, unit_id: UnitId, geometry: TileGeometry, store: Store, *, tokens_max: int | None
+    ) -> None:
+        self.id = unit_id
+        self.geometry = geometry
+        self.stored_tiles = 0
+        self.segments: list[Segment] = []
+        self._store = store
+        self._tiles_max = None if tokens_max is None else -(-tokens_max // geometry.rows)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all stored tiles."""
+        return sum(
+            piece.size_bytes(self.geometry)
+            for piece in self.pieces(0, self.stored_tiles, slot_bytes=1 << 62)
+        )
+
+    def make_room(self, tiles: int, batch: int, door: Door) -> None:
+        """Have blocks for `tiles` more tiles of `batch` sequences. Raises: NoSpace."""
+        end = self.stored_tiles
+        last = self.segments[-1] if self.segments else None
+        if last is not None and last.batch == batch:
+            tiles -= max(0, last.first_tile + last.capacity - end)
+            end = max(end, last.first_tile + last.capacity)
+        elif last is not None:
+            last.capacity = end - last.first_tile
+        if tiles <= 0:
+            return
+        tile_bytes = self.geometry.tile_bytes(batch)
+        size = self._segment_bytes(tiles, end, tile_bytes)
+        extent = self._store.allocate(size, door)
+        self.segments.append(Segment(extent, batch, end, extent.size_bytes // tile_bytes))
+
+    def _segment_bytes(self, tiles: int, end: int, tile_bytes: int) -> int:
+        if self._tiles_max is not None:
+            return max(tiles, self._tiles_max - end) * tile_bytes
+        grown = 2 * self.segments[-1].extent.size_bytes if self.segments else EXTENT_ALIGN_BYTES
+        return max(tiles * tile_bytes, min(grown, _SEGMENT_BYTES_MAX))
+
+    def pieces(self, start: int, stop: int, slot_bytes: int) -> Iterator[Piece]:
+        """Transfers of at most `slot_bytes` that cover tiles [start, stop), in order."""
+        slab = self.geometry.slab_bytes
+        for segment in self.segments:
+            low = max(start, segment.first_tile)
+            high = min(stop, segment.first_tile + segment.capacity)
+            tiles_a_slot = slot_bytes // (segment.batch * slab)
+            while low < high and tiles_a_slot:
+                tiles = min(tiles_a_slot, high - low)
+                yield Piece(segment, low, tiles, 0, segment.batch)
+                low += tiles
+            for tile in range(low, high):
+                for sequence in range(0, segment.batch, slot_bytes // slab):
+                    sequences = min(slot_bytes // slab, segment.batch - sequence)
+                    yield Piece(segment, tile, 1, sequence, sequences)
+
+    def move(self, door: Door) -> None:
+        """Open all extents through `door`. Blocks; raises DeviceError (see Store.move)."""
+        for segment in self.segments:
+            self._store.move(segment.extent, door)
+
+    def crop(self, tiles: int) -> None:
+        """Forget stored tiles from `tiles` on; segments beyond are freed."""
+        self.stored_tiles = tiles
+        while self.segments and self.segments[-1].first_tile >= max(tiles, 1):
+            self._store.free(self.segments.pop().extent)
+
+    def free(self) -> None:
+        """Give all extents back."""
+        self.crop(0)
+        for segment in self.segments:
+            self._store.free(segment.extent)
+        self.segments.clear()

@@ -1,0 +1,103 @@
+"""Writing behind compute: full tiles leave through their own slots while the model goes on."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from dualblade.geometry import UnitId
+from dualblade.io import Ticket
+from dualblade.pipeline.staging import Slot, Slots
+from dualblade.pipeline.unit import Piece, Unit
+from dualblade.store import Store
+
+
+@dataclass(slots=True, eq=False)
+class _Write:
+    """A piece filled into its slot; `ticket` is None until the device copy into it has ended."""
+
+    unit: Unit
+    piece: Piece
+    slot: Slot
+    ticket: Ticket | None = None
+
+
+class WriteBehind:
+    """Writes in flight, oldest first. Bounded by the slots: a full set waits for the oldest.
+
+    A slot is held until its bytes are stored (through the page cache: written back), so the
+    trusted copy is never a page that could still fail.
+    """
+
+    def __init__(self, store: Store, slots: Slots) -> None:
+        self._store = store
+        self._slots = slots
+        self._writes: deque[_Write] = deque()
+        self.wait_seconds = 0.0
+
+    def slot(self) -> Slot:
+        """A free slot to fill; waits for the oldest write when there is none.
+
+        Raises: DeviceError of that write.
+        """
+        self._submit_ready()
+        slot = self._slots.acquire()
+        while slot is None:
+            self._finish_oldest()
+            slot = self._slots.acquire()
+        return slot
+
+    def write(self, unit: Unit, piece: Piece, slot: Slot) -> None:
+        """Write `slot` to `piece`; `slot.busy` set means a device copy still fills it."""
+        self._writes.append(_Write(unit, piece, slot))
+        self._submit_ready()
+
+    def wait(self, unit_id: UnitId) -> None:
+        """Return when all writes of the unit so far are stored. Raises: DeviceError."""
+        while any(write.unit.id == unit_id for write in self._writes):
+            self._finish_oldest()
+
+    def drain(self) -> None:
+        """Return when all writes are stored. Raises: DeviceError of the first that failed."""
+        while self._writes:
+            self._finish_oldest()
+
+    def abandon(self) -> None:
+        """Forget writes that were not handed to the store yet; the store ends the others."""
+        for write in self._writes:
+            if write.slot.busy is not None:
+                write.slot.busy.synchronize()
+        self._writes.clear()
+
+    def _submit_ready(self) -> None:
+        """Hand to the store, in order, what device copies have filled by now."""
+        for write in self._writes:
+            if write.ticket is None:
+                if write.slot.busy is not None and not write.slot.busy.query():
+                    return
+                self._submit(write)
+
+    def _submit(self, write: _Write) -> None:
+        geometry = write.unit.geometry
+        write.ticket = self._store.write(
+            write.piece.segment.extent,
+            write.piece.offset(geometry),
+            write.slot.address,
+            write.piece.size_bytes(geometry),
+        )
+
+    def _finish_oldest(self) -> None:
+        started = time.perf_counter()
+        write = self._writes[0]
+        if write.ticket is None:
+            if write.slot.busy is not None:
+                # The device copy must have filled the slot before the drive reads it.
+                write.slot.busy.synchronize()
+            self._submit(write)
+        assert write.ticket is not None
+        write.ticket.wait()
+        self._writes.popleft()
+        write.slot.busy = None
+        self._slots.release(write.slot)
+        self.wait_seconds += time.perf_counter() - started

@@ -1,0 +1,15 @@
+"""Shared fixtures: tiny models with random weights, and a cache directory of the test's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def own_cache_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Private stores go to the test's own directory, so that leaks can be seen."""
+    folder = tmp_path / "xdg"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "dualblade"

@@ -1,0 +1,209 @@
+"""The pieces of bench decode that need no model."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dualblade.bench import decode, decode_child, decode_fio, decode_rows
+from dualblade.bench.decode import DecodeBenchOptions, parse_limit
+from dualblade.bench.decode_child import Steps
+from dualblade.bench.decode_rows import LayerShape, RandomRows, fill, kv_bytes, whole_layer
+from dualblade.errors import ConfigError, Unsupported
+from dualblade.units import GIB, MIB
+
+NARROW = LayerShape(kv_heads=2, key_dim=16, value_dim=8, item_bytes=2, grows=True)
+SLIDING = LayerShape(kv_heads=2, key_dim=16, value_dim=8, item_bytes=2, grows=False)
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0.25", 0.25),
+        ("25%", 0.25),
+        ("110%", 1.1),
+        ("1", 1.0),
+        ("4096", 4096),
+        ("2GiB", 2 * GIB),
+        ("1.5G", 3 * GIB // 2),
+        ("none", None),
+    ],
+)
+def test_a_limit_is_a_size_or_a_fraction(text: str, value: float | None) -> None:
+    parsed = parse_limit(text)
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+@pytest.mark.parametrize("text", ["", "half", "-1", "25 %%", "2XiB"])
+def test_what_is_no_limit(text: str) -> None:
+    with pytest.raises(ConfigError, match="not a memory limit"):
+        parse_limit(text)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"modes": ("dual", "mmap-ish")},
+        {"batch": 0},
+        {"context": 0},
+        {"steps": 0},
+        {"repeats": 0},
+        {"warmup_steps": -1},
+        {"memory_limits": ("much",)},
+        {"engine": {"queue_dept": 8}},
+    ],
+)
+def test_wrong_options_are_config_errors(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        DecodeBenchOptions(model="random:llama", **wrong)
+
+
+def rows(shapes: list[LayerShape], *, batch: int = 2, seed: int = 0) -> RandomRows:
+    return RandomRows(shapes, batch, torch.bfloat16, seed)
+
+
+def test_rows_are_the_same_every_time_and_differ_between_layers_kinds_and_seeds() -> None:
+    first, again, other = rows([NARROW] * 2), rows([NARROW] * 2), rows([NARROW] * 2, seed=1)
+    keys, values = (tensor.clone() for tensor in first.chunk(1, 0, 64))
+    assert keys.shape == (2, 2, 64, 16)
+    assert values.shape == (2, 2, 64, 8)
+    assert torch.equal(keys, again.chunk(1, 0, 64)[0])
+    assert not torch.equal(keys, again.chunk(0, 0, 64)[0])
+    assert not torch.equal(keys, other.chunk(1, 0, 64)[0])
+    assert not torch.equal(keys.flatten()[: values.numel()], values.flatten())
+
+
+def test_a_layer_in_chunks_is_the_whole_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_rows, "CHUNK_BYTES", 16 * 1024)
+    source = rows([NARROW, SLIDING])
+    assert source.chunk_tokens == 128
+    parts: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+    fill(source, 300, lambda k, _v, layer: parts[layer].append(k.clone()), CPU)
+    assert [part.shape[2] for part in parts[0]] == [128, 128, 44]
+    for layer in (0, 1):
+        assert torch.equal(torch.cat(parts[layer], dim=2), whole_layer(source, layer, 300, CPU)[0])
+    keys, _ = whole_layer(source, 0, 300, CPU, spare=1)
+    assert keys.shape[2] == 301
+    assert not keys[:, :, 300].any()
+
+
+def test_rows_look_like_activations_and_cannot_be_compressed() -> None:
+    wide = LayerShape(kv_heads=8, key_dim=64, value_dim=64, item_bytes=2, grows=True)
+    source = rows([wide])
+    keys = source.chunk(0, 0, source.chunk_tokens)[0].clone()
+    assert abs(float(keys.float().mean())) < 0.01
+    assert abs(float(keys.float().std()) - 1) < 0.01
+    data = keys.view(torch.uint8).numpy().tobytes()
+    assert len(zlib.compress(data, 1)) > 0.75 * len(data)  # bf16's exponents repeat, no more
+    tiles = keys[:, :, : 64 * (keys.shape[2] // 64)].reshape(16, -1, 64 * 64)
+    seen = {tile.view(torch.uint8).numpy().tobytes() for tile in tiles.reshape(-1, 64 * 64)}
+    assert len(seen) == tiles.shape[0] * tiles.shape[1]
+
+
+def test_kv_bytes_counts_layers_that_grow() -> None:
+    assert kv_bytes([NARROW, SLIDING], batch=3, tokens=10) == 3 * 10 * 2 * (16 + 8) * 2
+
+
+def test_hit_fraction_is_of_page_cache_reads_alone() -> None:
+    def fraction(device: int, direct: int, cached: int) -> float | None:
+        return decode_child._hit_fraction(
+            Steps(
+                device_read_bytes=[device],
+                direct_read_bytes=[direct],
+                page_cache_read_bytes=[cached],
+            )
+        )
+
+    assert fraction(100, 100, 0) is None
+    assert fraction(100, 100, 50) == 1.0
+    assert fraction(150, 100, 50) == 0.0
+    assert fraction(125, 100, 50) == 0.5
+    assert fraction(900, 100, 50) == 0.0  # readahead beyond what was asked for
+
+
+def test_p99_is_the_largest_of_few() -> None:
+    assert decode_child._p99([3.0, 1.0, 2.0]) == 3.0
+    assert decode_child._p99([float(i) for i in range(1, 201)]) == 198.0
+
+
+def run_of(mode: str, seconds: float | None, **more: Any) -> dict[str, Any]:
+    run = {
+        "mode": mode,
+        "memory_limit": None,
+        "step_seconds_median": seconds,
+        "device_read_bytes_per_step": None if seconds is None else 0,
+        "oom_killed": seconds is None,
+        "tokens_sha256": None if seconds is None else "a",
+    }
+    return {**run, **more}
+
+
+def test_summary_compares_with_memory_and_the_drive() -> None:
+    runs = [
+        run_of("memory", 1.0),
+        run_of("direct", 5.0, device_read_bytes_per_step=400),
+        run_of("direct", 7.0, device_read_bytes_per_step=400),
+        run_of("direct", None, memory_limit="0.1"),
+    ]
+    fio = [{"read_bytes_per_second": 100}]
+    memory, direct, killed = decode._summaries(runs, fio)
+    assert memory["step_to_memory"] == memory["step_to_roof"] == 1.0
+    assert (direct["runs"], direct["step_seconds_median"]) == (2, 6.0)
+    assert (direct["roof_seconds"], direct["step_to_roof"]) == (4.0, 1.5)
+    assert direct["step_seconds_spread"] == [5.0, 7.0]
+    assert killed["oom_killed"] == 1
+    assert killed["step_seconds_median"] is killed["step_to_roof"] is None
+    assert decode._summaries(runs, [])[1]["step_to_roof"] is None
+
+
+def test_tokens_agree_needs_two() -> None:
+    assert decode._tokens_agree([run_of("direct", 1.0), run_of("dual", None)]) is None
+    assert decode._tokens_agree([run_of("direct", 1.0), run_of("dual", 1.0)]) is True
+    other = run_of("dual", 1.0, tokens_sha256="b")
+    assert decode._tokens_agree([run_of("direct", 1.0), other]) is False
+
+
+def test_a_store_that_was_not_there_is_removed(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    theirs.touch()
+    with pytest.raises(KeyboardInterrupt), decode._store_left_as_found(ours):
+        _make_and_interrupt(ours)
+    with decode._store_left_as_found(theirs):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def _make_and_interrupt(path: Path) -> None:
+    path.touch()
+    raise KeyboardInterrupt
+
+
+def test_fio_measures_and_leaves_nothing(tmp_path: Path) -> None:
+    try:
+        result = decode_fio.fio_read(tmp_path, 4 * MIB, MIB, 4, seconds=0.2)
+    except Unsupported as exc:
+        pytest.skip(f"fio cannot run here: {exc}")
+    assert result["read_bytes_per_second"] > 0
+    assert isinstance(result["huge_pages"], bool)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_fio_it_is_unsupported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(Unsupported, match="not installed"):
+        decode_fio.fio_read(tmp_path, 4 * MIB, MIB, 4)
+
+
+def test_a_fio_that_fails_is_unsupported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = tmp_path / "fio"
+    fake.write_text("#!/bin/sh\necho 'fio: no such engine' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(Unsupported, match="no such engine"):
+        decode_fio.fio_read(tmp_path, 4 * MIB, MIB, 4)
