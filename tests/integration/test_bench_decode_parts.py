@@ -79,12 +79,27 @@ def test_rows_are_the_same_every_time_and_differ_between_layers_kinds_and_seeds(
     assert not torch.equal(keys.flatten()[: values.numel()], values.flatten())
 
 
+class Recorder:
+    """Takes in what `fill` hands over: layer 0 grows, layer 1 slides."""
+
+    def __init__(self, parts: dict[int, list[torch.Tensor]]) -> None:
+        self._parts = parts
+
+    def append(self, keys: torch.Tensor, _values: torch.Tensor, layer: int) -> None:
+        assert layer == 0
+        self._parts[layer].append(keys.clone())
+
+    def update(self, keys: torch.Tensor, _values: torch.Tensor, layer: int) -> None:
+        assert layer == 1
+        self._parts[layer].append(keys.clone())
+
+
 def test_a_layer_in_chunks_is_the_whole_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_rows, "CHUNK_BYTES", 16 * 1024)
     source = rows([NARROW, SLIDING])
     assert source.chunk_tokens == 128
     parts: dict[int, list[torch.Tensor]] = {0: [], 1: []}
-    fill(source, 300, lambda k, _v, layer: parts[layer].append(k.clone()), CPU)
+    fill(source, 300, Recorder(parts), CPU)
     assert [part.shape[2] for part in parts[0]] == [128, 128, 44]
     for layer in (0, 1):
         assert torch.equal(torch.cat(parts[layer], dim=2), whole_layer(source, layer, 300, CPU)[0])

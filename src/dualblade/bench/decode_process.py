@@ -1,0 +1,88 @@
+"""Starting one child of bench decode and learning how it ended, leaving nothing behind."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+from dualblade.host.cgroup import MemoryCgroup
+
+_LET_GO_SECONDS = 15.0
+"""For a child that was interrupted to close its cache; then it is killed."""
+
+_COMMAND = [sys.executable, "-m", "dualblade.bench.decode_child"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChildOutcome:
+    """How a child ended: with a result, killed by its memory limit, or with an error in words."""
+
+    result: dict[str, Any]
+    oom_killed: bool
+    error: str | None
+
+
+def run_child(payload: dict[str, Any], group: MemoryCgroup | None) -> ChildOutcome:
+    """Run a child with these options, in `group` if there is one, and wait for it.
+
+    An exception while waiting (Ctrl-C) interrupts the child, waits for it, then goes on.
+    """
+    if group is not None:
+        payload = {
+            **payload,
+            "cgroup_directory": str(group.directory),
+            "cgroup_version": group.limit.version,
+        }
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        # A session of its own: Ctrl-C reaches the parent alone, which then decides.
+        pipes: dict[str, Any] = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "stderr": errors,
+            "text": True,
+            "start_new_session": True,
+        }
+        child = (
+            subprocess.Popen(_COMMAND, **pipes) if group is None else group.popen(_COMMAND, **pipes)
+        )
+        try:
+            out, _ = child.communicate(json.dumps(payload))
+        except BaseException:
+            _stop(child)
+            raise
+        errors.seek(0)
+        return _outcome(child.returncode, out, errors.read(), group)
+
+
+def _stop(child: subprocess.Popen[str]) -> None:
+    try:
+        child.send_signal(signal.SIGINT)
+        child.wait(_LET_GO_SECONDS)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        child.kill()
+        child.wait()
+        for pipe in (child.stdin, child.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+def _outcome(status: int, out: str, errors: str, group: MemoryCgroup | None) -> ChildOutcome:
+    if group is not None and group.was_oom_killed(status):
+        return ChildOutcome(result={}, oom_killed=True, error=None)
+    lines = out.strip().splitlines()
+    if status == 0 and lines:
+        return ChildOutcome(result=json.loads(lines[-1]), oom_killed=False, error=None)
+    if status == 1 and lines:
+        return ChildOutcome(result={}, oom_killed=False, error=json.loads(lines[-1])["error"])
+    said = " ".join(errors.strip().splitlines()[-1:])
+    how = f"signal {-status}" if status < 0 else f"status {status}"
+    return ChildOutcome(
+        result={}, oom_killed=False, error=f"the run ended with {how}: {said or 'no message'}"
+    )

@@ -1,0 +1,55 @@
+"""transformers' own cache, for comparison: what a decode step costs without dualblade."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from dualblade.bench.decode_rows import LayerShape, RandomRows, whole_layer
+
+
+def filled_dynamic_cache(model: Any, rows: RandomRows, tokens: int) -> DynamicCache:
+    """A DynamicCache that holds `tokens` random tokens."""
+    cache = DynamicCache(config=model.config)
+    for index in range(len(rows.shapes)):
+        cache.update(*whole_layer(rows, index, tokens, model.device), index)
+    return cache
+
+
+class _SharedLayer(DynamicLayer):
+    """A layer that always holds the same `tokens` rows, in buffers that other layers use too."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lazy_initialization(keys, values)
+        self._buffers = keys, values
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self._buffers
+        keys[:, :, -1:], values[:, :, -1:] = key_states, value_states
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return int(self._buffers[0].shape[2]) - 1
+
+
+def shared_cache(model: Any, rows: RandomRows, tokens: int) -> DynamicCache:
+    """A cache whose layers of one shape share one layer's memory.
+
+    With it a decode step has the activations of the full context, while the KV cache costs one
+    layer: so the memory that a process needs besides its cache can be measured.
+    """
+    cache = DynamicCache(config=model.config)
+    buffers: dict[LayerShape, tuple[torch.Tensor, torch.Tensor]] = {}
+    for index, shape in enumerate(rows.shapes):
+        if not shape.grows:
+            cache.update(*whole_layer(rows, index, tokens, model.device), index)
+            continue
+        if shape not in buffers:
+            buffers[shape] = whole_layer(rows, index, tokens, model.device, spare=1)
+        cache.layers[index] = _SharedLayer(*buffers[shape])
+    return cache
