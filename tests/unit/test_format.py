@@ -1,0 +1,83 @@
+"""The superblock: golden bytes, and hostile files."""
+
+import uuid
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from dualblade.errors import NotAStore
+from dualblade.store.format import DATA_OFFSET, SUPERBLOCK_BYTES, Superblock
+from dualblade.units import GIB
+
+BLOCK = Superblock(
+    uuid=uuid.UUID("00112233-4455-6677-8899-aabbccddeeff"),
+    capacity_bytes=GIB,
+    generation=7,
+    created_unix_seconds=1_700_000_000,
+    in_use=True,
+)
+
+GOLDEN_FIELDS = bytes.fromhex(
+    "4455414c424c4144"  # DUALBLAD
+    "01000000"  # version
+    "00100000"  # superblock bytes
+    "00112233445566778899aabbccddeeff"
+    "0000200000000000"  # data offset
+    "0000004000000000"  # capacity
+    "0700000000000000"  # generation
+    "00f1536500000000"  # created
+    "01000000"  # in use
+)
+GOLDEN_CHECKSUM = "0d57ae883b17825f31075a5a30f851a5"
+
+
+def decode(raw: bytes, file_bytes: int = DATA_OFFSET) -> Superblock:
+    return Superblock.decode(raw, path="kv.store", file_bytes=file_bytes)
+
+
+def test_golden_bytes() -> None:
+    raw = BLOCK.encode()
+    assert len(raw) == SUPERBLOCK_BYTES
+    assert raw[: len(GOLDEN_FIELDS)] == GOLDEN_FIELDS
+    assert not any(raw[len(GOLDEN_FIELDS) : -16])
+    assert raw[-16:].hex() == GOLDEN_CHECKSUM
+
+
+def test_round_trip() -> None:
+    assert decode(BLOCK.encode()) == BLOCK
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda raw: b"\x7fELF" + raw[4:], "not a dualblade store"),
+        (lambda raw: raw[:8] + b"\x02" + raw[9:], "version 2"),
+        (lambda raw: raw[:100], "truncated"),
+        (lambda raw: raw[:60] + b"\xff" + raw[61:], "damaged"),
+        (lambda _: b"", "not a dualblade store"),
+    ],
+)
+def test_hostile_superblocks(change: object, why: str) -> None:
+    with pytest.raises(NotAStore, match=why):
+        decode(change(BLOCK.encode()))  # type: ignore[operator]
+
+
+def test_a_file_cut_short_is_refused() -> None:
+    with pytest.raises(NotAStore, match="truncated"):
+        decode(BLOCK.encode(), file_bytes=DATA_OFFSET - 1)
+
+
+@given(st.binary(max_size=2 * SUPERBLOCK_BYTES))
+@example(BLOCK.encode()[:4095])
+def test_any_bytes_are_a_store_or_refused(raw: bytes) -> None:
+    with pytest.raises(NotAStore):
+        decode(raw)
+
+
+@given(at=st.integers(0, SUPERBLOCK_BYTES - 1), flip=st.integers(1, 255))
+def test_one_changed_byte_is_always_found(at: int, flip: int) -> None:
+    raw = bytearray(BLOCK.encode())
+    raw[at] ^= flip
+    with pytest.raises(NotAStore):
+        decode(bytes(raw))
