@@ -11,14 +11,22 @@ import pytest
 
 from dualblade.errors import DeviceError
 from dualblade.host import page_cache
+from dualblade.host.devices import MEMORY_FILE_SYSTEMS, device_facts
 from dualblade.units import MIB
 
 SIZE = 8 * MIB
 
 
+def needs_device(folder: Path) -> None:
+    kind = device_facts(folder).file_system
+    if kind in MEMORY_FILE_SYSTEMS:
+        pytest.skip(f"temporary files are on {kind}: they are page cache; use --basetemp")
+
+
 @pytest.fixture
 def fd(tmp_path: Path) -> Iterator[int]:
     """A file of SIZE random bytes, written back, nothing of it cached."""
+    needs_device(tmp_path)
     with (tmp_path / "data").open("w+b") as file:
         file.write(os.urandom(SIZE))
         file.flush()
