@@ -6,6 +6,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -39,6 +40,12 @@ def _configs() -> dict[str, PretrainedConfig]:
         "mistral": MistralConfig(**grouped, sliding_window=None),
         "phi": PhiConfig(**_SMALL),
         "gemma2": Gemma2Config(**grouped, head_dim=16, sliding_window=16),
+        "gemma3": Gemma3TextConfig(
+            **grouped,
+            head_dim=16,
+            sliding_window=16,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
         "gpt2": GPT2Config(
             vocab_size=128,
             n_embd=64,
@@ -65,6 +72,8 @@ def _configs() -> dict[str, PretrainedConfig]:
 
 
 FAMILIES = tuple(_configs())
+EAGER_ONLY = frozenset({"gemma2"})
+"""transformers has no sdpa for these: their attention caps its scores."""
 
 
 def tiny_model(

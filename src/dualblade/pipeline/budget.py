@@ -67,7 +67,7 @@ class MemoryBudget:
         """
         wide = round_up(tokens_ahead(tokens, self._tokens_max), _CAPACITY_STEP_TOKENS)
         narrow = round_up(tokens, _CAPACITY_STEP_TOKENS)
-        for capacity in (max(wide, self.capacity_tokens), max(narrow, self.capacity_tokens)):
+        for capacity in (max(wide, self.capacity_tokens), narrow):
             shares = self._divide(layers, layer_count, staging_bytes, capacity)
             if shares.fixed_bytes <= shares.budget_bytes:
                 break

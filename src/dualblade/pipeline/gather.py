@@ -13,7 +13,7 @@ from dualblade.units import EXTENT_ALIGN_BYTES, round_up
 
 class GatherBuffers:
     """One buffer for keys and one for values, shared by all layers: a layer's attention has read
-    them before the next layer's tiles are gathered. Reallocated only to grow.
+    them before the next layer's tiles are gathered. Reallocated only when the claim changes.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -22,11 +22,11 @@ class GatherBuffers:
         self._values = torch.empty(0, dtype=torch.uint8)
 
     def ensure(self, keys_bytes: int, values_bytes: int) -> None:
-        """Have room for a layer of that size. Contents are lost when a buffer grows."""
-        if self._keys.nbytes < keys_bytes:
-            self._keys = torch.empty(0, dtype=torch.uint8)  # free before taking the larger one
+        """Have room for a layer of that size, and no more. Contents are lost at a change."""
+        if self._keys.nbytes != self.allocated_bytes(keys_bytes):
+            self._keys = torch.empty(0, dtype=torch.uint8)  # free before taking the new one
             self._keys = self._buffer(keys_bytes)
-        if self._values.nbytes < values_bytes:
+        if self._values.nbytes != self.allocated_bytes(values_bytes):
             self._values = torch.empty(0, dtype=torch.uint8)
             self._values = self._buffer(values_bytes)
 
@@ -45,6 +45,7 @@ class GatherBuffers:
 
     def _buffer(self, size_bytes: int) -> torch.Tensor:
         if self._device.type != "cpu":
+            size_bytes = self.allocated_bytes(size_bytes)
             return torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
         # Huge pages: attention sweeps the buffer at every step, and 4 KiB pages cost TLB misses.
         # The arena's memory lives as long as the tensor does.

@@ -104,7 +104,10 @@ class KVPipeline:
                 together = self._gather_layer(layer, key_rows, value_rows)
             else:
                 together = (key_rows.contiguous(), value_rows.contiguous())
+                self._forget_reads()
             self._take_in(layer, key_rows, value_rows)
+            if len(self._layers) == self._settings.layer_count:
+                self._sweep().finish((2 * layer.index, 2 * layer.index + 1))
         except BaseException as exc:
             self._failure = exc
             raise
@@ -114,6 +117,7 @@ class KVPipeline:
         """Take in rows of layer `index` without attending to them. Raises: as `update`."""
         layer = self._admit(index, key_rows, value_rows)
         try:
+            self._forget_reads()
             self._take_in(layer, key_rows, value_rows)
         except BaseException as exc:
             self._failure = exc
@@ -168,8 +172,6 @@ class KVPipeline:
         started = time.perf_counter()
         layer.append(key_rows, value_rows, self._store_tiles)
         self._append_seconds += time.perf_counter() - started
-        if len(self._layers) == self._settings.layer_count:
-            self._sweep().finish((2 * layer.index, 2 * layer.index + 1))
 
     def _store_tiles(self, unit: Unit, first_tile: int, rows: torch.Tensor) -> None:
         """Send `rows` [batch, kv_heads, n x tile_rows, dim] behind compute as whole tiles."""
@@ -184,6 +186,11 @@ class KVPipeline:
             some = some[:, :, low : low + piece.tiles * size].unflatten(2, (piece.tiles, size))
             machinery.copies.fill(slot, view, some.permute(2, 0, 1, 3, 4))
             machinery.writes.write(unit, piece, slot)
+
+    def _forget_reads(self) -> None:
+        """Rows are taken in without a gather: what was read ahead would miss their tiles."""
+        if self._reads is not None:
+            self._reads.cancel()
 
     def _sweep(self) -> ReadAhead:
         """The reads over all layers known so far, in order."""

@@ -1,0 +1,153 @@
+"""The pipeline against plain tensors: random appends, crops, reorders and resets, on every path.
+
+Two layers with different heads and dims; slots so small that tiles are moved in several pieces.
+"""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from dualblade.config import EngineConfig, Path
+from dualblade.io import open_engine
+from dualblade.pipeline import KVPipeline, KVSettings
+from dualblade.store import Store
+from dualblade.units import KIB, MIB
+
+# (kv_heads, key_dim, value_dim): keys and values differ, layers differ, one needs padded slabs.
+LAYERS = ((2, 16, 24), (3, 20, 20))
+
+
+class KVMachine(RuleBasedStateMachine):
+    """`self.model[layer]` is the pair of plain tensors that the pipeline must give back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pipeline: KVPipeline | None = None
+        self.model: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.generator = torch.Generator().manual_seed(1)
+
+    @initialize(
+        path=st.sampled_from([Path.DIRECT, Path.PAGE_CACHE, Path.DUAL]),
+        engine=st.sampled_from(["posix", "io_uring"]),
+        tile_tokens=st.sampled_from([None, 4, 16]),
+        tokens_max=st.sampled_from([None, 5000]),
+        budget=st.sampled_from([8 * MIB, 64 * MIB]),
+        lookahead=st.sampled_from([1, 4]),
+        batch=st.sampled_from([1, 2, 5]),
+    )
+    def open(
+        self,
+        path: Path,
+        engine: str,
+        tile_tokens: int | None,
+        tokens_max: int | None,
+        budget: int,
+        lookahead: int,
+        batch: int,
+    ) -> None:
+        config = EngineConfig(tile_tokens=tile_tokens, staging_bytes=512 * KIB, lookahead=lookahead)
+        opened = open_engine(engine, queue_depth=4, chunk_bytes=64 * KIB)
+        store = Store.open(None, opened, capacity_bytes=256 * MIB)
+        self.pipeline = KVPipeline(
+            store,
+            opened,
+            KVSettings(
+                path=path,
+                budget_bytes=budget,
+                layer_count=len(LAYERS),
+                tokens_max=tokens_max,
+                device=torch.device("cpu"),
+                config=config,
+            ),
+        )
+        self.batch = batch
+        self.dtype = torch.float32
+
+    @property
+    def tokens(self) -> int:
+        return self.model[0][0].shape[2] if self.model else 0
+
+    def rows(self, layer: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        heads, *dims = LAYERS[layer]
+        made = [
+            torch.randn(self.batch, heads, count, dim, generator=self.generator) for dim in dims
+        ]
+        return made[0], made[1]
+
+    @rule(count=st.one_of(st.integers(1, 5), st.integers(1, 300)))
+    def update(self, count: int) -> None:
+        if self.tokens + count > 1500:
+            return
+        for layer in range(len(LAYERS)):
+            new = self.rows(layer, count)
+            got = self.pipeline.update(layer, *new)
+            old = self.model.get(layer)
+            want = (
+                new
+                if old is None
+                else tuple(torch.cat(pair, dim=2) for pair in zip(old, new, strict=True))
+            )
+            assert torch.equal(got[0], want[0]), "keys differ"
+            assert torch.equal(got[1], want[1]), "values differ"
+            self.model[layer] = (want[0].clone(), want[1].clone())
+            assert self.pipeline.tokens(layer) == want[0].shape[2]
+
+    @rule(count=st.integers(1, 200))
+    def append(self, count: int) -> None:
+        if self.tokens + count > 1500:
+            return
+        for layer in range(len(LAYERS)):
+            new = self.rows(layer, count)
+            self.pipeline.append(layer, *new)
+            old = self.model.get(layer)
+            self.model[layer] = (
+                new
+                if old is None
+                else tuple(torch.cat(pair, dim=2) for pair in zip(old, new, strict=True))
+            )
+
+    @precondition(lambda self: self.tokens > 0)
+    @rule(data=st.data())
+    def crop(self, data: st.DataObject) -> None:
+        some = st.one_of(st.integers(0, min(5, self.tokens)), st.integers(0, self.tokens))
+        count = data.draw(some)
+        for layer, (keys, values) in list(self.model.items()):
+            self.pipeline.crop(layer, count)
+            left = keys.shape[2] - count
+            self.model[layer] = (keys[:, :, :left], values[:, :, :left])
+            assert self.pipeline.tokens(layer) == left
+
+    @precondition(lambda self: self.tokens > 0)
+    @rule(data=st.data())
+    def select(self, data: st.DataObject) -> None:
+        indices = data.draw(st.lists(st.integers(0, self.batch - 1), min_size=1, max_size=6))
+        chosen = torch.tensor(indices)
+        for layer, (keys, values) in list(self.model.items()):
+            self.pipeline.select(layer, chosen)
+            self.model[layer] = (keys[chosen], values[chosen])
+        self.batch = len(indices)
+
+    @rule(recall=st.booleans())
+    def record(self, recall: bool) -> None:
+        for layer in range(len(LAYERS)):
+            self.pipeline.set_recall(layer, recall)
+
+    @rule(batch=st.sampled_from([1, 3]))
+    def reset(self, batch: int) -> None:
+        self.pipeline.reset()
+        self.model.clear()
+        self.batch = batch
+
+    def teardown(self) -> None:
+        if self.pipeline is not None:
+            use = self.pipeline.memory_use()
+            fixed = use.staging_bytes + use.gather_bytes + use.tail_bytes + use.table_bytes
+            assert fixed <= use.budget_bytes
+            self.pipeline.close()
+
+
+TestKVMachine = KVMachine.TestCase
+TestKVMachine.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
