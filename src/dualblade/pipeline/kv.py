@@ -26,7 +26,7 @@ from dualblade.metrics import (
 from dualblade.pipeline.budget import MemoryBudget, Placements
 from dualblade.pipeline.copies import CudaCopies, HostCopies, copies_for
 from dualblade.pipeline.gather import GatherBuffers, scatter
-from dualblade.pipeline.layer import HalfLayer, Layer
+from dualblade.pipeline.layer import HalfLayer, Layer, check_continues, check_rows
 from dualblade.pipeline.read_ahead import ReadAhead
 from dualblade.pipeline.staging import Slots, StagingShape, staging_shape
 from dualblade.pipeline.unit import Piece, Unit, tile_view
@@ -217,13 +217,13 @@ class KVPipeline:
         """
         self.check_usable()
         in_step = index > 0 and self._tokens_of(0) != self._tokens_of(index)
+        layer = self._layers.get(index)
+        is_new = layer is None
         try:
-            _check_rows(key_rows, value_rows)
-            layer = self._layers.get(index)
-            is_new = layer is None
+            check_rows(key_rows, value_rows)
             if layer is None:
                 layer = self._make_layer(index, key_rows, value_rows)
-            _check_continues(layer, key_rows, value_rows)
+            check_continues(layer, key_rows, value_rows)
             self._reserve(layer, key_rows.shape[2])
         except DualBladeError as exc:
             if in_step:
@@ -498,30 +498,3 @@ class KVPipeline:
 
 def _buffer_shape(layer: Layer, half: HalfLayer, capacity: int) -> tuple[int, int, int, int]:
     return layer.batch, half.unit.geometry.kv_heads, capacity, half.unit.geometry.dim
-
-
-def _check_rows(key_rows: torch.Tensor, value_rows: torch.Tensor) -> None:
-    if key_rows.ndim != 4 or value_rows.ndim != 4:
-        raise ConfigError(
-            f"keys and values must be [batch, kv_heads, tokens, dim], not "
-            f"{list(key_rows.shape)} and {list(value_rows.shape)}"
-        )
-    if key_rows.shape[0] != value_rows.shape[0] or key_rows.shape[2] != value_rows.shape[2]:
-        raise ConfigError(
-            f"keys {list(key_rows.shape)} and values {list(value_rows.shape)} must have the same "
-            "batch and tokens"
-        )
-    if key_rows.dtype != value_rows.dtype:
-        raise ConfigError(f"keys are {key_rows.dtype}, values {value_rows.dtype}")
-
-
-def _check_continues(layer: Layer, key_rows: torch.Tensor, value_rows: torch.Tensor) -> None:
-    for name, half, rows in (("keys", layer.keys, key_rows), ("values", layer.values, value_rows)):
-        was = [layer.batch, half.unit.geometry.kv_heads, half.unit.geometry.dim]
-        now = [rows.shape[0], rows.shape[1], rows.shape[3]]
-        if was != now or rows.dtype != layer.dtype:
-            raise ConfigError(
-                f"{name} of layer {layer.index} changed: [batch, kv_heads, dim] was {was} of "
-                f"{layer.dtype}, now {now} of {rows.dtype}",
-                hint="reset the cache before another prompt or batch",
-            )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dualblade.errors import ConfigError
 from dualblade.pipeline.order import SequenceTable
 from dualblade.pipeline.unit import Piece, Unit
 
@@ -153,3 +154,32 @@ class Layer:
         self.table.crop(tiles)
         self.stored_tiles = tiles
         self.tail_rows = rest
+
+
+def check_rows(key_rows: torch.Tensor, value_rows: torch.Tensor) -> None:
+    """Refuse rows that are no keys and values of one layer. Raises: ConfigError."""
+    if key_rows.ndim != 4 or value_rows.ndim != 4:
+        raise ConfigError(
+            f"keys and values must be [batch, kv_heads, tokens, dim], not "
+            f"{list(key_rows.shape)} and {list(value_rows.shape)}"
+        )
+    if key_rows.shape[0] != value_rows.shape[0] or key_rows.shape[2] != value_rows.shape[2]:
+        raise ConfigError(
+            f"keys {list(key_rows.shape)} and values {list(value_rows.shape)} must have the same "
+            "batch and tokens"
+        )
+    if key_rows.dtype != value_rows.dtype:
+        raise ConfigError(f"keys are {key_rows.dtype}, values {value_rows.dtype}")
+
+
+def check_continues(layer: Layer, key_rows: torch.Tensor, value_rows: torch.Tensor) -> None:
+    """Refuse rows that do not continue the layer. Raises: ConfigError."""
+    for name, half, rows in (("keys", layer.keys, key_rows), ("values", layer.values, value_rows)):
+        was = [layer.batch, half.unit.geometry.kv_heads, half.unit.geometry.dim]
+        now = [rows.shape[0], rows.shape[1], rows.shape[3]]
+        if was != now or rows.dtype != layer.dtype:
+            raise ConfigError(
+                f"{name} of layer {layer.index} changed: [batch, kv_heads, dim] was {was} of "
+                f"{layer.dtype}, now {now} of {rows.dtype}",
+                hint="reset the cache before another prompt or batch",
+            )

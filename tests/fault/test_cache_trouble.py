@@ -1,0 +1,200 @@
+"""Everything that can be wrong with a cache's model, budget or calls: told, and nothing lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    DynamicCache,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.models.bert.modeling_bert import BertModel
+
+import dualblade
+from dualblade import BudgetError, Closed, ConfigError, DualBladeCache, Unsupported
+from tests.integration.tiny_models import prompt, tiny_model
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
+
+
+def rows(tokens: int, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = {"batch": 1, "heads": 2, "dim": 16, "dtype": torch.float32, **changes}
+    made = torch.ones(shape["batch"], shape["heads"], tokens, shape["dim"], dtype=shape["dtype"])
+    return made, made
+
+
+def step(cache: DualBladeCache, tokens: int, **changes: Any) -> None:
+    for layer in range(3):
+        cache.update(*rows(tokens, **changes), layer)
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: BertModel(BertConfig(**SMALL, num_attention_heads=2)), "does not generate"),
+        (lambda: MambaForCausalLM(MambaConfig(**SMALL)), "no full-attention layers"),
+        (
+            lambda: MistralForCausalLM(
+                MistralConfig(**SMALL, num_attention_heads=2, sliding_window=8)
+            ),
+            "bounded by the window",
+        ),
+        (
+            lambda: T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=32, num_layers=1)),
+            "encoder-decoder",
+        ),
+    ],
+)
+def test_models_without_such_a_cache(make: Any, why: str) -> None:
+    with pytest.raises(Unsupported, match=why):
+        DualBladeCache.for_model(make(), memory_budget="16MiB")
+
+
+def test_a_layer_type_that_nobody_knows_is_named() -> None:
+    model = tiny_model()
+    model.config.layer_types = ["full_attention", "warp_attention", "full_attention"]
+    with pytest.raises(Unsupported, match="warp_attention"):
+        DualBladeCache.for_model(model, memory_budget="16MiB")
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"path": "dirct"}, "unknown path 'dirct'"),
+        ({"attention": "flash"}, "unknown attention"),
+        ({"memory_budget": "lots"}, "not a size"),
+        ({"max_tokens": 0}, "max_tokens"),
+    ],
+)
+def test_arguments_that_mean_nothing(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        DualBladeCache.for_model(tiny_model(), **{"memory_budget": "16MiB", **options})
+
+
+def test_an_unknown_engine_setting_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'queue_depth'"):
+        dualblade.EngineConfig.from_mapping({"que_depth": 4})
+
+
+def test_a_budget_below_staging_says_the_least_that_would_do() -> None:
+    with pytest.raises(BudgetError, match="at least") as caught:
+        DualBladeCache.for_model(tiny_model(), memory_budget="1MiB")
+    with DualBladeCache.for_model(tiny_model(), memory_budget=2 * caught.value.needed_bytes):
+        pass
+
+
+@pytest.mark.parametrize(
+    "change", [{"batch": 2}, {"heads": 3}, {"dim": 8}, {"dtype": torch.bfloat16}]
+)
+def test_another_shape_or_dtype_between_updates_changes_nothing(change: dict[str, Any]) -> None:
+    with DualBladeCache.for_model(tiny_model(), memory_budget="16MiB") as cache:
+        step(cache, 70)
+        with pytest.raises(ConfigError, match="of layer 0 changed"):
+            cache.update(*rows(1, **change), 0)
+        step(cache, 1)
+        assert cache.get_seq_length() == 71
+
+
+def test_keys_and_values_that_disagree() -> None:
+    with DualBladeCache.for_model(tiny_model(), memory_budget="16MiB") as cache:
+        keys, values = rows(4)
+        with pytest.raises(ConfigError, match="same batch and tokens"):
+            cache.update(keys, values[:, :, :3], 0)
+        with pytest.raises(ConfigError, match=r"\[batch, kv_heads, tokens, dim\]"):
+            cache.update(keys[0], values[0], 0)
+
+
+def test_gradients_are_refused() -> None:
+    with DualBladeCache.for_model(tiny_model(), memory_budget="16MiB") as cache:
+        keys, values = rows(4)
+        with pytest.raises(Unsupported, match="no_grad"):
+            cache.update(keys.requires_grad_(), values, 0)
+
+
+def test_a_context_that_outgrows_the_budget_is_refused_before_the_step() -> None:
+    with DualBladeCache.for_model(tiny_model(), memory_budget="8MiB") as cache:
+        while 2 * cache.stats().memory.gather_bytes < 8 << 20:
+            step(cache, 1000)
+        with pytest.raises(BudgetError, match="gather buffer") as caught:
+            step(cache, 100_000)
+        tokens = cache.get_seq_length()
+        assert caught.value.needed_bytes > cache.stats().memory.budget_bytes
+        assert [cache.get_seq_length(i) for i in range(3)] == [tokens] * 3, "half a step was taken"
+        cache.crop(-1000)
+        step(cache, 1)
+
+
+def test_max_tokens_is_a_limit() -> None:
+    with DualBladeCache.for_model(tiny_model(), memory_budget="16MiB", max_tokens=100) as cache:
+        step(cache, 100)
+        with pytest.raises(ConfigError, match="max_tokens=100"):
+            step(cache, 1)
+        assert cache.get_seq_length() == 100
+
+
+def test_use_after_close_and_closing_twice() -> None:
+    cache = DualBladeCache.for_model(tiny_model(), memory_budget="16MiB")
+    step(cache, 70)
+    cache.close()
+    cache.close()
+    with pytest.raises(Closed, match="is closed"):
+        cache.update(*rows(1), 0)
+    with pytest.raises(Closed):
+        cache.reset()
+    assert cache.stats().path == "dual"
+
+
+def test_an_interrupt_in_the_middle_of_a_step_spoils_the_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with DualBladeCache.for_model(tiny_model(), memory_budget="16MiB") as cache:
+        step(cache, 70)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                "dualblade.pipeline.kv.scatter", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            )
+            with pytest.raises(KeyboardInterrupt):
+                step(cache, 1)
+        with pytest.raises(Closed, match="failed earlier"):
+            step(cache, 1)
+
+
+def test_nothing_is_left_behind(own_cache_directory: Path) -> None:
+    model = tiny_model()
+    with DualBladeCache.for_model(model, memory_budget="16MiB") as cache:
+        model.generate(**prompt(), past_key_values=cache, max_new_tokens=5)
+    assert list(own_cache_directory.iterdir()) == []
+
+
+def test_a_cache_cannot_be_copied() -> None:
+    import copy
+
+    with (
+        DualBladeCache.for_model(tiny_model(), memory_budget="16MiB") as cache,
+        pytest.raises(Unsupported, match="cannot be copied"),
+    ):
+        copy.deepcopy(cache)
+
+
+def test_two_caches_on_one_model() -> None:
+    model, inputs = tiny_model(), prompt()
+    want = model.generate(
+        **inputs, past_key_values=DynamicCache(config=model.config), max_new_tokens=80
+    )
+    with (
+        DualBladeCache.for_model(model, memory_budget="16MiB") as first,
+        DualBladeCache.for_model(model, memory_budget="16MiB", path="direct") as second,
+    ):
+        for cache in (first, second, first):
+            cache.reset()
+            got = model.generate(**inputs, past_key_values=cache, max_new_tokens=80)
+            assert torch.equal(got, want)
