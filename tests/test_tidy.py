@@ -1,0 +1,136 @@
+"""The layout holds: imports go one way, files stay readable, public names are pinned."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import dualblade
+
+SOURCE = Path(dualblade.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+LINES_MAX = 500
+FUNCTION_LINES_MAX = 70
+
+# Who may import whom. A tensor's way from top to bottom; residency and store never meet.
+BASE = {"units", "errors", "config", "geometry", "metrics"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "units": {"errors"},
+    "errors": set(),
+    "config": {"units", "errors"},
+    "geometry": {"units"},
+    "metrics": set(),
+    "io": BASE,
+    "host": BASE,
+    "residency": BASE,
+    "store": BASE | {"io", "host"},
+    "pipeline": BASE | {"io", "store", "residency", "host"},
+    "hf": BASE | {"io", "store", "residency", "host", "pipeline"},
+    "testing": BASE | {"io"},
+    "bench": BASE | {"io", "host", "store", "hf", "__init__"},
+    "cli": BASE | {"io", "host", "store", "residency", "hf", "bench", "__init__"},
+    "__init__": BASE | {"hf"},
+    "__main__": {"cli"},
+}
+ONLY_IMPORTER = {"transformers": {"hf"}, "typer": {"cli"}, "rich": {"cli"}}
+TORCH_FREE = (
+    "units",
+    "errors",
+    "config",
+    "geometry",
+    "metrics",
+    "io",
+    "host",
+    "residency",
+    "store",
+)
+
+
+def room_of(path: Path) -> str:
+    relative = path.relative_to(SOURCE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_go_one_way(path: Path) -> None:
+    room = room_of(path)
+    for module in imports_of(path):
+        top, *rest = module.split(".")
+        if top == "dualblade":
+            target = rest[0] if rest else "__init__"
+            allowed = MAY_IMPORT[room] | {room}
+            assert target in allowed, f"{room} may not import {module}"
+        for library, rooms in ONLY_IMPORTER.items():
+            assert top != library or room in rooms, f"{room} may not import {library}"
+        assert top != "torch" or room not in TORCH_FREE, f"{room} is to stay free of torch"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_files_and_functions_stay_readable(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert len(lines) <= LINES_MAX
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= FUNCTION_LINES_MAX, f"{node.name}: {length} lines"
+
+
+def test_public_names_are_pinned() -> None:
+    assert dualblade.__all__ == [
+        "BudgetError",
+        "Closed",
+        "ConfigError",
+        "CorruptExtent",
+        "DeviceError",
+        "DualBladeCache",
+        "DualBladeError",
+        "EngineConfig",
+        "NoSpace",
+        "NotAStore",
+        "StorageError",
+        "Unsupported",
+        "__version__",
+    ]
+    for name in dualblade.__all__:
+        assert hasattr(dualblade, name)
+
+
+def test_no_file_is_dead() -> None:
+    """Every module is imported by another, or is an entry point."""
+    entries = {"dualblade.__main__", "dualblade.cli.app", "dualblade.bench.decode_child"}
+    imported = {module for path in FILES for module in imports_of(path)}
+    for path in FILES:
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        name = ".".join(("dualblade", *parts))
+        if path.name == "__init__.py" or parts[0] == "testing" or name in entries:
+            continue
+        parent, leaf = name.rsplit(".", 1)
+        from_package = any(
+            isinstance(node, ast.ImportFrom)
+            and node.module == parent
+            and leaf in {alias.name for alias in node.names}
+            for other in FILES
+            for node in ast.walk(ast.parse(other.read_text()))
+        )
+        assert name in imported or from_package, f"{name} is imported by nobody"
+
+
+def test_native_core_stays_small() -> None:
+    root = SOURCE.parents[1] / "native"
+    if not root.is_dir():
+        pytest.skip("installed without the sources")
+    sources = [
+        p for p in root.rglob("*") if p.suffix in (".cpp", ".hpp") and "tests" not in p.parts
+    ]
+    assert sum(len(p.read_text().splitlines()) for p in sources) <= 1500
