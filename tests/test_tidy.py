@@ -35,7 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": BASE | {"hf"},
     "__main__": {"cli"},
 }
-ONLY_IMPORTER = {"transformers": {"hf"}, "typer": {"cli"}, "rich": {"cli"}}
+# bench: its yardstick is transformers' own cache.
+ONLY_IMPORTER = {"transformers": {"hf", "bench"}, "typer": {"cli"}, "rich": {"cli"}}
 TORCH_FREE = (
     "units",
     "errors",

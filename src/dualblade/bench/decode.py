@@ -330,13 +330,18 @@ def _summaries(runs: list[dict[str, Any]], fio: list[dict[str, Any]]) -> list[di
                 "oom_killed": sum(run["oom_killed"] for run in group),
                 "step_seconds_median": step,
                 "step_seconds_spread": [min(times), max(times)] if times else None,
-                "step_to_memory": step / memory if step and memory else None,
+                "step_to_memory": _ratio(step, memory),
+                "step_to_dynamic_cache": _ratio(step, medians.get((YARDSTICK, None))),
                 "device_seconds": device,
                 "roof_seconds": roof,
-                "step_to_roof": step / roof if step and roof else None,
+                "step_to_roof": _ratio(step, roof),
             }
         )
     return summaries
+
+
+def _ratio(value: float | None, base: float | None) -> float | None:
+    return value / base if value is not None and base else None
 
 
 def _median(runs: list[dict[str, Any]], name: str) -> float | None:

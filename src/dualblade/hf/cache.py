@@ -81,23 +81,8 @@ class DualBladeCache(Cache):
             return cls(kept, None, way, None)
         budget = auto_budget_bytes() if memory_budget == "auto" else parse_size(memory_budget)
         _check_budget(model, budget, settings)
-        engine = open_engine(
-            settings.io_engine, queue_depth=settings.queue_depth, chunk_bytes=settings.chunk_bytes
-        )
-        try:
-            opened = Store.open(
-                store,
-                engine,
-                direct=way is not Path.PAGE_CACHE,
-                capacity_bytes=settings.disk_capacity_bytes,
-                keep_blocks=settings.keep_store_blocks,
-            )
-        except BaseException:
-            engine.close()
-            raise
-        pipeline = KVPipeline(
-            opened,
-            engine,
+        opened, pipeline = _open_pipeline(
+            store,
             KVSettings(
                 path=way,
                 budget_bytes=budget,
@@ -110,7 +95,7 @@ class DualBladeCache(Cache):
         index = 0
         for layer_index, is_stored in enumerate(stored):
             if is_stored:
-                layers[layer_index] = StoredLayer(pipeline, index, layer_index, max_tokens)
+                layers[layer_index] = StoredLayer(pipeline, index, max_tokens)
                 index += 1
         return cls(layers, pipeline, way, opened)
 
@@ -190,6 +175,28 @@ _NO_MEMORY = MemoryUse(
     page_cache_planned_bytes=0,
     page_cache_bytes=0,
 )
+
+
+def _open_pipeline(
+    store: str | os.PathLike[str] | None, settings: KVSettings
+) -> tuple[Store, KVPipeline]:
+    """The engine, the store and the pipeline over them; nothing stays open when one refuses."""
+    config = settings.config
+    engine = open_engine(
+        config.io_engine, queue_depth=config.queue_depth, chunk_bytes=config.chunk_bytes
+    )
+    try:
+        opened = Store.open(
+            store,
+            engine,
+            direct=settings.path is not Path.PAGE_CACHE,
+            capacity_bytes=config.disk_capacity_bytes,
+            keep_blocks=config.keep_store_blocks,
+        )
+    except BaseException:
+        engine.close()
+        raise
+    return opened, KVPipeline(opened, engine, settings)
 
 
 def _layer_bytes(layer: Any) -> int:

@@ -14,19 +14,16 @@ from dualblade.pipeline import KVPipeline
 class StoredLayer(CacheLayerMixin):
     """A full-attention layer whose KV is in the store. Thin: all is done by the pipeline.
 
-    `index` is its place among the stored layers, `layer_index` its place in the model.
+    `index` is its place among the stored layers.
     """
 
     is_sliding = False
     is_croppable = True
 
-    def __init__(
-        self, pipeline: KVPipeline, index: int, layer_index: int, tokens_max: int | None
-    ) -> None:
+    def __init__(self, pipeline: KVPipeline, index: int, tokens_max: int | None) -> None:
         super().__init__()
         self._pipeline = pipeline
         self._index = index
-        self._layer_index = layer_index
         self._tokens_max = tokens_max
         self._record_past = False
 

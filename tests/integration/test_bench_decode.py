@@ -1,0 +1,211 @@
+"""bench decode end to end, tiny: every mode, with and without a limit, and what goes wrong.
+
+Each run is a process that imports torch and transformers, so the results are made once per module.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dualblade.bench.decode import MODES, DecodeBenchOptions, run_decode_bench
+from dualblade.errors import DualBladeError
+from dualblade.host.cgroup import MemoryCgroup, _find_parent
+from dualblade.units import MIB
+
+MODEL = "random:llama?layers=8,hidden=128,heads=2,kv_heads=2,intermediate=128,vocab=256"
+KV_BYTES = 64 * MIB  # 8 layers x keys and values x 2 heads x 64 dims x 2 bytes = 4 KiB a token
+SHAPE: dict[str, Any] = {"model": MODEL, "batch": 4, "context": 4096, "steps": 3}
+STORED = ("dual", "page-cache", "direct")
+
+REASON = MemoryCgroup.available()
+needs_cgroup = pytest.mark.skipif(REASON is not None, reason=f"no memory cgroup: {REASON}")
+
+CONTRACT = {
+    "mode",
+    "attention",
+    "engine",
+    "dtype",
+    "memory_limit_bytes",
+    "kv_bytes",
+    "step_seconds_median",
+    "step_seconds_p99",
+    "device_read_bytes_per_step",
+    "page_cache_hit_fraction",
+    "peak_memory_bytes",
+    "oom_killed",
+    "tokens_sha256",
+}
+
+
+@pytest.fixture(scope="module")
+def free_runs() -> dict[str, Any]:
+    """All modes without a limit, the budget half of the KV."""
+    options = DecodeBenchOptions(**SHAPE, modes=MODES, memory_budget="32MiB", compare_fio=False)
+    return plain(run_decode_bench(options))
+
+
+@pytest.fixture(scope="module")
+def limited_runs() -> dict[str, Any]:
+    """The stored modes and `memory` with half of the KV left for their cache."""
+    options = DecodeBenchOptions(**SHAPE, modes=(*STORED, "memory"), memory_limits=("50%",))
+    return plain(run_decode_bench(options))
+
+
+def plain(result: dict[str, Any]) -> dict[str, Any]:
+    """As a reader of the JSON sees it."""
+    read: dict[str, Any] = json.loads(json.dumps(result))
+    return read
+
+
+def of_mode(result: dict[str, Any], mode: str) -> dict[str, Any]:
+    (run,) = [run for run in result["runs"] if run["mode"] == mode]
+    assert run["error"] is None, run["error"]
+    return dict(run)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_runs_without_a_limit(free_runs: dict[str, Any], mode: str) -> None:
+    run = of_mode(free_runs, mode)
+    assert set(run) >= CONTRACT
+    assert run["memory_limit_bytes"] is None
+    assert run["oom_killed"] is False
+    assert (run["dtype"], run["batch"], run["context"]) == ("bfloat16", 4, 4096)
+    assert run["kv_bytes"] == KV_BYTES
+    assert len(run["step_seconds"]) == 3
+    assert run["step_seconds_p99"] == max(run["step_seconds"])
+    assert run["peak_memory_bytes"] > run["base_memory_bytes"] > 0
+
+
+def test_all_modes_give_the_same_tokens(free_runs: dict[str, Any]) -> None:
+    assert free_runs["tokens_agree"] is True
+    assert len({run["tokens_sha256"] for run in free_runs["runs"]}) == 1
+
+
+def test_each_mode_reads_what_it_must_and_no_more(free_runs: dict[str, Any]) -> None:
+    for mode in ("memory", "dynamic-cache"):
+        run = of_mode(free_runs, mode)
+        assert run["device_read_bytes_per_step"] == 0
+        assert run["page_cache_hit_fraction"] is None
+        assert run["engine"] is None
+    direct = of_mode(free_runs, "direct")
+    assert direct["device_read_bytes_per_step"] == direct["direct_read_bytes_per_step"] == KV_BYTES
+    assert direct["page_cache_hit_fraction"] is None
+    cached = of_mode(free_runs, "page-cache")
+    assert cached["device_read_bytes_per_step"] == 0
+    assert cached["page_cache_read_bytes_per_step"] == KV_BYTES
+    assert cached["page_cache_hit_fraction"] == 1.0
+    dual = of_mode(free_runs, "dual")
+    assert dual["direct_read_bytes_per_step"] == dual["device_read_bytes_per_step"]
+    together = dual["direct_read_bytes_per_step"] + dual["page_cache_read_bytes_per_step"]
+    assert together == KV_BYTES
+
+
+@pytest.mark.parametrize("mode", ["dual", "direct"])
+def test_the_budget_holds_at_every_step(free_runs: dict[str, Any], mode: str) -> None:
+    run = of_mode(free_runs, mode)
+    assert run["budget_bytes"] == 32 * MIB
+    assert run["budget_held"] is True
+    assert 0 < run["budget_used_bytes_max"] <= 32 * MIB
+
+
+def test_the_result_says_what_it_was_measured_on(free_runs: dict[str, Any]) -> None:
+    assert free_runs["machine"]["kernel"]
+    assert free_runs["machine"]["device"]["file_system"]
+    assert free_runs["command"]
+    assert free_runs["options"]["model"] == MODEL
+    assert [entry["mode"] for entry in free_runs["summary"]] == list(MODES)
+
+
+@needs_cgroup
+@pytest.mark.parametrize("mode", STORED)
+def test_stored_modes_live_in_half_of_the_memory(limited_runs: dict[str, Any], mode: str) -> None:
+    run = of_mode(limited_runs, mode)
+    base = limited_runs["calibration"]["base_bytes"]
+    assert run["memory_limit"] == "50%"
+    assert run["memory_limit_bytes"] == base + KV_BYTES // 2
+    assert run["memory_limit_from"] == "loaded"
+    assert run["oom_killed"] is False
+    assert 0 < run["peak_memory_bytes"] <= run["memory_limit_bytes"]
+    assert run["budget_bytes"] == KV_BYTES // 2
+    assert run["tokens_sha256"]
+
+
+@needs_cgroup
+def test_what_does_not_fit_is_killed_and_reported(limited_runs: dict[str, Any]) -> None:
+    run = of_mode(limited_runs, "memory")
+    assert run["oom_killed"] is True
+    assert set(run) >= CONTRACT
+    for name in ("step_seconds_median", "step_seconds_p99", "step_seconds", "tokens_sha256"):
+        assert run[name] is None
+    assert limited_runs["tokens_agree"] is True  # of those that ended
+
+
+@needs_cgroup
+def test_a_limit_below_the_process_kills_it_while_loading() -> None:
+    options = DecodeBenchOptions(**SHAPE, modes=("memory",), memory_limits=("48MiB",))
+    (run,) = run_decode_bench(options)["runs"]
+    assert run["memory_limit_from"] == "start"
+    assert run["memory_limit_bytes"] == 48 * MIB
+    assert run["oom_killed"] is True
+
+
+def test_an_error_of_one_run_is_told_and_stops_nothing() -> None:
+    options = DecodeBenchOptions(**SHAPE, modes=("direct", "memory"), memory_budget="64KiB")
+    told: list[str] = []
+    direct, memory = run_decode_bench(options, told.append)["runs"]
+    assert "budget" in direct["error"]
+    assert direct["oom_killed"] is False
+    assert direct["step_seconds_median"] is None
+    assert memory["error"] is None
+    assert len(told) == 2
+    assert "budget" in told[0]
+
+
+@needs_cgroup
+def test_an_unknown_model_stops_the_calibration() -> None:
+    options = DecodeBenchOptions(model="random:no-such-model", memory_limits=("50%",))
+    with pytest.raises(DualBladeError, match="no-such-model"):
+        run_decode_bench(options)
+
+
+RUN_FOREVER = """
+import sys
+from pathlib import Path
+from dualblade.bench.decode import DecodeBenchOptions, run_decode_bench
+options = DecodeBenchOptions(
+    model=sys.argv[1], batch=4, context=4096, steps=10**6, modes=("direct",),
+    memory_limits=sys.argv[3:], store=Path(sys.argv[2]), memory_budget="32MiB",
+)
+try:
+    run_decode_bench(options)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("limit", [pytest.param("1.0", marks=needs_cgroup), "none"])
+def test_ctrl_c_leaves_no_child_no_cgroup_and_no_store(tmp_path: Path, limit: str) -> None:
+    store = tmp_path / "kv.store"
+    command = [sys.executable, "-c", RUN_FOREVER, MODEL, str(store), limit]
+    with subprocess.Popen(command, start_new_session=True) as parent:
+        deadline = time.monotonic() + 120
+        while not store.exists() and parent.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert store.exists(), "the run did not start"
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        assert len(children) == 1
+        os.kill(parent.pid, signal.SIGINT)
+        assert parent.wait(timeout=60) == 130
+    assert not Path(f"/proc/{children[0]}").exists()
+    assert list(tmp_path.iterdir()) == []
+    group = _find_parent()[0]
+    assert group is None or not list(group.directory.glob(f"dualblade-{parent.pid}-*"))
