@@ -1,0 +1,44 @@
+"""A model on a GPU: pinned staging, copies on a side stream, the same tokens and logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from dualblade import DualBladeCache
+from tests.integration.tiny_models import prompt, tiny_model
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+
+
+@pytest.mark.parametrize("path", ["memory", "page-cache", "direct", "dual"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_greedy_is_bit_equal_on_cuda(path: str, dtype: torch.dtype) -> None:
+    model = tiny_model("llama", dtype).to("cuda")
+    inputs = {name: tensor.to("cuda") for name, tensor in prompt(batch=3, pad=5).items()}
+    settings = {
+        "max_new_tokens": 150,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
+    want = model.generate(**inputs, past_key_values=DynamicCache(config=model.config), **settings)
+    with DualBladeCache.for_model(model, memory_budget="16MiB", path=path) as cache:
+        got = model.generate(**inputs, past_key_values=cache, **settings)
+    assert torch.equal(got.sequences, want.sequences)
+    for ours, theirs in zip(got.logits, want.logits, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_beams_and_crops_on_cuda() -> None:
+    model = tiny_model().to("cuda")
+    inputs = {name: tensor.to("cuda") for name, tensor in prompt(batch=2, pad=5).items()}
+    for options in ({"num_beams": 3}, {"num_beams": 1, "prefill_chunk_size": 30}):
+        settings = {"max_new_tokens": 100, "do_sample": False, **options}
+        want = model.generate(
+            **inputs, past_key_values=DynamicCache(config=model.config), **settings
+        )
+        with DualBladeCache.for_model(model, memory_budget="16MiB") as cache:
+            got = model.generate(**inputs, past_key_values=cache, **settings)
+        assert torch.equal(got, want)
