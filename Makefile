@@ -1,0 +1,45 @@
+# The two commands of the README, and what a maintainer needs. Each sets up all that it uses.
+#
+#   make demo           a real model answers with its KV cache beyond its memory budget
+#   make test           all tests
+#   make check          formatting, lints, types, fast tests (about a minute)
+#   make check-native   the native engine's tests under sanitizers
+
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := CMakeLists.txt $(shell find native -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
+
+.PHONY: demo test check check-native venv clean
+
+demo: venv
+	$(BIN)/dualblade demo
+
+test: venv
+	$(BIN)/python -m pytest
+
+check: venv
+	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find native -name '*.cpp' -o -name '*.hpp')
+	$(BIN)/python -m pytest -q tests/test_tidy.py tests/unit tests/property tests/contract
+
+check-native: venv
+	bash native/check.sh
+
+venv: $(VENV)/.installed
+
+# torch comes first and by number: on a machine with a CPU build at hand it is taken, and nothing
+# later asks for another. Rebuilt when the build files or the native sources change.
+$(VENV)/.installed: pyproject.toml $(NATIVE) scripts/system_packages
+	bash scripts/system_packages
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q torch==2.13.0
+	$(BIN)/pip install -q 'scikit-build-core>=0.10' 'nanobind>=2.4' cmake ninja
+	$(BIN)/pip install -q --no-build-isolation -e '.[dev,demo]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
