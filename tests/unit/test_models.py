@@ -1,0 +1,225 @@
+"""Models by name: what each spec gives, and what each mistake says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dualblade.errors import ConfigError, DualBladeError, Unsupported
+from dualblade.hf import models
+from dualblade.hf.models import LoadedModel, config_of, load_model, parse_dtype
+from dualblade.hf.random_models import FAMILIES, PRESETS, random_config
+
+TINY = "layers=2,hidden=64,heads=4,vocab=300,positions=128"
+
+
+def greedy(loaded: LoadedModel, prompt: str, count: int = 6) -> list[int]:
+    ids = torch.tensor([loaded.encode(prompt)])
+    out = loaded.model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
+    )
+    return out[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_generates(family: str) -> None:
+    loaded = load_model(f"random:{family}?{TINY}", dtype=torch.float32, device="cpu")
+    assert loaded.model.dtype == torch.float32
+    assert not loaded.model.training
+    assert loaded.positions_max == 128
+    tokens = greedy(loaded, "some text")
+    assert len(tokens) == 6
+    assert all(torch.isfinite(p).all() for p in loaded.model.parameters())
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_every_preset_has_a_configuration(preset: str) -> None:
+    config = random_config(f"random:{preset}")
+    assert config.num_hidden_layers >= 12
+
+
+def test_a_preset_takes_overrides() -> None:
+    config = config_of("random:llama-3-8b?layers=3,vocab=100")
+    assert (config.num_hidden_layers, config.vocab_size) == (3, 100)
+    assert (config.num_key_value_heads, config.hidden_size) == (8, 4096)
+
+
+def test_the_seed_decides_the_weights() -> None:
+    spec = f"random:llama?{TINY}"
+
+    def first_weights(seed: int) -> torch.Tensor:
+        return next(load_model(spec, seed=seed).model.parameters())
+
+    assert torch.equal(first_weights(1), first_weights(1))
+    assert not torch.equal(first_weights(1), first_weights(2))
+
+
+def test_rows_and_layers_differ() -> None:
+    """The pool that weights are laid out from must not make two rows or two matrices alike."""
+    model = load_model("random:llama?layers=2,hidden=256,heads=4", dtype=torch.float32).model
+    first, second = (layer.mlp.up_proj.weight for layer in model.model.layers)
+    assert len(torch.unique(first, dim=0)) == len(first)
+    assert not torch.equal(first, second)
+
+
+def test_tied_weights_stay_tied() -> None:
+    model = load_model(f"random:gpt2?{TINY}").model
+    assert model.lm_head.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
+
+
+def test_gemma_keeps_its_window() -> None:
+    config = random_config("random:gemma3?layers=6,hidden=64,heads=4,window=32")
+    assert config.sliding_window == 32
+    assert set(config.layer_types) == {"sliding_attention", "full_attention"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "said", "hint"),
+    [
+        ("random:lama", "unknown random model 'lama'", "did you mean 'llama'?"),
+        ("random:", "unknown random model ''", "known:"),
+        ("random:llama?layer=2", "unknown size 'layer'", "did you mean 'layers'?"),
+        ("random:gpt2?kv_heads=3", "no 'kv_heads'", "they have: layers"),
+        ("random:llama?layers=none", "must be a number", None),
+        ("random:llama?layers", "must be a number", None),
+        ("random:llama?layers=0", "must be a number", None),
+        ("random:llama?hidden=100,heads=8", "multiple of heads=8", None),
+        ("random:llama?heads=4,kv_heads=3", "multiple of kv_heads=3", None),
+        ("./missing", "no model at ./missing", "name a folder"),
+        ("missing.gguf", "no model at missing.gguf", "name a folder"),
+        ("two words", "no model at two words", "name a folder"),
+        ("", "no model is named", "name a folder"),
+    ],
+)
+def test_a_wrong_spec_says_what_to_do(spec: str, said: str, hint: str | None) -> None:
+    for ask in (load_model, config_of):
+        with pytest.raises(ConfigError) as caught:
+            ask(spec)
+        assert said in caught.value.message
+        assert hint is None or hint in (caught.value.hint or "")
+
+
+def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no model"):
+        load_model(str(tmp_path))
+    (tmp_path / "readme.txt").write_text("not a model")
+    with pytest.raises(ConfigError, match=r"not a \.gguf one"):
+        load_model(str(tmp_path / "readme.txt"))
+    (tmp_path / "a.gguf").write_bytes(b"")
+    (tmp_path / "b.gguf").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"holds 2 \.gguf files"):
+        load_model(str(tmp_path))
+
+
+def test_a_damaged_gguf_file(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF but not really")
+    with pytest.raises(Unsupported, match="cannot be loaded"):
+        load_model(str(tmp_path / "a.gguf"))
+
+
+def test_no_gguf_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(Unsupported, match="needs gguf and accelerate") as caught:
+        load_model(str(tmp_path))
+    assert caught.value.hint == "pip install gguf accelerate"
+
+
+def saved(tmp_path: Path) -> Path:
+    load_model(f"random:llama?{TINY}").model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.json", b"{", "cannot be loaded"),
+        ("config.json", b'{"model_type": "frobnicator"}', "does not know"),
+        ("config.json", b'{"model_type": "bert", "hidden_size": "many"}', "cannot be loaded"),
+        ("config.json", b'{"model_type": "t5"}', "not a decoder"),
+        ("model.safetensors", b"short", "cannot be loaded"),
+    ],
+)
+def test_a_damaged_or_foreign_folder(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (saved(tmp_path) / name).write_bytes(content)
+    with pytest.raises(Unsupported) as caught:
+        load_model(str(tmp_path))
+    assert said in caught.value.message
+    assert str(caught.value).count("\n") <= 1
+
+
+def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(DualBladeError):
+        load_model(str(saved(tmp_path)))
+
+
+def test_half_precision_is_widened_on_a_cpu(tmp_path: Path) -> None:
+    saved(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "dtype": "float16"}))
+    source = models._find(str(tmp_path), lambda _line: None)
+    assert models._own_dtype(source, torch.device("cpu")) == torch.bfloat16
+    assert models._own_dtype(source, torch.device("cuda")) == "auto"
+
+
+def test_no_hub_is_said_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(models, "_hub_reachable", lambda: False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(Unsupported, match="no model hub can be reached") as caught:
+        load_model("some-org/some-model")
+    assert "random:" in (caught.value.hint or "")
+    assert models.hub.HF_HUB_OFFLINE is False
+
+
+def test_what_the_hub_answers() -> None:
+    class GatedRepoError(OSError):
+        pass
+
+    class RepositoryNotFoundError(OSError):
+        pass
+
+    def explained(cause: Exception) -> DualBladeError:
+        error = OSError("a long\nmessage")
+        error.__cause__ = cause
+        return models._explained("org/name", error, is_hub_id=True, offline=False)
+
+    assert "gated" in explained(GatedRepoError()).message
+    assert isinstance(explained(RepositoryNotFoundError()), ConfigError)
+    assert explained(OSError()).message == "org/name cannot be loaded: a long message"
+
+
+def test_words_for_dtypes_and_devices() -> None:
+    assert parse_dtype("auto") is None
+    assert parse_dtype("bfloat16") is torch.bfloat16
+    with pytest.raises(ConfigError, match="unknown dtype 'int8'"):
+        parse_dtype("int8")
+    with pytest.raises(ConfigError, match="unknown device 'gpu'"):
+        load_model(f"random:llama?{TINY}", device="gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(Unsupported, match="no CUDA GPU"):
+            load_model(f"random:llama?{TINY}", device="cuda")
+
+
+def test_bytes_stand_in_for_a_tokenizer() -> None:
+    loaded = load_model("random:llama?layers=1,hidden=64,heads=4,vocab=100")
+    assert loaded.encode("Aé") == [65, 195 % 100, 169 % 100]
+    assert loaded.decode([0, 93, 94]) == "!~!"
+    assert not loaded.chat
+    with pytest.raises(ConfigError, match="no chat template"):
+        loaded.encode("text", system="be kind")
+
+
+def test_random_models_are_built_without_a_second_copy() -> None:
+    """Half a billion weights in bfloat16 (0.9 GiB) must not need twice that."""
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = load_model("random:llama?layers=8,hidden=2048,heads=16,intermediate=8192").model
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert weights > 800 << 20
+    assert grown < 1.2 * weights
