@@ -1,1 +1,23 @@
+"""Bytes <-> device: batches of transfers in, tickets out.
 
+    engine.submit([Transfer(fd, Op.READ, address, size_bytes, offset), ...]) -> Ticket
+
+The engine cuts transfers into pieces, keeps a set number of them in flight from its own thread
+without Python's lock, and says how far each batch has landed. Two engines, one interface:
+`io_uring`, and `posix` threads where io_uring is forbidden.
+"""
+
+from dualblade.io.arena import Arena
+from dualblade.io.engine import Counters, Engine, EngineChoice, Ticket, open_engine
+from dualblade.io.transfer import Op, Transfer
+
+__all__ = [
+    "Arena",
+    "Counters",
+    "Engine",
+    "EngineChoice",
+    "Op",
+    "Ticket",
+    "Transfer",
+    "open_engine",
+]

@@ -1,0 +1,33 @@
+#include "engine.hpp"
+
+#include <utility>
+
+namespace dualblade {
+
+std::shared_ptr<Ticket> Engine::submit(std::vector<Transfer> transfers) {
+    auto ticket = std::make_shared<Ticket>(std::move(transfers), options_.chunk_bytes);
+    const auto submitted = scheduler_.submit(ticket);
+    if (submitted == Scheduler::Submitted::Closed) return nullptr;
+    if (submitted == Scheduler::Submitted::Asleep) wake();
+    return ticket;
+}
+
+Counters Engine::counters() {
+    Counters counters = scheduler_.counters();
+    counters.thread_cpu_seconds = thread_cpu_seconds();
+    return counters;
+}
+
+void Engine::begin_close() {
+    scheduler_.close();
+    wake();
+}
+
+void Engine::close() {
+    begin_close();
+    drain(Clock::time_point::max());
+    wake();
+    join();
+}
+
+}  // namespace dualblade

@@ -1,0 +1,62 @@
+// What an engine offers, whatever carries its I/O. Knows nothing of Python.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "scheduler.hpp"
+#include "ticket.hpp"
+#include "types.hpp"
+
+namespace dualblade {
+
+struct EngineOptions {
+    std::uint32_t queue_depth;
+    std::uint64_t chunk_bytes;
+};
+
+// submit, counters, drain and close may be called by any thread. A forked child must not call
+// anything but abandon(): its engine threads do not exist and its locks may be held for ever.
+class Engine {
+  public:
+    explicit Engine(EngineOptions options) : options_(options), scheduler_(options.queue_depth) {}
+    Engine(const Engine&) = delete;
+    Engine& operator=(const Engine&) = delete;
+    // Derived classes call close() in theirs: their threads must be gone before their members.
+    virtual ~Engine() = default;
+
+    // Returns at once; null when closed.
+    std::shared_ptr<Ticket> submit(std::vector<Transfer> transfers);
+    // True when all submitted tickets ended before `deadline`.
+    bool drain(Clock::time_point deadline) { return scheduler_.wait_idle(deadline); }
+    Counters counters();
+    // From here on submit() refuses; tickets that have not started fail with ECANCELED.
+    void begin_close();
+    // Waits for what is in flight and joins the threads. Idempotent, not concurrent with itself.
+    void close();
+
+    // 0 or a positive errno. Registered memory must stay mapped until the engine is closed.
+    virtual int register_buffer(std::uint64_t address, std::uint64_t size_bytes) = 0;
+    // 0 or a positive errno. A registered descriptor must be unregistered before it is closed:
+    // a new file under the same number would be taken for the old one.
+    virtual int register_file(int fd) = 0;
+    virtual int unregister_file(int fd) = 0;
+    // In a forked child, instead of destruction: lets go of inherited descriptors, locks nothing.
+    virtual void abandon() = 0;
+
+  protected:
+    virtual void wake() = 0;
+    virtual void join() = 0;
+    virtual double thread_cpu_seconds() = 0;
+
+    const EngineOptions options_;
+    Scheduler scheduler_;
+};
+
+std::unique_ptr<Engine> open_posix_engine(EngineOptions options);
+#ifdef DUALBLADE_HAVE_URING
+// Throws std::system_error with what io_uring answered.
+std::unique_ptr<Engine> open_uring_engine(EngineOptions options);
+#endif
+
+}  // namespace dualblade

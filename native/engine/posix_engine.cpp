@@ -1,0 +1,102 @@
+// The engine for where io_uring is forbidden: queue_depth threads that call pread and pwrite.
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <condition_variable>
+#include <thread>
+
+#include "engine.hpp"
+#include "threads.hpp"
+
+namespace dualblade {
+
+namespace {
+
+constexpr unsigned kSyncFlags =
+    SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
+
+std::int64_t transfer_once(const Transfer& piece) {
+    void* memory = reinterpret_cast<void*>(piece.address);
+    const auto offset = static_cast<off_t>(piece.offset);
+    ssize_t result = 0;
+    switch (piece.op) {
+        case Op::Read:
+            result = pread(piece.fd, memory, piece.size_bytes, offset);
+            break;
+        case Op::Write:
+            result = pwrite(piece.fd, memory, piece.size_bytes, offset);
+            break;
+        case Op::SyncRange:
+            result =
+                sync_file_range(piece.fd, offset, static_cast<off_t>(piece.size_bytes), kSyncFlags);
+            break;
+        case Op::DataSync:
+            result = fdatasync(piece.fd);
+            break;
+    }
+    return result < 0 ? -static_cast<std::int64_t>(errno) : result;
+}
+
+class PosixEngine final : public Engine {
+  public:
+    explicit PosixEngine(EngineOptions options) : Engine(options) {
+        for (std::uint32_t i = 0; i < options.queue_depth; ++i) {
+            threads_.start("dualblade-posix", [this] { serve(); });
+        }
+    }
+    ~PosixEngine() override { close(); }
+
+    int register_buffer(std::uint64_t, std::uint64_t) override { return EOPNOTSUPP; }
+    int register_file(int) override { return EOPNOTSUPP; }
+    int unregister_file(int) override { return EOPNOTSUPP; }
+    void abandon() override {}
+
+  protected:
+    void wake() override { work_or_end_.notify_all(); }
+    void join() override { threads_.join(); }
+    double thread_cpu_seconds() override { return threads_.cpu_seconds(); }
+
+  private:
+    void serve() {
+        Request request;
+        auto lock = scheduler_.lock();
+        while (wait_for_work(lock, request)) {
+            // A thread that found work wakes the next one if there is more: one submit need not
+            // wake all threads for one piece.
+            if (scheduler_.work_waits(lock)) work_or_end_.notify_one();
+            auto verdict = Scheduler::Verdict::Again;
+            while (verdict != Scheduler::Verdict::Ended) {
+                lock.unlock();
+                if (verdict == Scheduler::Verdict::AgainLater) {
+                    std::this_thread::sleep_for(Scheduler::backoff(request));
+                }
+                const std::int64_t result = transfer_once(request.rest);
+                lock.lock();
+                verdict = scheduler_.finish(lock, request, result);
+            }
+        }
+        work_or_end_.notify_all();  // the last piece has ended: the other threads end too
+    }
+
+    // Without this wait idle threads would spin. False: closed, and nothing is left to do.
+    bool wait_for_work(Scheduler::Lock& lock, Request& request) {
+        while (!scheduler_.take(lock, request)) {
+            if (scheduler_.closed(lock) && scheduler_.idle(lock)) return false;
+            scheduler_.going_to_sleep(lock);
+            work_or_end_.wait(lock);
+        }
+        return true;
+    }
+
+    std::condition_variable work_or_end_;
+    Threads threads_;
+};
+
+}  // namespace
+
+std::unique_ptr<Engine> open_posix_engine(EngineOptions options) {
+    return std::make_unique<PosixEngine>(options);
+}
+
+}  // namespace dualblade

@@ -1,0 +1,333 @@
+// The io_uring engine: one thread owns the ring, keeps queue_depth pieces in flight, and sleeps in
+// one place, io_uring_enter, for completions and new work alike.
+#include <fcntl.h>
+#include <liburing.h>
+#include <sys/eventfd.h>
+#include <sys/poll.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <future>
+#include <system_error>
+#include <vector>
+
+#include "engine.hpp"
+#include "threads.hpp"
+
+namespace dualblade {
+
+namespace {
+
+constexpr std::uint64_t kWakeTag = UINT64_MAX;
+// Sparse tables, made once: a fixed file or buffer takes a slot. 64 files is far above the two
+// doors of a store; 64 buffers of at most 1 GiB are 64 GiB of staging.
+constexpr unsigned kFilesMax = 64;
+constexpr unsigned kBuffersMax = 64;
+constexpr unsigned kSyncFlags =
+    SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
+
+// Best first. SINGLE_ISSUER + DEFER_TASKRUN (6.1): completions are worked off when this thread
+// asks, never by interrupting it. COOP_TASKRUN (5.19) is the next best.
+constexpr unsigned kSetupFlags[] = {
+    IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_SUBMIT_ALL,
+    IORING_SETUP_COOP_TASKRUN | IORING_SETUP_SUBMIT_ALL,
+    0,
+};
+
+int setup_ring(unsigned entries, io_uring& ring) {
+    int error = 0;
+    for (const unsigned flags : kSetupFlags) {
+        error = -io_uring_queue_init(entries, &ring, flags);
+        if (error != EINVAL) break;
+    }
+    return error;
+}
+
+// Setup alone does not prove that the ring may be used: seccomp can forbid io_uring_enter alone.
+int prove_ring(io_uring& ring) {
+    io_uring_prep_nop(io_uring_get_sqe(&ring));
+    const int submitted = io_uring_submit_and_wait(&ring, 1);
+    if (submitted < 0) return -submitted;
+    unsigned head, seen = 0;
+    io_uring_cqe* cqe;
+    io_uring_for_each_cqe(&ring, head, cqe)++ seen;
+    io_uring_cq_advance(&ring, seen);
+    return 0;
+}
+
+struct BufferSlot {
+    std::uint64_t begin = 0;
+    std::uint64_t end = 0;  // 0: free
+};
+
+class UringEngine final : public Engine {
+  public:
+    explicit UringEngine(EngineOptions options)
+        : Engine(options), requests_(options.queue_depth), results_(options.queue_depth) {
+        for (std::uint32_t i = 0; i < options.queue_depth; ++i) free_slots_.push_back(i);
+        event_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+        if (event_ < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
+        std::promise<int> ready;
+        // The thread that makes a SINGLE_ISSUER ring is the only one that may use it.
+        threads_.start("dualblade-uring", [this, &ready] { run(ready); });
+        if (const int error = ready.get_future().get()) {
+            threads_.join();
+            ::close(event_);
+            throw std::system_error(error, std::generic_category(), "io_uring_setup");
+        }
+    }
+
+    ~UringEngine() override {
+        close();
+        ::close(event_);
+    }
+
+    int register_buffer(std::uint64_t address, std::uint64_t size_bytes) override {
+        return on_engine_thread([=, this] { return add_buffer(address, size_bytes); });
+    }
+    int register_file(int fd) override {
+        return on_engine_thread([=, this] { return add_file(fd); });
+    }
+    int unregister_file(int fd) override {
+        return on_engine_thread([=, this] { return remove_file(fd); });
+    }
+    // A child that kept the descriptor would keep the parent's ring, and the memory registered
+    // with it, alive after the parent closed it.
+    void abandon() override {
+        ::close(ring_.ring_fd);
+        ::close(event_);
+    }
+
+  protected:
+    void wake() override {
+        const std::uint64_t one = 1;
+        [[maybe_unused]] const ssize_t written = write(event_, &one, sizeof one);
+    }
+    void join() override { threads_.join(); }
+    double thread_cpu_seconds() override { return threads_.cpu_seconds(); }
+
+  private:
+    void run(std::promise<int>& ready) {
+        // One entry per piece and one for the poll of the eventfd.
+        int error = setup_ring(options_.queue_depth + 1, ring_);
+        if (error == 0 && (error = prove_ring(ring_)) != 0) io_uring_queue_exit(&ring_);
+        if (error == 0) {
+            io_uring_ring_dontfork(&ring_);
+            have_files_ = io_uring_register_files_sparse(&ring_, kFilesMax) == 0;
+            have_buffers_ = io_uring_register_buffers_sparse(&ring_, kBuffersMax) == 0;
+            arm_wake();
+        }
+        ready.set_value(error);
+        if (error != 0) return;
+        while (exchange()) {
+            enter();
+            reap();
+        }
+        // Explicitly, because the kernel tears a ring down in the background: the pinned memory
+        // would still count against the memlock limit of an engine that is opened next.
+        if (have_buffers_) io_uring_unregister_buffers(&ring_);
+        if (have_files_) io_uring_unregister_files(&ring_);
+        io_uring_queue_exit(&ring_);
+    }
+
+    // Accounts what completed and queues what goes next, under one lock. False: closed and idle.
+    bool exchange() {
+        std::vector<std::function<void()>> commands;
+        std::chrono::microseconds pause{0};
+        {
+            auto lock = scheduler_.lock();
+            for (const std::uint32_t slot : completed_) {
+                Request& request = requests_[slot];
+                const auto verdict = scheduler_.finish(lock, request, results_[slot]);
+                if (verdict == Scheduler::Verdict::Ended) {
+                    free_slots_.push_back(slot);
+                    continue;
+                }
+                if (verdict == Scheduler::Verdict::AgainLater) {
+                    pause = std::max(pause, Scheduler::backoff(request));
+                }
+                starting_.push_back(slot);
+            }
+            while (!free_slots_.empty() && scheduler_.take(lock, requests_[free_slots_.back()])) {
+                starting_.push_back(free_slots_.back());
+                free_slots_.pop_back();
+            }
+            commands.swap(commands_);
+            if (scheduler_.closed(lock) && scheduler_.idle(lock) && commands.empty()) {
+                ended_ = true;
+                return false;
+            }
+            // With a full queue a completion wakes this thread in any case.
+            if (!free_slots_.empty()) scheduler_.going_to_sleep(lock);
+        }
+        completed_.clear();
+        for (auto& command : commands) command();
+        if (pause.count() > 0) std::this_thread::sleep_for(pause);
+        for (const std::uint32_t slot : starting_) prepare(slot);
+        starting_.clear();
+        return true;
+    }
+
+    void prepare(std::uint32_t slot) {
+        const Request& request = requests_[slot];
+        const Transfer& piece = request.rest;
+        io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
+        void* memory = reinterpret_cast<void*>(piece.address);
+        const auto length = static_cast<unsigned>(piece.size_bytes);
+        const int buffer = buffer_of(piece);
+        if (piece.op == Op::Read && buffer >= 0) {
+            io_uring_prep_read_fixed(sqe, piece.fd, memory, length, piece.offset, buffer);
+        } else if (piece.op == Op::Read) {
+            io_uring_prep_read(sqe, piece.fd, memory, length, piece.offset);
+        } else if (piece.op == Op::Write && buffer >= 0) {
+            io_uring_prep_write_fixed(sqe, piece.fd, memory, length, piece.offset, buffer);
+        } else if (piece.op == Op::Write) {
+            io_uring_prep_write(sqe, piece.fd, memory, length, piece.offset);
+        } else if (piece.op == Op::SyncRange) {
+            io_uring_prep_sync_file_range(sqe, piece.fd, length, piece.offset, kSyncFlags);
+        } else {
+            io_uring_prep_fsync(sqe, piece.fd, IORING_FSYNC_DATASYNC);
+        }
+        for (unsigned i = 0; i < files_.size(); ++i) {
+            if (files_[i] != piece.fd) continue;
+            sqe->fd = static_cast<int>(i);
+            io_uring_sqe_set_flags(sqe, IOSQE_FIXED_FILE);
+            break;
+        }
+        // A refused piece goes to a kernel worker, which may block where this thread may not.
+        if (request.retries > 0) sqe->flags |= IOSQE_ASYNC;
+        io_uring_sqe_set_data64(sqe, slot);
+    }
+
+    int buffer_of(const Transfer& piece) const {
+        for (unsigned i = 0; i < buffers_.size(); ++i) {
+            if (piece.address >= buffers_[i].begin &&
+                piece.address + piece.size_bytes <= buffers_[i].end) {
+                return static_cast<int>(i);
+            }
+        }
+        return -1;
+    }
+
+    // Submits what is queued and sleeps until something completed: a piece, or the eventfd's poll.
+    // Without the sleep this thread would spin; without the poll it would sleep on new work.
+    void enter() {
+        while (true) {
+            const int result = io_uring_submit_and_wait(&ring_, 1);
+            if (result >= 0 || result == -EINTR) return;
+            if (result != -EAGAIN && result != -EBUSY) {
+                // prove_ring() showed that entering works: only a bug of ours leads here, and
+                // going on would leave memory to the kernel that its owner believes free.
+                std::fprintf(stderr, "dualblade: io_uring_enter failed: errno %d\n", -result);
+                std::abort();
+            }
+            // The kernel is short of memory for requests; what is queued stays queued.
+            std::this_thread::sleep_for(std::chrono::milliseconds(1));
+            if (io_uring_cq_ready(&ring_) > 0) return;
+        }
+    }
+
+    void reap() {
+        unsigned head, seen = 0;
+        bool woken = false;
+        io_uring_cqe* cqe;
+        io_uring_for_each_cqe(&ring_, head, cqe) {
+            ++seen;
+            if (cqe->user_data == kWakeTag) {
+                woken = true;
+                continue;
+            }
+            const auto slot = static_cast<std::uint32_t>(cqe->user_data);
+            results_[slot] = cqe->res;
+            completed_.push_back(slot);
+        }
+        io_uring_cq_advance(&ring_, seen);
+        if (!woken) return;
+        std::uint64_t count;
+        [[maybe_unused]] const ssize_t drained = read(event_, &count, sizeof count);
+        arm_wake();
+    }
+
+    void arm_wake() {
+        io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
+        io_uring_prep_poll_add(sqe, event_, POLLIN);
+        io_uring_sqe_set_data64(sqe, kWakeTag);
+    }
+
+    // Registration is the ring owner's to do. ECANCELED when the engine has ended.
+    int on_engine_thread(std::function<int()> work) {
+        std::promise<int> answer;
+        {
+            auto lock = scheduler_.lock();
+            if (ended_) return ECANCELED;
+            commands_.emplace_back([&] { answer.set_value(work()); });
+        }
+        wake();
+        return answer.get_future().get();
+    }
+
+    int add_buffer(std::uint64_t address, std::uint64_t size_bytes) {
+        if (!have_buffers_) return EOPNOTSUPP;
+        for (unsigned i = 0; i < kBuffersMax; ++i) {
+            if (i < buffers_.size() && buffers_[i].end != 0) continue;
+            const iovec memory{reinterpret_cast<void*>(address), size_bytes};
+            const int result = io_uring_register_buffers_update_tag(&ring_, i, &memory, nullptr, 1);
+            if (result < 0) return -result;
+            if (i == buffers_.size()) buffers_.emplace_back();
+            buffers_[i] = {address, address + size_bytes};
+            return 0;
+        }
+        return ENOSPC;
+    }
+
+    int add_file(int fd) {
+        if (!have_files_) return EOPNOTSUPP;
+        for (unsigned i = 0; i < kFilesMax; ++i) {
+            if (i < files_.size() && files_[i] >= 0) continue;
+            const int result = io_uring_register_files_update(&ring_, i, &fd, 1);
+            if (result < 0) return -result;
+            if (i == files_.size()) files_.push_back(-1);
+            files_[i] = fd;
+            return 0;
+        }
+        return ENOSPC;
+    }
+
+    int remove_file(int fd) {
+        for (unsigned i = 0; i < files_.size(); ++i) {
+            if (files_[i] != fd) continue;
+            files_[i] = -1;
+            const int none = -1;
+            const int result = io_uring_register_files_update(&ring_, i, &none, 1);
+            return result < 0 ? -result : 0;
+        }
+        return ENOENT;
+    }
+
+    // The engine thread's own.
+    io_uring ring_{};
+    std::vector<Request> requests_;
+    std::vector<std::int64_t> results_;
+    std::vector<std::uint32_t> free_slots_, completed_, starting_;
+    std::vector<BufferSlot> buffers_;
+    std::vector<int> files_;  // descriptor per slot, -1: free
+    bool have_files_ = false;
+    bool have_buffers_ = false;
+
+    int event_ = -1;
+    // Under the scheduler's lock.
+    std::vector<std::function<void()>> commands_;
+    bool ended_ = false;
+    Threads threads_;
+};
+
+}  // namespace
+
+std::unique_ptr<Engine> open_uring_engine(EngineOptions options) {
+    return std::make_unique<UringEngine>(options);
+}
+
+}  // namespace dualblade

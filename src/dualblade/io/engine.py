@@ -1,0 +1,309 @@
+"""The engine as Python sees it: what crosses into `native/`, and errors with their words."""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import math
+import os
+import resource
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal
+
+from dualblade.errors import Closed, ConfigError, DeviceError, Unsupported
+from dualblade.io import _native
+from dualblade.io.arena import Arena
+from dualblade.io.transfer import Op, Transfer
+from dualblade.units import BLOCK_BYTES, GIB, MIB, format_size
+
+EngineChoice = Literal["auto", "io_uring", "posix"]
+
+# The kernel's result of one request is a signed 32-bit count.
+CHUNK_BYTES_MAX = GIB
+# io_uring's own limit is 32768 entries; no drive takes more than some thousands.
+QUEUE_DEPTH_MAX = 4096
+# One registered buffer is at most 1 GiB (EFAULT above).
+REGISTERED_BYTES_MAX = GIB
+
+_ALL_BYTES = 2**64 - 1
+_LANDED, _FAILED, _TIMED_OUT, _FORKED = range(4)  # WaitResult in native/bindings.cpp
+
+_live: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Totals since the engine was opened; subtract two snapshots for an interval.
+
+    `backlog_*` are over the time in which a piece was waiting for a free place in the queue.
+    """
+
+    read_ops: int
+    read_bytes: int
+    write_ops: int
+    write_bytes: int
+    sync_ops: int
+    errors: int
+    retries: int
+    short_transfers: int
+    busy_seconds: float
+    depth_seconds: float
+    backlog_seconds: float
+    backlog_depth_seconds: float
+    thread_cpu_seconds: float
+
+    @property
+    def effective_queue_depth(self) -> float:
+        """Mean number in flight while work was waiting; 0 if none ever waited."""
+        return self.backlog_depth_seconds / self.backlog_seconds if self.backlog_seconds else 0.0
+
+    def __sub__(self, earlier: Counters) -> Counters:
+        return Counters(*(getattr(self, name) - getattr(earlier, name) for name in self.__slots__))
+
+
+class Ticket:
+    """A started batch. Any thread may wait; several may. Made by Engine.submit."""
+
+    __slots__ = ("_native", "_path", "_size_bytes")
+
+    def __init__(self, native: _native.Ticket, path: str | None) -> None:
+        self._native = native
+        self._path = path
+        self._size_bytes = native.size_bytes
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that the batch reads and writes; syncs count nothing."""
+        return self._size_bytes
+
+    @property
+    def done(self) -> bool:
+        """Ended, well or badly: the kernel will not touch the memory any more."""
+        return self._native.done
+
+    @property
+    def landed_bytes(self) -> int:
+        """The first n contiguous bytes, in batch order, that have been transferred."""
+        return self._native.landed_bytes
+
+    def wait(self, size_bytes: int | None = None, timeout_seconds: float | None = None) -> None:
+        """Block until all landed and synced, or (with `size_bytes`) until the first bytes landed.
+
+        A failure is raised only when nothing is in flight any more. Python's lock is released;
+        signal handlers run at least every 100 ms.
+
+        Raises: DeviceError of the first failed piece (errno 0: end of file; ECANCELED: the engine
+            was closed before it started), TimeoutError, ConfigError for more than there is,
+            Closed in a forked child.
+        """
+        if size_bytes is not None and not 0 <= size_bytes <= self._size_bytes:
+            raise ConfigError(f"cannot wait for {size_bytes} of {self._size_bytes} bytes")
+        result = self._native.wait(
+            _ALL_BYTES if size_bytes is None else size_bytes,
+            math.inf if timeout_seconds is None else timeout_seconds,
+        )
+        if result == _LANDED:
+            return
+        if result == _TIMED_OUT:
+            raise TimeoutError(
+                f"{self.landed_bytes} of {self._size_bytes} bytes landed in {timeout_seconds} s"
+            )
+        if result == _FORKED:
+            raise Closed("the engine of this transfer lives in the parent process")
+        failure = self._native.failure
+        assert result == _FAILED
+        assert failure is not None
+        error_number, op, _fd, offset, failed_bytes = failure
+        raise DeviceError(
+            errno=error_number,
+            operation=Op(op).word,
+            path=self._path,
+            offset=offset,
+            size_bytes=failed_bytes,
+        )
+
+
+class Engine:
+    """Carries transfers. Made by open_engine; any thread may submit.
+
+    Limits: `queue_depth` pieces of at most `chunk_bytes` are in flight, first in, first out
+    across tickets. A forked child cannot use it (Closed); the parent is not disturbed.
+    """
+
+    name: str
+    reason: str | None
+    queue_depth: int
+    chunk_bytes: int
+
+    def __init__(
+        self, native: _native.Engine, name: str, reason: str | None, depth: int, chunk_bytes: int
+    ) -> None:
+        self._native = native
+        self.name = name
+        self.reason = reason
+        self.queue_depth = depth
+        self.chunk_bytes = chunk_bytes
+        self._notes: list[str] = []
+        # Registered memory stays pinned until the ring is gone. Unmapped earlier, a new mapping
+        # at the same address would be taken for it, and reads would land in the old pages.
+        self._registered: list[memoryview] = []
+        _live.add(self)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is less than it could be, and why."""
+        return tuple(self._notes)
+
+    def register_arena(self, arena: Arena) -> bool:
+        """Spare the kernel pinning the pages of `arena` for each transfer; False if not allowed.
+
+        The arena's memory then lives as long as the engine. Waits for the engine's thread.
+        """
+        if not arena.huge:
+            self._note(
+                f"huge pages: {format_size(arena.huge_bytes)} of {format_size(arena.size_bytes)}"
+            )
+        if self.name != "io_uring":
+            return False
+        self._registered.append(arena.buffer)
+        for start in range(0, arena.size_bytes, REGISTERED_BYTES_MAX):
+            size_bytes = min(REGISTERED_BYTES_MAX, arena.size_bytes - start)
+            error = self._native.register_buffer(arena.address + start, size_bytes)
+            if error:
+                self._note(f"buffers not registered: {_why_not_registered(error)}")
+                return False
+        return True
+
+    def register_file(self, fd: int) -> bool:
+        """Spare the kernel looking up `fd` for each transfer; False if not possible.
+
+        Call unregister_file before closing `fd`.
+        """
+        return self._native.register_file(fd) == 0
+
+    def unregister_file(self, fd: int) -> None:
+        """Forget `fd`; nothing happens if it is not registered."""
+        self._native.unregister_file(fd)
+
+    def submit(self, transfers: Sequence[Transfer], *, path: str | None = None) -> Ticket:
+        """Start `transfers`; return at once, never block on I/O.
+
+        `path` is for error texts. The memory belongs to the engine until the ticket is done.
+
+        Raises: Closed; ConfigError for what no kernel could mean. All else comes from wait().
+        """
+        try:
+            native = self._native.submit(transfers)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"not transfers: {error}") from error
+        if native is None:
+            raise Closed("the engine is closed" if not self._native.forked else _FORKED_TEXT)
+        return Ticket(native, path)
+
+    def counters(self) -> Counters:
+        """A snapshot; also after close. Raises: Closed in a forked child."""
+        values = self._native.counters()
+        if not values:
+            raise Closed(_FORKED_TEXT)
+        return Counters(*values)  # type: ignore[arg-type]
+
+    def drain(self, timeout_seconds: float | None = None) -> None:
+        """Block until all submitted tickets ended, well or badly. Raises: TimeoutError."""
+        if not self._native.drain(math.inf if timeout_seconds is None else timeout_seconds):
+            raise TimeoutError(f"transfers were still in flight after {timeout_seconds} s")
+
+    def close(self) -> None:
+        """Refuse new work, cancel what has not started, wait for what is in flight. Idempotent."""
+        self._native.close()
+        self._registered.clear()
+        _live.discard(self)
+
+    def _note(self, text: str) -> None:
+        if text not in self._notes:
+            self._notes.append(text)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+_FORKED_TEXT = "the engine lives in the parent process: open one after the fork"
+
+
+def open_engine(
+    name: EngineChoice = "auto", *, queue_depth: int = 8, chunk_bytes: int = MIB
+) -> Engine:
+    """The best engine that this machine allows, or the one that is named.
+
+    auto: io_uring, else posix with `reason` saying why.
+
+    Raises: Unsupported when the named one cannot be had, ConfigError for a wrong argument.
+    """
+    if name not in ("auto", "io_uring", "posix"):
+        raise ConfigError(f"no such engine: {name!r}", hint="auto, io_uring or posix")
+    if not 1 <= queue_depth <= QUEUE_DEPTH_MAX:
+        raise ConfigError(f"queue depth {queue_depth} is not in 1 to {QUEUE_DEPTH_MAX}")
+    if not 0 < chunk_bytes <= CHUNK_BYTES_MAX or chunk_bytes % BLOCK_BYTES:
+        raise ConfigError(
+            f"a chunk of {chunk_bytes} bytes is not a multiple of {BLOCK_BYTES} up to 1 GiB"
+        )
+    reason = None
+    if name != "posix":
+        try:
+            native = _native.Engine("io_uring", queue_depth, chunk_bytes)
+            return Engine(native, "io_uring", None, queue_depth, chunk_bytes)
+        except OSError as error:
+            reason = _why_no_uring(error)
+            if name == "io_uring":
+                raise Unsupported(
+                    reason, hint="take --io-engine auto or posix, or allow io_uring"
+                ) from error
+    native = _native.Engine("posix", queue_depth, chunk_bytes)
+    return Engine(native, "posix", reason, queue_depth, chunk_bytes)
+
+
+def _why_no_uring(error: OSError) -> str:
+    if not _native.HAVE_URING:
+        return "built without liburing"
+    code = errno.errorcode.get(error.errno or 0, str(error.errno))
+    if error.errno == errno.EPERM:
+        cause = "seccomp or kernel.io_uring_disabled"
+    elif error.errno == errno.ENOSYS:
+        cause = "a kernel without it, or seccomp"
+    else:
+        cause = os.strerror(error.errno or 0)
+    return f"io_uring is forbidden here: {code} at io_uring_setup ({cause})"
+
+
+def _why_not_registered(error: int) -> str:
+    if error in (errno.ENOMEM, errno.EPERM):
+        limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+        size = "unlimited" if limit == resource.RLIM_INFINITY else format_size(limit)
+        return f"memlock limit {size}"
+    return os.strerror(error)
+
+
+def _close_all() -> None:
+    """At exit: without it the interpreter would free memory that the kernel is writing to."""
+    for engine in list(_live):
+        engine.close()
+
+
+def _abandon_all() -> None:
+    for engine in list(_live):
+        engine._native.abandon()
+    _live.clear()  # once: a grandchild would close descriptors that are its own by then
+
+
+atexit.register(_close_all)
+os.register_at_fork(after_in_child=_abandon_all)

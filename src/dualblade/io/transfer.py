@@ -1,0 +1,40 @@
+"""What may be asked of an engine."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+
+class Op(IntEnum):
+    """The operations. The numbers are those of `native/engine/types.hpp`.
+
+    A sync is a barrier in its batch: it starts when all before it landed, and what follows starts
+    when it succeeded. So [write data, DATASYNC, write header] is ordered.
+    """
+
+    READ = 0
+    WRITE = 1
+    SYNC_RANGE = 2
+    """sync_file_range(WAIT_BEFORE | WRITE | WAIT_AFTER) over offset and size; size 0: to the end."""
+    DATASYNC = 3
+    """fdatasync; offset and size are for error texts only."""
+
+    @property
+    def word(self) -> str:
+        """The operation in an error text."""
+        return ("read", "write", "sync_file_range", "fdatasync")[self]
+
+
+class Transfer(NamedTuple):
+    """One contiguous transfer between memory at `address` and `offset` of `fd`.
+
+    The memory is the caller's and must stay mapped until the ticket is done. With O_DIRECT
+    address, size_bytes and offset are multiples of the device's block; nothing here rounds.
+    """
+
+    fd: int
+    op: Op
+    address: int
+    size_bytes: int
+    offset: int
