@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from dualblade.bench import decode, decode_child, decode_fio, decode_rows
+from dualblade.bench import decode, decode_child, decode_rows
 from dualblade.bench.decode import DecodeBenchOptions, parse_limit
 from dualblade.bench.decode_child import Steps
+from dualblade.bench.decode_fio import FioYardstick
 from dualblade.bench.decode_rows import LayerShape, RandomRows, fill, kv_bytes, whole_layer
 from dualblade.errors import ConfigError, Unsupported
 from dualblade.units import GIB, MIB
@@ -155,26 +156,31 @@ def run_of(mode: str, seconds: float | None, **more: Any) -> dict[str, Any]:
         "device_read_bytes_per_step": None if seconds is None else 0,
         "oom_killed": seconds is None,
         "tokens_sha256": None if seconds is None else "a",
+        "fio_read_bytes_per_second": None,
     }
     return {**run, **more}
 
 
 def test_summary_compares_with_memory_and_the_drive() -> None:
+    fast = {"device_read_bytes_per_step": 400, "fio_read_bytes_per_second": 200}
+    slow = {"device_read_bytes_per_step": 400, "fio_read_bytes_per_second": 100}
     runs = [
         run_of("memory", 1.0),
-        run_of("direct", 5.0, device_read_bytes_per_step=400),
-        run_of("direct", 7.0, device_read_bytes_per_step=400),
+        run_of("direct", 3.0, **fast),
+        run_of("direct", 5.0, **slow),
+        run_of("dual", 1.2, device_read_bytes_per_step=10, fio_read_bytes_per_second=100),
         run_of("direct", None, memory_limit="0.1"),
     ]
-    fio = [{"read_bytes_per_second": 100}]
-    memory, direct, killed = decode._summaries(runs, fio)
-    assert memory["step_to_memory"] == memory["step_to_roof"] == 1.0
-    assert (direct["runs"], direct["step_seconds_median"]) == (2, 6.0)
-    assert (direct["roof_seconds"], direct["step_to_roof"]) == (4.0, 1.5)
-    assert direct["step_seconds_spread"] == [5.0, 7.0]
+    memory, direct, dual, killed = decode._summaries(runs)
+    assert memory["step_to_memory"] == 1.0
+    assert memory["step_to_roof"] is None  # reads nothing: there is no fio beside it
+    assert (direct["runs"], direct["step_seconds_median"]) == (2, 4.0)
+    assert (direct["roof_seconds"], direct["step_to_roof"]) == (3.0, 1.375)
+    assert direct["step_seconds_spread"] == [3.0, 5.0]
+    assert direct["step_to_roof_spread"] == [1.25, 1.5]
+    assert dual["step_to_roof"] == 1.2  # here computing is the roof
     assert killed["oom_killed"] == 1
     assert killed["step_seconds_median"] is killed["step_to_roof"] is None
-    assert decode._summaries(runs, [])[1]["step_to_roof"] is None
 
 
 def test_tokens_agree_needs_two() -> None:
@@ -201,7 +207,8 @@ def _make_and_interrupt(path: Path) -> None:
 
 def test_fio_measures_and_leaves_nothing(tmp_path: Path) -> None:
     try:
-        result = decode_fio.fio_read(tmp_path, 4 * MIB, MIB, 4, seconds=0.2)
+        with yardstick(tmp_path) as fio:
+            result = fio.measure(seconds=0.2)
     except Unsupported as exc:
         pytest.skip(f"fio cannot run here: {exc}")
     assert result["read_bytes_per_second"] > 0
@@ -209,10 +216,15 @@ def test_fio_measures_and_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def yardstick(folder: Path) -> FioYardstick:
+    return FioYardstick(folder, size_bytes=4 * MIB, chunk_bytes=MIB, queue_depth=4)
+
+
 def test_without_fio_it_is_unsupported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(Unsupported, match="not installed"):
-        decode_fio.fio_read(tmp_path, 4 * MIB, MIB, 4)
+        yardstick(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_fio_that_fails_is_unsupported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,5 +232,6 @@ def test_a_fio_that_fails_is_unsupported(tmp_path: Path, monkeypatch: pytest.Mon
     fake.write_text("#!/bin/sh\necho 'fio: no such engine' >&2\nexit 1\n")
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(Unsupported, match="no such engine"):
-        decode_fio.fio_read(tmp_path, 4 * MIB, MIB, 4)
+    with yardstick(tmp_path) as fio, pytest.raises(Unsupported, match="no such engine"):
+        fio.measure()
+    assert list(tmp_path.iterdir()) == [fake]

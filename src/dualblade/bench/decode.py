@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dualblade import config
-from dualblade.bench.decode_fio import fio_read
+from dualblade.bench.decode_fio import FioYardstick
 from dualblade.bench.decode_process import run_child
 from dualblade.config import EngineConfig
 from dualblade.errors import ConfigError, DualBladeError, Unsupported
@@ -37,6 +37,9 @@ YARDSTICK = "dynamic-cache"
 """A mode besides the path words: transformers' DynamicCache with the same rows."""
 
 MODES = (*(path.value for path in config.Path), YARDSTICK)
+
+STORED = tuple(path.value for path in config.Path if path is not config.Path.MEMORY)
+"""The modes that read from the drive, and are compared with fio."""
 
 ALLOWANCE_BYTES = 16 * MIB
 """Of every limit, on top of what was calibrated: allocator arenas and kernel structures that
@@ -139,26 +142,25 @@ def run_decode_bench(options: DecodeBenchOptions, progress: Progress = _quiet) -
             f"--memory-limit needs a memory cgroup: {reason}", hint="run as root, or without limits"
         )
     folder = _store_folder(options.store)
-    with _store_left_as_found(options.store):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_store_left_as_found(options.store))
         calibration = _calibrate(options, progress) if wants_limit else None
         limits = [_limit(text, options, calibration) for text in options.memory_limits or ("none",)]
-        runs, fio = [], []
-        for repeat in range(options.repeats):
-            if options.compare_fio:
-                fio.append(_fio(options, folder, calibration))
-                progress(f"fio: {format_size(fio[-1]['read_bytes_per_second'])}/s")
-            for limit, mode in itertools.product(limits, options.modes):
-                runs.append(_one_run(options, mode, limit, repeat))
-                progress(_told(runs[-1]))
+        fio = stack.enter_context(_yardstick(options, folder, calibration))
+        runs, speeds = [], []
+        for repeat, limit, mode in itertools.product(range(options.repeats), limits, options.modes):
+            speeds.append(fio.measure() if fio is not None and mode in STORED else None)
+            runs.append(_one_run(options, mode, limit, repeat, speeds[-1]))
+            progress(_told(runs[-1]))
     return {
         "benchmark": "decode",
         "command": command_line(),
         "options": {**asdict(options), "store": str(options.store) if options.store else None},
         "machine": machine_facts(folder),
         "calibration": calibration,
-        "fio": fio or None,
+        "fio": next((speed for speed in speeds if speed is not None), None),
         "tokens_agree": _tokens_agree(runs),
-        "summary": _summaries(runs, fio),
+        "summary": _summaries(runs),
         "runs": runs,
     }
 
@@ -203,7 +205,13 @@ def _limit(text: str, options: DecodeBenchOptions, calibration: dict[str, Any] |
     )
 
 
-def _one_run(options: DecodeBenchOptions, mode: str, limit: Limit, repeat: int) -> dict[str, Any]:
+def _one_run(
+    options: DecodeBenchOptions,
+    mode: str,
+    limit: Limit,
+    repeat: int,
+    fio: dict[str, Any] | None,
+) -> dict[str, Any]:
     """One child; its result under the keys that every run has, null where there is none."""
     payload = _child_options(options, task="run", mode=mode)
     payload["memory_budget"] = limit.budget
@@ -224,6 +232,7 @@ def _one_run(options: DecodeBenchOptions, mode: str, limit: Limit, repeat: int) 
         "memory_limit": limit.asked,
         "memory_limit_bytes": limit.limit_bytes,
         "memory_limit_from": _limit_from(limit),
+        "fio_read_bytes_per_second": fio and fio["read_bytes_per_second"],
         "attention": options.attention,
         **dict.fromkeys(_MEASURED),
         **outcome.result,
@@ -288,13 +297,22 @@ def _store_left_as_found(store: Path | None) -> Iterator[None]:
             store.unlink(missing_ok=True)
 
 
-def _fio(
+@contextlib.contextmanager
+def _yardstick(
     options: DecodeBenchOptions, folder: Path, calibration: dict[str, Any] | None
-) -> dict[str, Any]:
-    """The drive's bandwidth with our chunk and depth, on a file as large as the KV."""
+) -> Iterator[FioYardstick | None]:
+    """fio with our chunk and depth on a file as large as the KV; None when not asked for."""
+    if not options.compare_fio:
+        yield None
+        return
     engine = EngineConfig.from_mapping(options.engine)
-    size = calibration["kv_bytes"] if calibration is not None else 512 * MIB
-    return fio_read(folder, size, engine.chunk_bytes, engine.queue_depth)
+    with FioYardstick(
+        folder,
+        size_bytes=calibration["kv_bytes"] if calibration is not None else 512 * MIB,
+        chunk_bytes=engine.chunk_bytes,
+        queue_depth=engine.queue_depth,
+    ) as fio:
+        yield fio
 
 
 def _tokens_agree(runs: list[dict[str, Any]]) -> bool | None:
@@ -303,13 +321,8 @@ def _tokens_agree(runs: list[dict[str, Any]]) -> bool | None:
     return len(set(hashes)) == 1 if len(hashes) > 1 else None
 
 
-def _summaries(runs: list[dict[str, Any]], fio: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per mode and limit over the repeats, in the order of the first run of each.
-
-    roof_seconds is the larger of the `memory` path's step (without a limit, or under the same one)
-    and the time that fio would take for the bytes read; step_to_roof says how far above it we are.
-    """
-    speed = statistics.median(f["read_bytes_per_second"] for f in fio) if fio else None
+def _summaries(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per mode and limit over the repeats, in the order of the first run of each."""
     groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
     for run in runs:
         groups.setdefault((run["mode"], run["memory_limit"]), []).append(run)
@@ -318,9 +331,6 @@ def _summaries(runs: list[dict[str, Any]], fio: list[dict[str, Any]]) -> list[di
     for (mode, limit), group in groups.items():
         step = medians[mode, limit]
         memory = medians.get(("memory", None)) or medians.get(("memory", limit))
-        read = _median(group, "device_read_bytes_per_step")
-        device = read / speed if speed is not None and read is not None else None
-        roof = max(memory, device) if memory is not None and device is not None else None
         times = [r["step_seconds_median"] for r in group if r["step_seconds_median"] is not None]
         summaries.append(
             {
@@ -332,12 +342,29 @@ def _summaries(runs: list[dict[str, Any]], fio: list[dict[str, Any]]) -> list[di
                 "step_seconds_spread": [min(times), max(times)] if times else None,
                 "step_to_memory": _ratio(step, memory),
                 "step_to_dynamic_cache": _ratio(step, medians.get((YARDSTICK, None))),
-                "device_seconds": device,
-                "roof_seconds": roof,
-                "step_to_roof": _ratio(step, roof),
+                **_against_roof(group, memory),
             }
         )
     return summaries
+
+
+def _against_roof(runs: list[dict[str, Any]], memory: float | None) -> dict[str, Any]:
+    """How far above the roof the steps are; medians of the runs, each with its own fio.
+
+    The roof is the larger of the `memory` path's step (without a limit, or else under the same
+    one) and the time that fio, run just before, would take for the bytes that were read.
+    """
+    roofs, ratios = [], []
+    for run in runs:
+        step, speed = run["step_seconds_median"], run["fio_read_bytes_per_second"]
+        if step is not None and speed is not None and memory is not None:
+            roofs.append(max(memory, run["device_read_bytes_per_step"] / speed))
+            ratios.append(step / roofs[-1])
+    return {
+        "roof_seconds": statistics.median(roofs) if roofs else None,
+        "step_to_roof": statistics.median(ratios) if ratios else None,
+        "step_to_roof_spread": [min(ratios), max(ratios)] if ratios else None,
+    }
 
 
 def _ratio(value: float | None, base: float | None) -> float | None:

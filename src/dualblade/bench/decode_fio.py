@@ -18,8 +18,8 @@ from typing import Any
 from dualblade.errors import Unsupported
 from dualblade.units import GIB, MIB
 
-SECONDS = 3
-"""Long enough for dozens of chunks per millisecond to average out; a run costs no more."""
+SECONDS = 2.0
+"""A thousand chunks and more; every stored run gets one, because drives change their speed."""
 
 SCRATCH_BYTES_MAX = GIB
 
@@ -27,46 +27,68 @@ _HUGE_PAGE_BYTES = 2 * MIB
 _HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 
 
-def fio_read(
-    folder: Path, size_bytes: int, chunk_bytes: int, queue_depth: int, seconds: float = SECONDS
-) -> dict[str, Any]:
-    """Sequential O_DIRECT reads of a scratch file of random bytes in `folder`, by io_uring.
+class FioYardstick:
+    """fio on a scratch file of random bytes that lies where the store does; a context manager.
 
-    Returns read_bytes_per_second, huge_pages, and what was run. Huge pages are set aside for the
-    time where that is allowed, because a device pays for each 4 KiB page of a buffer.
-
-    Raises: Unsupported when fio is not there or fails.
+    Raises: Unsupported when fio is not installed.
     """
-    fio = shutil.which("fio")
-    if fio is None:
-        raise Unsupported("fio is not installed", hint="apt-get install fio")
-    size_bytes = min(size_bytes, SCRATCH_BYTES_MAX) // chunk_bytes * chunk_bytes or chunk_bytes
-    with _scratch(folder, size_bytes) as file, _huge_pages(chunk_bytes * queue_depth) as huge:
-        command = [
-            fio,
+
+    def __init__(self, folder: Path, *, size_bytes: int, chunk_bytes: int, queue_depth: int):
+        fio = shutil.which("fio")
+        if fio is None:
+            raise Unsupported("fio is not installed", hint="apt-get install fio")
+        self._fio = fio
+        self._chunk_bytes = chunk_bytes
+        self._queue_depth = queue_depth
+        whole = min(size_bytes, SCRATCH_BYTES_MAX) // chunk_bytes * chunk_bytes
+        self._size_bytes = max(whole, chunk_bytes)
+        self._file = _random_file(folder, self._size_bytes)
+
+    def measure(self, seconds: float = SECONDS) -> dict[str, Any]:
+        """Sequential O_DIRECT reads by io_uring: read_bytes_per_second, and what was run.
+
+        Huge pages are set aside for the time where that is allowed, because a device pays for
+        each 4 KiB page of a buffer; `huge_pages` says whether they were. Raises: Unsupported.
+        """
+        with _huge_pages(self._chunk_bytes * self._queue_depth) as huge:
+            command = self._command(seconds, huge=huge)
+            read = _run(command)["jobs"][0]["read"]
+        return {
+            "read_bytes_per_second": int(read["bw_bytes"]),
+            "read_bytes": int(read["io_bytes"]),
+            "huge_pages": huge,
+            "chunk_bytes": self._chunk_bytes,
+            "queue_depth": self._queue_depth,
+            "command": " ".join(command),
+        }
+
+    def close(self) -> None:
+        """Remove the scratch file."""
+        self._file.unlink(missing_ok=True)
+
+    def __enter__(self) -> FioYardstick:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _command(self, seconds: float, *, huge: bool) -> list[str]:
+        return [
+            self._fio,
             "--name=read",
-            f"--filename={file}",
+            f"--filename={self._file}",
             "--readonly",
             "--rw=read",
             "--direct=1",
             "--ioengine=io_uring",
-            f"--bs={chunk_bytes}",
-            f"--iodepth={queue_depth}",
-            f"--size={size_bytes}",
+            f"--bs={self._chunk_bytes}",
+            f"--iodepth={self._queue_depth}",
+            f"--size={self._size_bytes}",
             "--time_based",
             f"--runtime={seconds}",
             f"--iomem={'mmaphuge' if huge else 'mmap'}",
             "--output-format=json",
         ]
-        read = _run(command)["jobs"][0]["read"]
-    return {
-        "read_bytes_per_second": int(read["bw_bytes"]),
-        "read_bytes": int(read["io_bytes"]),
-        "huge_pages": huge,
-        "chunk_bytes": chunk_bytes,
-        "queue_depth": queue_depth,
-        "command": " ".join(command),
-    }
 
 
 def _run(command: list[str]) -> dict[str, Any]:
@@ -79,9 +101,8 @@ def _run(command: list[str]) -> dict[str, Any]:
     return result
 
 
-@contextlib.contextmanager
-def _scratch(folder: Path, size_bytes: int) -> Iterator[Path]:
-    """A file of random bytes on the device, removed afterwards."""
+def _random_file(folder: Path, size_bytes: int) -> Path:
+    """A file of random bytes on the device; nothing is left when writing it fails."""
     fd, name = tempfile.mkstemp(prefix=".dualblade-fio-", dir=folder)
     try:
         with open(fd, "wb") as file:
@@ -89,9 +110,10 @@ def _scratch(folder: Path, size_bytes: int) -> Iterator[Path]:
                 file.write(os.urandom(min(4 * MIB, size_bytes - start)))
             file.flush()
             os.fsync(file.fileno())
-        yield Path(name)
-    finally:
+    except BaseException:
         os.unlink(name)
+        raise
+    return Path(name)
 
 
 @contextlib.contextmanager
