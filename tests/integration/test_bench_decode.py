@@ -163,14 +163,21 @@ def test_a_limit_below_the_process_kills_it_while_loading(monkeypatch: pytest.Mo
 
 
 def test_an_error_of_a_run_is_told_and_stops_nothing() -> None:
-    options = DecodeBenchOptions(**SHAPE, modes=("direct",), memory_budget="64KiB")
+    options = DecodeBenchOptions(**SHAPE, modes=("direct", "memory"), memory_budget="64KiB")
     told: list[str] = []
-    (run,) = run_decode_bench(options, told.append)["runs"]
-    assert "budget" in run["error"]
-    assert run["oom_killed"] is False
-    assert run["step_seconds_median"] is None
-    assert len(told) == 1
+    direct, memory = run_decode_bench(options, told.append)["runs"]
+    assert "budget" in direct["error"]
+    assert direct["oom_killed"] is False
+    assert direct["step_seconds_median"] is None
+    assert memory["error"] is None
     assert "budget" in told[0]
+    assert "ms a step" in told[1]
+
+
+def test_when_no_run_gets_through_it_is_an_error() -> None:
+    options = DecodeBenchOptions(model="random:nonesuch", modes=("memory",))
+    with pytest.raises(DualBladeError, match="no run got through.*nonesuch"):
+        run_decode_bench(options)
 
 
 @needs_cgroup

@@ -130,11 +130,11 @@ def run_decode_bench(options: DecodeBenchOptions, progress: Progress = _quiet) -
     """Run all modes under all limits and return the result, ready for JSON.
 
     A run that its limit kills has `oom_killed` true and null times, one that ends with an error
-    has `error`; neither stops the others. On an exception (Ctrl-C too) no child, no cgroup and no
+    has `error`; neither stops the others, unless no run got through for errors. On an exception (Ctrl-C too) no child, no cgroup and no
     store file that was not there before is left.
 
-    Raises: Unsupported when a limit is asked for and no cgroup can be made; ConfigError, and
-            whatever stops the calibration.
+    Raises: Unsupported when a limit is asked for and no cgroup can be made, or fio is asked for
+            and missing; DualBladeError when calibrating failed, or every run did.
     """
     wants_limit = any(parse_limit(limit) is not None for limit in options.memory_limits)
     if wants_limit and (reason := MemoryCgroup.available()) is not None:
@@ -152,6 +152,8 @@ def run_decode_bench(options: DecodeBenchOptions, progress: Progress = _quiet) -
             speeds.append(fio.measure() if fio is not None and mode in STORED else None)
             runs.append(_one_run(options, mode, limit, repeat, speeds[-1]))
             progress(_told(runs[-1]))
+    if all(run["error"] is not None for run in runs):
+        raise DualBladeError(f"no run got through: {runs[0]['error']}")
     return {
         "benchmark": "decode",
         "command": command_line(),

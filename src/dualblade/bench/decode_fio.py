@@ -78,6 +78,7 @@ class FioYardstick:
             "--name=read",
             f"--filename={self._file}",
             "--readonly",
+            "--thread",  # else its worker is a process that outlives a killed fio
             "--rw=read",
             "--direct=1",
             "--ioengine=io_uring",
