@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from dualblade.errors import ConfigError
 from dualblade.units import BLOCK_BYTES, GIB, KIB, MIB, parse_size
@@ -45,7 +45,7 @@ class EngineConfig:
                          until the next open); the default gives them back.
     """
 
-    io_engine: str = "auto"
+    io_engine: Literal["auto", "io_uring", "posix"] = "auto"
     queue_depth: int = 8
     chunk_bytes: int = MIB
     tile_tokens: int | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,18 @@ from transformers import (
 from transformers.models.bert.modeling_bert import BertModel
 
 import dualblade
-from dualblade import BudgetError, Closed, ConfigError, DualBladeCache, Unsupported
+from dualblade import (
+    BudgetError,
+    Closed,
+    ConfigError,
+    DeviceError,
+    DualBladeCache,
+    NoSpace,
+    StorageError,
+    Unsupported,
+)
+from dualblade.units import MIB
+from tests.fault.disks import disk_with_failing_writeback, ext4_disk, needs_root
 from tests.integration.tiny_models import prompt, tiny_model
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
@@ -198,3 +211,39 @@ def test_two_caches_on_one_model() -> None:
             cache.reset()
             got = model.generate(**inputs, past_key_values=cache, max_new_tokens=80)
             assert torch.equal(got, want)
+
+
+@needs_root
+def test_a_failed_writeback_raises_and_no_page_is_trusted_again(tmp_path: Path) -> None:
+    """After it the kernel may call the page clean, evict it, and read old bytes back."""
+    with disk_with_failing_writeback(tmp_path, real_bytes=16 * MIB, size_bytes=96 * MIB) as disk:
+        cache = DualBladeCache.for_model(
+            tiny_model(), store=disk / "kv.store", path="page-cache", memory_budget="64MiB"
+        )
+        with pytest.raises(DeviceError) as caught:
+            for _ in range(100):
+                step(cache, 1000)
+        assert caught.value.errno in (errno.EIO, errno.ENOSPC)
+        with pytest.raises(Closed, match="failed earlier"):
+            step(cache, 1)
+        with contextlib.suppress(StorageError):  # the superblock may not be writable either
+            cache.close()
+
+
+@needs_root
+def test_a_disk_that_fills_up_in_mid_generation(tmp_path: Path) -> None:
+    with (
+        ext4_disk(tmp_path / "disk", tmp_path / "disk.img", 24 * MIB) as disk,
+        DualBladeCache.for_model(
+            tiny_model(),
+            store=disk / "kv.store",
+            memory_budget="64MiB",
+            config=dualblade.EngineConfig(disk_capacity_bytes=64 * MIB),
+        ) as cache,
+    ):
+        with pytest.raises(NoSpace, match="cannot grow"):
+            for _ in range(100):
+                step(cache, 500)
+        tokens = cache.get_seq_length()
+        assert [cache.get_seq_length(layer) for layer in range(3)] == [tokens] * 3
+        step(cache, 1)

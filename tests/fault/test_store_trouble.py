@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -11,13 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from dualblade.errors import Closed, NoSpace, NotAStore, StorageError, Unsupported
-from dualblade.io import Engine, open_engine
+from dualblade.errors import (
+    Closed,
+    DeviceError,
+    NoSpace,
+    NotAStore,
+    StorageError,
+    Unsupported,
+)
+from dualblade.io import Arena, Engine, open_engine
 from dualblade.store import Door, Store
 from dualblade.store.format import DATA_OFFSET, SUPERBLOCK_BYTES
 from dualblade.units import MIB
-
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+from tests.fault.disks import disk_with_failing_writeback, ext4_disk, needs_root
 
 
 @pytest.fixture
@@ -150,16 +158,8 @@ def test_a_file_system_in_memory_offers_the_page_cache(engine: Engine) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """An ext4 file system of 24 MiB on a loop device."""
-    image, place = tmp_path / "disk.img", tmp_path / "disk"
-    image.write_bytes(b"")
-    os.truncate(image, 24 * MIB)
-    place.mkdir()
-    subprocess.run(["mkfs.ext4", "-q", "-O", "^has_journal", image], check=True)
-    subprocess.run(["mount", "-o", "loop", image, place], check=True)
-    try:
+    with ext4_disk(tmp_path / "disk", tmp_path / "disk.img", 24 * MIB) as place:
         yield place
-    finally:
-        subprocess.run(["umount", place], check=True)
 
 
 @needs_root
@@ -201,3 +201,19 @@ def test_use_after_close_is_told_and_closing_twice_is_once(tmp_path: Path, engin
         store.allocate(2 * MIB, Door.DIRECT)
     with pytest.raises(Closed):
         store.read(extent, 0, 0, 4096)
+
+
+@needs_root
+def test_a_failed_writeback_is_an_error_of_its_write(tmp_path: Path, engine: Engine) -> None:
+    arena = Arena(2 * MIB)
+    with disk_with_failing_writeback(tmp_path, real_bytes=16 * MIB, size_bytes=64 * MIB) as disk:
+        store = Store.open(disk / "kv.store", engine, capacity_bytes=48 * MIB)
+        extent = store.allocate(40 * MIB, Door.PAGE_CACHE)
+        with pytest.raises(DeviceError) as caught:
+            for at in range(0, extent.size_bytes, 2 * MIB):
+                store.write(extent, at, arena.address, 2 * MIB).wait()
+        assert caught.value.errno in (errno.EIO, errno.ENOSPC)
+        assert at >= 2 * MIB, "the first writes fit"
+        with contextlib.suppress(StorageError):
+            store.close()
+    arena.close()

@@ -21,7 +21,7 @@ class StoredLayer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(self, pipeline: KVPipeline, index: int, tokens_max: int | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._pipeline = pipeline
         self._index = index
         self._tokens_max = tokens_max
@@ -135,7 +135,7 @@ class MemoryLayer(DynamicLayer):
     """
 
     def __init__(self, tokens_max: int | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._tokens_max = tokens_max
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
