@@ -24,6 +24,7 @@ void Engine::begin_close() {
 }
 
 void Engine::close() {
+    std::lock_guard lock(closing_);
     begin_close();
     drain(Clock::time_point::max());
     wake();

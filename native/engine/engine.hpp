@@ -32,7 +32,7 @@ class Engine {
     Counters counters();
     // From here on submit() refuses; tickets that have not started fail with ECANCELED.
     void begin_close();
-    // Waits for what is in flight and joins the threads. Idempotent, not concurrent with itself.
+    // Waits for what is in flight and joins the threads. Idempotent; any thread.
     void close();
 
     // 0 or a positive errno. Registered memory must stay mapped until the engine is closed.
@@ -51,6 +51,10 @@ class Engine {
 
     const EngineOptions options_;
     Scheduler scheduler_;
+
+  private:
+    // Without it two threads that close at once would join the same thread twice.
+    std::mutex closing_;
 };
 
 std::unique_ptr<Engine> open_posix_engine(EngineOptions options);

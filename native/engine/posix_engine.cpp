@@ -53,8 +53,11 @@ class PosixEngine final : public Engine {
     void abandon() override {}
 
   protected:
-    void wake() override { work_or_end_.notify_all(); }
-    void join() override { threads_.join(); }
+    void wake() override { work_or_end_.notify_one(); }
+    void join() override {
+        work_or_end_.notify_all();
+        threads_.join();
+    }
     double thread_cpu_seconds() override { return threads_.cpu_seconds(); }
 
   private:
@@ -76,20 +79,24 @@ class PosixEngine final : public Engine {
                 verdict = scheduler_.finish(lock, request, result);
             }
         }
-        work_or_end_.notify_all();  // the last piece has ended: the other threads end too
     }
 
     // Without this wait idle threads would spin. False: closed, and nothing is left to do.
     bool wait_for_work(Scheduler::Lock& lock, Request& request) {
         while (!scheduler_.take(lock, request)) {
             if (scheduler_.closed(lock) && scheduler_.idle(lock)) return false;
+            ++sleepers_;
             scheduler_.going_to_sleep(lock);
             work_or_end_.wait(lock);
+            --sleepers_;
+            // A submit wakes one thread: the next submit is to wake one of those left.
+            if (sleepers_ > 0) scheduler_.going_to_sleep(lock);
         }
         return true;
     }
 
     std::condition_variable work_or_end_;
+    std::uint32_t sleepers_ = 0;  // under the scheduler's lock
     Threads threads_;
 };
 

@@ -46,8 +46,18 @@ int setup_ring(unsigned entries, io_uring& ring) {
     return error;
 }
 
-// Setup alone does not prove that the ring may be used: seccomp can forbid io_uring_enter alone.
+// Setup alone does not prove that the ring can be used: the operations are younger (5.6), and
+// seccomp can forbid io_uring_enter alone.
 int prove_ring(io_uring& ring) {
+    io_uring_probe* probe = io_uring_get_probe_ring(&ring);
+    if (probe == nullptr) return ENOSYS;
+    bool all = true;
+    for (const int op : {IORING_OP_READ, IORING_OP_WRITE, IORING_OP_READ_FIXED,
+                         IORING_OP_WRITE_FIXED, IORING_OP_FSYNC, IORING_OP_SYNC_FILE_RANGE}) {
+        all = all && io_uring_opcode_supported(probe, op);
+    }
+    io_uring_free_probe(probe);
+    if (!all) return ENOSYS;
     io_uring_prep_nop(io_uring_get_sqe(&ring));
     const int submitted = io_uring_submit_and_wait(&ring, 1);
     if (submitted < 0) return -submitted;
@@ -97,7 +107,7 @@ class UringEngine final : public Engine {
     // A child that kept the descriptor would keep the parent's ring, and the memory registered
     // with it, alive after the parent closed it.
     void abandon() override {
-        ::close(ring_.ring_fd);
+        if (ring_.ring_fd >= 0) ::close(ring_.ring_fd);
         ::close(event_);
     }
 
@@ -131,6 +141,7 @@ class UringEngine final : public Engine {
         if (have_buffers_) io_uring_unregister_buffers(&ring_);
         if (have_files_) io_uring_unregister_files(&ring_);
         io_uring_queue_exit(&ring_);
+        ring_.ring_fd = -1;
     }
 
     // Accounts what completed and queues what goes next, under one lock. False: closed and idle.

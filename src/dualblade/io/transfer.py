@@ -16,7 +16,7 @@ class Op(IntEnum):
     READ = 0
     WRITE = 1
     SYNC_RANGE = 2
-    """sync_file_range(WAIT_BEFORE | WRITE | WAIT_AFTER) over offset and size; size 0: to the end."""
+    """sync_file_range(WAIT_BEFORE | WRITE | WAIT_AFTER); size 0 is to the end."""
     DATASYNC = 3
     """fdatasync; offset and size are for error texts only."""
 
