@@ -176,7 +176,7 @@ def test_an_error_of_a_run_is_told_and_stops_nothing() -> None:
 
 def test_when_no_run_gets_through_it_is_an_error() -> None:
     options = DecodeBenchOptions(model="random:nonesuch", modes=("memory",))
-    with pytest.raises(DualBladeError, match="no run got through.*nonesuch"):
+    with pytest.raises(DualBladeError, match=r"no run got through.*nonesuch"):
         run_decode_bench(options)
 
 

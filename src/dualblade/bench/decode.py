@@ -130,8 +130,8 @@ def run_decode_bench(options: DecodeBenchOptions, progress: Progress = _quiet) -
     """Run all modes under all limits and return the result, ready for JSON.
 
     A run that its limit kills has `oom_killed` true and null times, one that ends with an error
-    has `error`; neither stops the others, unless no run got through for errors. On an exception (Ctrl-C too) no child, no cgroup and no
-    store file that was not there before is left.
+    has `error`; neither stops the others, unless no run got through for errors. On an exception
+    (Ctrl-C too) no child, no cgroup and no store file that was not there before is left.
 
     Raises: Unsupported when a limit is asked for and no cgroup can be made, or fio is asked for
             and missing; DualBladeError when calibrating failed, or every run did.

@@ -76,7 +76,7 @@ class FioYardstick:
         return [
             self._fio,
             "--name=read",
-            f"--filename={self._file}",
+            "--filename=" + str(self._file).replace(":", "\\:"),  # it separates names
             "--readonly",
             "--thread",  # else its worker is a process that outlives a killed fio
             "--rw=read",
@@ -127,7 +127,9 @@ def _huge_pages(size_bytes: int) -> Iterator[bool]:
     except OSError:
         yield False
         return
+    got = int(_HUGE_PAGES.read_text()) - before
     try:
-        yield int(_HUGE_PAGES.read_text()) >= before + count
-    finally:
-        _HUGE_PAGES.write_text(str(before))
+        yield got >= count
+    finally:  # ours alone: another program may have set some aside meanwhile
+        now = int(_HUGE_PAGES.read_text())
+        _HUGE_PAGES.write_text(str(max(0, now - max(0, got))))
