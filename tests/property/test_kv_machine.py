@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from dualblade.config import EngineConfig, Path
-from dualblade.io import open_engine
+from dualblade.io import Op, open_engine
 from dualblade.pipeline import KVPipeline, KVSettings
 from dualblade.store import Store
+from dualblade.testing import Fault, FaultyEngine
 from dualblade.units import KIB, MIB
 
 # (kv_heads, key_dim, value_dim): keys and values differ, layers differ, one needs padded slabs.
@@ -31,7 +32,8 @@ class KVMachine(RuleBasedStateMachine):
 
     @initialize(
         path=st.sampled_from([Path.DIRECT, Path.PAGE_CACHE, Path.DUAL]),
-        engine=st.sampled_from(["posix", "io_uring"]),
+        engine=st.sampled_from(["posix", "auto"]),
+        late_writes=st.booleans(),
         tile_tokens=st.sampled_from([None, 4, 16]),
         tokens_max=st.sampled_from([None, 5000]),
         budget=st.sampled_from([8 * MIB, 64 * MIB]),
@@ -42,6 +44,7 @@ class KVMachine(RuleBasedStateMachine):
         self,
         path: Path,
         engine: str,
+        late_writes: bool,
         tile_tokens: int | None,
         tokens_max: int | None,
         budget: int,
@@ -50,6 +53,9 @@ class KVMachine(RuleBasedStateMachine):
     ) -> None:
         config = EngineConfig(tile_tokens=tile_tokens, staging_bytes=512 * KIB, lookahead=lookahead)
         opened = open_engine(engine, queue_depth=4, chunk_bytes=64 * KIB)
+        if late_writes:  # reads that do not wait for them would overtake
+            late = Fault(op=Op.WRITE, errno=None, latency_seconds=0.002, times=None)
+            opened = FaultyEngine(opened, [late])
         store = Store.open(None, opened, capacity_bytes=256 * MIB)
         self.pipeline = KVPipeline(
             store,

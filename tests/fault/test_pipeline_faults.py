@@ -1,0 +1,144 @@
+"""Faults of the device under a generating cache: an error at the right layer, or the right bytes.
+
+Which faults: `dualblade.testing.faulty` says it in prose. Never a wrong row, never a stuck call.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dualblade import Closed, DeviceError, DualBladeCache, EngineConfig
+from dualblade.io import Op, open_engine
+from dualblade.testing import Fault, FaultyEngine
+from dualblade.units import KIB
+from tests.integration.tiny_models import tiny_model
+
+LAYERS, HEADS, DIM = 3, 2, 16
+CONFIG = EngineConfig(staging_bytes=512 * KIB)
+
+
+def rows(tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    made = [torch.randn(1, HEADS, tokens, DIM, generator=generator) for _ in range(2)]
+    return made[0], made[1]
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch) -> list[FaultyEngine]:
+    """Engines that caches open from now on are faulty ones, to be found in this list."""
+    opened: list[FaultyEngine] = []
+
+    def open_faulty(*args: Any, **options: Any) -> FaultyEngine:
+        opened.append(FaultyEngine(open_engine(*args, **options)))
+        return opened[-1]
+
+    monkeypatch.setattr("dualblade.hf.cache.open_engine", open_faulty)
+    return opened
+
+
+def cache_on(path: str) -> DualBladeCache:
+    return DualBladeCache.for_model(tiny_model(), path=path, memory_budget="16MiB", config=CONFIG)
+
+
+def fill(cache: DualBladeCache, tokens: int = 1000) -> None:
+    for layer in range(LAYERS):
+        cache.append(*rows(tokens, layer), layer)
+
+
+def assert_spoiled(cache: DualBladeCache) -> None:
+    with pytest.raises(Closed, match="failed earlier"):
+        cache.update(*rows(1, 0), 0)
+    with pytest.raises(Closed):
+        cache.crop(-1)
+    cache.close()
+    with pytest.raises(Closed, match="is closed"):
+        cache.update(*rows(1, 0), 0)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, 0], ids=["EIO", "short"])
+@pytest.mark.parametrize("path", ["direct", "page-cache"])
+@pytest.mark.parametrize("layer_of_fault", [0, 1, 2])
+def test_a_read_that_fails_ahead_is_raised_at_its_layer(
+    faulty: list[FaultyEngine], path: str, number: int, layer_of_fault: int
+) -> None:
+    cache = cache_on(path)
+    fill(cache)
+    layer = cache._pipeline._layers[layer_of_fault]
+    at = layer.values.unit.segments[0].extent.range
+    offsets = range(at.offset, at.end)
+    faulty[0].inject(Fault(op=Op.READ, offsets=offsets, errno=number))
+    for index in range(layer_of_fault):
+        cache.update(*rows(1, index), index)
+    with pytest.raises(DeviceError) as caught:
+        cache.update(*rows(1, 0), layer_of_fault)
+    assert caught.value.errno == number
+    assert caught.value.operation == "read"
+    assert caught.value.offset in offsets
+    assert_spoiled(cache)
+
+
+@pytest.mark.parametrize(
+    ("path", "op"), [("direct", Op.WRITE), ("page-cache", Op.WRITE), ("page-cache", Op.SYNC_RANGE)]
+)
+def test_a_write_that_fails_behind_is_raised_before_its_bytes_are_needed(
+    faulty: list[FaultyEngine], path: str, op: Op
+) -> None:
+    cache = cache_on(path)
+    fill(cache, 64)
+    faulty[0].inject(Fault(op=op, errno=errno.EIO))
+    with pytest.raises(DeviceError) as caught:
+        for step in range(200):
+            for layer in range(LAYERS):
+                cache.update(*rows(1, step), layer)
+    assert caught.value.errno == errno.EIO
+    assert step <= 65, "the tile that failed was asked for and not missed"
+    assert_spoiled(cache)
+
+
+def test_a_fault_nobody_waits_for_does_not_hinder_reset_and_close(
+    faulty: list[FaultyEngine],
+) -> None:
+    cache = cache_on("direct")
+    fill(cache)
+    for layer in range(LAYERS):
+        cache.update(*rows(1, layer), layer)  # reads ahead into the next step
+    faulty[0].inject(Fault(op=Op.READ, errno=errno.EIO, times=None))
+    cache.reset()
+    fill(cache, 40)
+    cache.close()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    rate=st.sampled_from([0.002, 0.02]),
+    path=st.sampled_from(["direct", "page-cache", "dual"]),
+)
+def test_random_faults_give_an_error_or_the_right_rows(seed: int, rate: float, path: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "dualblade.hf.cache.open_engine",
+            lambda *a, **k: FaultyEngine(open_engine(*a, **k), seed=seed, rate=rate),
+        )
+        cache = cache_on(path)
+    want = {layer: rows(0, 0) for layer in range(LAYERS)}
+    try:
+        for step, tokens in enumerate([300, 1, 64, 1, 200, 1, 1, 1]):
+            for layer in range(LAYERS):
+                new = rows(tokens, 10 * step + layer)
+                pairs = zip(want[layer], new, strict=True)
+                want[layer] = tuple(torch.cat(pair, dim=2) for pair in pairs)
+                got = cache.update(*new, layer)
+                assert torch.equal(got[0], want[layer][0])
+                assert torch.equal(got[1], want[layer][1])
+    except DeviceError:
+        with pytest.raises(Closed):
+            cache.update(*rows(1, 0), 0)
+    finally:
+        cache.close()
