@@ -10,7 +10,7 @@ import torch
 
 from dualblade.errors import ConfigError, DualBladeError, Unsupported
 from dualblade.hf import models
-from dualblade.hf.models import LoadedModel, config_of, load_model, parse_dtype
+from dualblade.hf.models import LoadedModel, config_of, default_dtype, load_model, parse_dtype
 from dualblade.hf.random_models import FAMILIES, PRESETS, random_config
 
 TINY = "layers=2,hidden=64,heads=4,vocab=300,positions=128"
@@ -161,9 +161,10 @@ def test_half_precision_is_widened_on_a_cpu(tmp_path: Path) -> None:
     saved(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**settings, "dtype": "float16"}))
-    source = models._find(str(tmp_path), lambda _line: None)
-    assert models._own_dtype(source, torch.device("cpu")) == torch.bfloat16
-    assert models._own_dtype(source, torch.device("cuda")) == "auto"
+    config = config_of(str(tmp_path))
+    assert default_dtype(config, "cpu") == torch.bfloat16
+    assert default_dtype(config, "cuda") == torch.float16
+    assert default_dtype(config_of(f"random:llama?{TINY}"), "cpu") == torch.bfloat16
 
 
 def test_no_hub_is_said_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -112,6 +112,11 @@ class _Source:
         """Arguments that the tokenizer and the configuration need too."""
         return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
 
+    def config(self) -> PretrainedConfig:
+        """The configuration, without weights."""
+        config: PretrainedConfig = AutoConfig.from_pretrained(self.place, **self.options())
+        return config
+
 
 def load_model(
     spec: str,
@@ -142,12 +147,13 @@ def load_model(
         with _told_shortly(spec):
             model = AutoModelForCausalLM.from_pretrained(
                 source.place,
-                dtype=dtype or _own_dtype(source, target),
+                dtype=dtype or default_dtype(source.config(), target.type),
                 **source.options(),
                 **(gguf_options() if source.gguf_file else {}),
             )
             tokenizer = AutoTokenizer.from_pretrained(source.place, **source.options())
-        return _loaded(model.to(target).eval(), tokenizer, source.name, source.told)
+        model.to(target)  # type: ignore[arg-type]  # its stubs lack the overload for a device
+        return _loaded(model.eval(), tokenizer, source.name, source.told)
 
 
 def config_of(spec: str, *, tell: Callable[[str], None] = _quiet) -> PretrainedConfig:
@@ -160,8 +166,7 @@ def config_of(spec: str, *, tell: Callable[[str], None] = _quiet) -> PretrainedC
             return random_config(spec)
         source = _find(spec, tell)
         with _told_shortly(spec):
-            config: PretrainedConfig = AutoConfig.from_pretrained(source.place, **source.options())
-            return config
+            return source.config()
 
 
 def parse_dtype(word: str) -> torch.dtype | None:
@@ -201,12 +206,15 @@ def _device(word: str | torch.device | None) -> torch.device:
     return device
 
 
-def _own_dtype(source: _Source, device: torch.device) -> torch.dtype | str:
-    if source.gguf_file is not None:
+def default_dtype(config: PretrainedConfig, device: str) -> torch.dtype:
+    """The dtype that a model of this configuration is loaded in unless another is asked for.
+
+    The checkpoint's own; bfloat16 in place of float16 on a CPU, and where none is stated.
+    """
+    stated = getattr(config.get_text_config(decoder=True), "dtype", None) or config.dtype
+    if stated is None or (stated == torch.float16 and device == "cpu"):
         return torch.bfloat16
-    config = AutoConfig.from_pretrained(source.place)
-    dtype = getattr(config.get_text_config(decoder=True), "dtype", None) or config.dtype
-    return torch.bfloat16 if dtype == torch.float16 and device.type == "cpu" else "auto"
+    return stated if isinstance(stated, torch.dtype) else getattr(torch, str(stated))
 
 
 def _find(spec: str, tell: Callable[[str], None]) -> _Source:

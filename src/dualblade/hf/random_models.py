@@ -245,8 +245,12 @@ def random_model(
             weights[name] = torch.empty(parameter.shape, dtype=dtype)
             _fill(weights[name].view(-1), pool, index * _POOL_SHIFT % _POOL_ELEMENTS)
     # Weights that are given are taken as they are, without a copy; the rest is initialised.
-    model = type(skeleton).from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
-    return model.to(device).eval()
+    model: PreTrainedModel = type(skeleton).from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype
+    )
+    model.to(device)  # type: ignore[arg-type]  # its stubs lack the overload for a device
+    model.eval()
+    return model
 
 
 def _fill(flat: torch.Tensor, pool: torch.Tensor, shift: int) -> None:

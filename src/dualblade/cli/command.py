@@ -1,0 +1,52 @@
+"""What all commands share: how a failure becomes one or two lines and an exit status.
+
+0 done; 1 the work failed; 2 bad usage; 130 interrupted. A traceback only with --debug.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+from dualblade.errors import ConfigError, DualBladeError
+
+FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130
+
+
+class Command(TyperCommand):
+    """A command whose errors are told shortly. All its `with` blocks have ended by then."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _tell("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except Exception as exc:
+            if _is_usage_error(exc):
+                raise
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            elif isinstance(exc, DualBladeError):
+                _tell(f"error: {exc}")
+            else:
+                told = " ".join(str(exc).split())[:300] or "no message"
+                _tell(f"error: {type(exc).__name__}: {told}\nthis is unexpected; see --debug")
+            status = BAD_USAGE if isinstance(exc, ConfigError) else FAILED
+            raise typer.Exit(status) from exc
+
+
+def _is_usage_error(exc: Exception) -> bool:
+    """An error that the option parser tells of itself; its class moved between typer versions."""
+    return hasattr(exc, "exit_code") and hasattr(exc, "format_message")
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()

@@ -1,0 +1,171 @@
+"""`dualblade doctor`: what this machine and this place can do, and what would be in force."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dualblade.cli import options
+from dualblade.units import format_size
+
+_GOOD, _POOR = "[green]ok[/green]", "[yellow]![/yellow]"
+
+
+def doctor(
+    store: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[STORE]",
+            help="A store file, a folder or a device; by default the cache directory.",
+            show_default=False,
+        ),
+    ] = None,
+    json: options.Json = False,
+    debug: options.Debug = False,  # noqa: ARG001 - read by Command
+) -> None:
+    """Say what this machine can do for a KV cache, and which engine would be in force and why.
+
+    Existing files are only read.
+
+    [bold]Examples[/bold]
+
+    dualblade doctor
+
+    dualblade doctor /mnt/nvme/kv.store --json
+    """
+    from dualblade.cli import checks
+    from dualblade.cli.output import write_json
+
+    result = {
+        "command": "doctor",
+        "machine": checks.machine(),
+        "memory": checks.memory(),
+        "engine": checks.engine(),
+        "store": checks.store(store),
+    }
+    if json:
+        write_json(result)
+    else:
+        _show(result)
+
+
+def _show(result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from dualblade.cli.output import result_console
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for section in (_machine_rows, _memory_rows, _engine_rows, _store_rows):
+        for mark, name, text in section(result):
+            table.add_row(mark, name, text)
+    result_console().print(table)
+
+
+_Rows = list[tuple[str, str, str]]
+
+
+def _mark(good: bool) -> str:
+    return _GOOD if good else _POOR
+
+
+def _machine_rows(result: dict[str, Any]) -> _Rows:
+    facts = result["machine"]
+    versions = facts["versions"]
+    known = ", ".join(f"{name} {number}" for name, number in versions.items() if number)
+    gpus = ", ".join(facts["gpus"]) or "none that torch can use"
+    processor = f"{facts['cpu_model'] or facts['architecture']}, {facts['cpu_usable_count']} usable"
+    return [
+        (_GOOD, "kernel", f"Linux {facts['kernel']}"),
+        (_GOOD, "processor", processor),
+        (_mark(facts["torch_error"] is None), "versions", facts["torch_error"] or known),
+        (_GOOD, "GPU", gpus),
+    ]
+
+
+def _memory_rows(result: dict[str, Any]) -> _Rows:
+    facts = result["memory"]
+    version = facts["cgroup_version"]
+    group = "none" if version is None else f"v{version}, {facts['cgroup_path']}"
+    limits = facts["cgroup_cannot_limit"] or "demo and bench can set real memory limits"
+    return [
+        (_GOOD, "memory", f"{format_size(facts['available_bytes'])} available: {facts['source']}"),
+        (_GOOD, "auto budget", format_size(facts["auto_budget_bytes"])),
+        *((_POOR, "", warning) for warning in facts["warnings"]),
+        (_mark(facts["cgroup_cannot_limit"] is None), "cgroup", f"{group}; {limits}"),
+    ]
+
+
+def _engine_rows(result: dict[str, Any]) -> _Rows:
+    facts = result["engine"]
+    limit = facts["memlock_limit_bytes"]
+    because = facts["reason"] or "the first choice"
+    return [
+        (_mark(facts["reason"] is None), "I/O engine", f"{facts['engine']}: {because}"),
+        *((_POOR, "", note) for note in facts["notes"]),
+        (
+            _mark(facts["registered_buffers"] or facts["engine"] == "posix"),
+            "memlock",
+            "unlimited" if limit is None else format_size(limit),
+        ),
+        (
+            _mark(facts["huge_pages_given"]),
+            "huge pages",
+            f"mode {facts['huge_pages'] or 'none'}, "
+            + (
+                "given when asked for" if facts["huge_pages_given"] else "not given: reads are slow"
+            ),
+        ),
+    ]
+
+
+def _store_rows(result: dict[str, Any]) -> _Rows:
+    facts = result["store"]
+    default = " (default)" if facts["is_default"] else ""
+    align = facts["direct_align_bytes"]
+    direct = f"works, aligned to {align} bytes" if align else "works"
+    told = {True: "cachestat", False: "mincore (older kernel)", None: "could not be tried here"}
+    return [
+        (_GOOD, "store", f"{facts['path']}{default}: {_state(facts)}"),
+        (
+            _GOOD,
+            "file system",
+            f"{facts['file_system']} on {facts['mount_point'] or '-'}, "
+            f"{format_size(facts['free_bytes'])} free",
+        ),
+        (_GOOD, "device", _device(facts)),
+        (
+            _mark(facts["direct"]),
+            "O_DIRECT",
+            direct if facts["direct"] else f"no: {facts['direct_reason']}",
+        ),
+        (_GOOD, "page cache", f"counted by {told[facts['cachestat']]}"),
+        *((_POOR, f"path {way}", text) for way, text in facts["ways"].items() if text != "works"),
+    ]
+
+
+def _state(facts: dict[str, Any]) -> str:
+    if facts["store"] is not None:
+        store = facts["store"]
+        state = "in use now" if facts["in_use_now"] else "free"
+        unclean = "" if store["closed_cleanly"] or facts["in_use_now"] else ", not closed cleanly"
+        pieces = "" if facts["pieces"] is None else f", in {facts['pieces']} pieces on the device"
+        return f"a dualblade store, {state}{unclean}{pieces}"
+    if facts["store_problem"] is not None:
+        return str(facts["store_problem"])
+    words = {
+        "missing": "would be made here",
+        "directory": "a folder; stores are files in it",
+        "device": "a block device; this version stores KV in files only",
+        "other": "neither a file nor a folder",
+    }
+    return words[facts["kind"]]
+
+
+def _device(facts: dict[str, Any]) -> str:
+    if facts["device"] is None:
+        return "no single block device below it"
+    kind = "rotating disk" if facts["rotational"] else "solid state"
+    model = f" {facts['device_model']}" if facts["device_model"] else ""
+    return f"{facts['device']}{model}, {kind}, logical block {facts['logical_block_bytes']} bytes"

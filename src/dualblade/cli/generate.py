@@ -1,0 +1,311 @@
+"""`dualblade generate`: a text, streamed as it is produced, with its KV cache in a store."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dualblade.cli import options
+from dualblade.errors import ConfigError
+from dualblade.units import format_size, parse_size
+
+if TYPE_CHECKING:
+    from dualblade.cli.generation import Generation
+    from dualblade.config import EngineConfig
+    from dualblade.hf.models import LoadedModel
+
+_PREFILL_CHUNK_TOKENS = 2048
+"""A whole prompt at once needs memory for its activations; each chunk reads the earlier KV back."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Request:
+    """The command line, checked as far as it can be without a model."""
+
+    model: str
+    prompt: str
+    system: str | None
+    chat: bool
+    max_new_tokens: int | None
+    temperature: float
+    seed: int
+    prefill_chunk_tokens: int
+    dtype: str
+    device: str | None
+    store: Path | None
+    memory_budget: str | int
+    path: str
+    attention: str
+    engine: EngineConfig
+    json: bool
+    stats: bool
+
+
+def generate(
+    model: options.Model,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt.")
+    ] = None,
+    prompt_file: Annotated[
+        str | None,
+        typer.Option("--prompt-file", metavar="FILE", help="Read the prompt; - is stdin."),
+    ] = None,
+    system: Annotated[
+        str | None,
+        typer.Option("--system", metavar="TEXT", help="System text, for models that chat."),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat/--no-chat", help="Use the model's chat template if it has one."),
+    ] = True,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", min=1, metavar="N", help="At most; by default 256."),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of sampling, and of `random:` weights.")] = 0,
+    prefill_chunk_size: Annotated[
+        int,
+        typer.Option("--prefill-chunk-size", min=1, help="Tokens of the prompt computed at once."),
+    ] = _PREFILL_CHUNK_TOKENS,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    store: options.Store = None,
+    memory_budget: options.MemoryBudget = "auto",
+    path: options.KVPath = "dual",
+    attention: options.Attention = "auto",
+    disk_capacity_bytes: options.DiskCapacity = None,
+    io_engine: options.IOEngine = "auto",
+    queue_depth: options.QueueDepth = None,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Afterwards, where time and bytes went (on stderr).")
+    ] = False,
+    json: options.Json = False,
+    debug: options.Debug = False,  # noqa: ARG001 - read by Command
+) -> None:
+    """Generate a text with the KV cache in a store on the drive.
+
+    The text is streamed to stdout as it is produced; everything else goes to stderr.
+
+    [bold]Examples[/bold]
+
+    dualblade generate --model demo -p "What is the capital of France?"
+
+    dualblade generate --model ./llama --prompt-file book.txt --memory-budget 512MiB --stats
+
+    dualblade generate --model random:llama-3.2-1b -p hello --max-new-tokens 8 --path direct
+    """
+    from dualblade.config import Path as KVPath
+
+    _run(
+        _Request(
+            model=model,
+            prompt=_prompt_text(prompt, prompt_file),
+            system=system,
+            chat=chat,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            prefill_chunk_tokens=prefill_chunk_size,
+            dtype=dtype,
+            device=device,
+            store=store,
+            memory_budget=memory_budget if memory_budget == "auto" else parse_size(memory_budget),
+            path=KVPath.parse(path).value,
+            attention=attention,
+            engine=options.engine_config(
+                io_engine=io_engine,
+                queue_depth=queue_depth,
+                disk_capacity_bytes=disk_capacity_bytes,
+            ),
+            json=json,
+            stats=stats,
+        )
+    )
+
+
+def _prompt_text(prompt: str | None, prompt_file: str | None) -> str:
+    """The one prompt that was given. Raises: ConfigError for none, both, or an unreadable file."""
+    if (prompt is None) == (prompt_file is None):
+        what = "no prompt is given" if prompt is None else "both --prompt and --prompt-file"
+        raise ConfigError(what, hint="give one of them; --prompt-file - reads stdin")
+    if prompt_file is None:
+        assert prompt is not None
+        return prompt
+    try:
+        raw = sys.stdin.buffer.read() if prompt_file == "-" else Path(prompt_file).read_bytes()
+        return raw.decode()
+    except OSError as exc:
+        raise ConfigError(f"cannot read the prompt {prompt_file}: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"the prompt {prompt_file} is not UTF-8 text (byte {exc.start})") from exc
+
+
+def _run(request: _Request) -> None:
+    from dualblade.cli.output import Reporter, write_json
+
+    with Reporter() as reporter:
+        began = time.perf_counter()
+        reporter.tell(f"loading {request.model}")
+        from dualblade.hf.models import load_model, parse_dtype
+
+        loaded = load_model(
+            request.model,
+            dtype=parse_dtype(request.dtype),
+            device=request.device,
+            seed=request.seed,
+            tell=reporter.tell,
+        )
+        load_seconds = time.perf_counter() - began
+        prompt = loaded.encode(request.prompt, system=request.system, chat=request.chat)
+        generation, cache_stats = _generate(request, loaded, prompt, reporter)
+    result = _result(request, loaded, prompt, load_seconds, generation, cache_stats)
+    if request.json:
+        write_json(result)
+    if request.stats:
+        _show_stats(result)
+
+
+def _generate(
+    request: _Request, loaded: LoadedModel, prompt: list[int], reporter: Any
+) -> tuple[Generation, dict[str, Any]]:
+    from dualblade.cli.generation import Sampling, check_length, generate_text
+    from dualblade.hf.cache import DualBladeCache
+
+    new_tokens = check_length(loaded, len(prompt), request.max_new_tokens)
+    with DualBladeCache.for_model(
+        loaded.model,
+        store=request.store,
+        memory_budget=request.memory_budget,
+        path=request.path,
+        attention=request.attention,  # type: ignore[arg-type]  # a wrong word is told there
+        max_tokens=len(prompt) + new_tokens,
+        config=request.engine,
+    ) as cache:
+        reporter.tell(f"prefill of {len(prompt)} tokens")
+        write = _no_text if request.json else _write_text
+        try:
+            generation = generate_text(
+                loaded,
+                prompt,
+                cache,
+                Sampling(
+                    max_new_tokens=new_tokens,
+                    temperature=request.temperature,
+                    seed=request.seed,
+                    prefill_chunk_tokens=request.prefill_chunk_tokens,
+                ),
+                write,
+                reporter.fraction,
+                reporter.finish,
+            )
+        finally:
+            reporter.finish()
+            write("\n")
+        return generation, cache.stats().to_dict()
+
+
+def _write_text(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _no_text(_text: str) -> None:
+    """With --json the text is in the object."""
+
+
+def _result(
+    request: _Request,
+    loaded: LoadedModel,
+    prompt: list[int],
+    load_seconds: float,
+    generation: Generation,
+    cache_stats: dict[str, Any],
+) -> dict[str, Any]:
+    return {
+        "command": "generate",
+        "model": loaded.name,
+        "source": loaded.source,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": str(loaded.model.device),
+        "prompt_tokens": len(prompt),
+        "new_tokens": len(generation.tokens),
+        "text": loaded.decode(generation.tokens),
+        "tokens_sha256": generation.sha256(),
+        "load_seconds": load_seconds,
+        "prefill_seconds": generation.prefill_seconds,
+        "decode_seconds_per_token": generation.decode_seconds_per_token,
+        "prefill_chunk_tokens": request.prefill_chunk_tokens,
+        "seed": request.seed,
+        "temperature": request.temperature,
+        "cache": cache_stats,
+    }
+
+
+def _show_stats(result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from dualblade.cli.output import result_console
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in _stats_rows(result):
+        table.add_row(name, value)
+    result_console(stderr=True).print(table)
+
+
+def _stats_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a person wants to know, in the order of the way of a tensor."""
+    cache = result["cache"]
+    memory, io, seconds, engine = (cache[k] for k in ("memory", "io", "seconds", "engine"))
+    decode = result["decode_seconds_per_token"]
+    rows = [
+        ("model", f"{result['model']}, {result['dtype']} on {result['device']}"),
+        ("tokens", f"{result['prompt_tokens']} of prompt, {result['new_tokens']} new"),
+        ("load", f"{result['load_seconds']:.2f} s"),
+        ("prefill", f"{result['prefill_seconds']:.2f} s"),
+        ("decode", "-" if decode is None else f"{decode * 1000:.1f} ms per token"),
+        ("path", f"{cache['path']}, attention {cache['attention']}"),
+        ("KV", format_size(cache["kv_bytes"])),
+    ]
+    if engine is None:
+        return rows
+    cached = [unit for unit in cache["plan"] if unit["path"] == "page-cache"]
+    because = f" ({engine['reason']})" if engine["reason"] else ""
+    return [
+        *rows,
+        ("store", f"{cache['store_path']}, in {cache['store_pieces']} pieces"),
+        ("engine", f"{engine['name']}{because}, {engine['queue_depth']} in flight"),
+        *(("", note) for note in engine["notes"]),
+        ("plan", f"{len(cached)} of {len(cache['plan'])} units through the page cache"),
+        ("memory", _memory_line(memory)),
+        (
+            "read",
+            f"{format_size(io['direct_read_bytes'])} direct, "
+            f"{format_size(io['page_cache_read_bytes'])} through the page cache",
+        ),
+        ("written", format_size(io["written_bytes"])),
+        (
+            "time",
+            f"waiting for reads {seconds['read_wait']:.2f} s, gathering {seconds['gather']:.2f} s, "
+            f"taking in rows {seconds['append']:.2f} s",
+        ),
+    ]
+
+
+def _memory_line(memory: dict[str, Any]) -> str:
+    shares = {
+        "staging": memory["staging_bytes"],
+        "gather": memory["gather_bytes"],
+        "tails and tables": memory["tail_bytes"] + memory["table_bytes"],
+        "page cache": memory["page_cache_bytes"],
+    }
+    told = ", ".join(f"{name} {format_size(size)}" for name, size in shares.items())
+    used, budget = format_size(memory["used_bytes"]), format_size(memory["budget_bytes"])
+    return f"{used} of {budget}: {told}"

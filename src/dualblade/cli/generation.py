@@ -1,0 +1,213 @@
+"""One text from one prompt: what `generate` and `demo` do with a loaded model and a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from dualblade.errors import ConfigError
+from dualblade.hf.models import LoadedModel
+
+NEW_TOKENS_DEFAULT = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen; temperature 0 takes the likeliest."""
+
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    prefill_chunk_tokens: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Generation:
+    """What was generated, and when: seconds since the start, one entry a token."""
+
+    tokens: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def prefill_seconds(self) -> float | None:
+        """Until the first token."""
+        return self.seconds[0] if self.seconds else None
+
+    @property
+    def decode_seconds_per_token(self) -> float | None:
+        """Mean over the tokens after the first."""
+        if len(self.seconds) < 2:
+            return None
+        return (self.seconds[-1] - self.seconds[0]) / (len(self.seconds) - 1)
+
+    def sha256(self) -> str:
+        """Over the tokens, as little-endian int64."""
+        data = b"".join(token.to_bytes(8, "little", signed=True) for token in self.tokens)
+        return hashlib.sha256(data).hexdigest()
+
+
+class TokenStream:
+    """What transformers calls with the prompt once, then with each token.
+
+    `write` is given text as soon as it is whole: a character may be several tokens.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        write: Callable[[str], None],
+        on_first: Callable[[], None],
+    ) -> None:
+        self.generation = Generation()
+        self._decode = decode
+        self._write = write
+        self._on_first = on_first
+        self._prompt_seen = False
+        self._start = 0
+        self._written = 0
+        self._began = time.perf_counter()
+
+    def put(self, value: torch.Tensor) -> None:
+        """Tokens [1, n] of the prompt, or [n] new ones."""
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        now = time.perf_counter() - self._began
+        for token in value.flatten().tolist():
+            self.generation.tokens.append(token)
+            self.generation.seconds.append(now)
+        if len(self.generation.tokens) == 1:
+            self._on_first()
+        self._flush(whole=False)
+
+    def end(self) -> None:
+        """Called once after the last token."""
+        self._flush(whole=True)
+
+    def _flush(self, *, whole: bool) -> None:
+        text = self._decode(self.generation.tokens[self._start :])
+        ready = text if whole else text.rstrip("\ufffd")  # the rest of a character is to come
+        if len(ready) > self._written:
+            self._write(ready[self._written :])
+            self._written = len(ready)
+        if ready == text and text.endswith("\n"):
+            # Decoding all tokens at each one would make long texts slow; lines stand alone.
+            self._start, self._written = len(self.generation.tokens), 0
+
+
+class PrefillProgress:
+    """Tells how much of the prompt is done, counted in layers, until the first token is there."""
+
+    def __init__(
+        self, model: Any, prompt_tokens: int, chunk_tokens: int, tell: Callable[[float], None]
+    ) -> None:
+        layers = _decoder_layers(model)
+        self._total = max(1, len(layers) * math.ceil(prompt_tokens / chunk_tokens))
+        self._done = 0
+        self._tell = tell
+        self._hooks = [layer.register_forward_hook(self._count) for layer in layers]
+
+    def close(self) -> None:
+        """Take the hooks away. Twice is once."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def __enter__(self) -> PrefillProgress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _count(self, *_: Any) -> None:
+        self._done += 1
+        self._tell(min(1.0, self._done / self._total))
+
+
+def check_length(loaded: LoadedModel, prompt_tokens: int, wanted: int | None) -> int:
+    """New tokens that there is room for: `wanted`, or 256 and what the positions leave.
+
+    Raises: ConfigError when the prompt, or prompt and wanted tokens, pass the model's positions.
+    """
+    if prompt_tokens == 0:
+        raise ConfigError("the prompt is empty", hint="give one with --prompt or --prompt-file")
+    positions = loaded.positions_max
+    if positions is None:
+        return wanted or NEW_TOKENS_DEFAULT
+    room = positions - prompt_tokens
+    if room < 1:
+        raise ConfigError(
+            f"the prompt has {prompt_tokens} tokens; {loaded.name} has {positions} positions",
+            hint="shorten the prompt, or use a model with a longer context",
+        )
+    if wanted is not None and wanted > room:
+        raise ConfigError(
+            f"{prompt_tokens} tokens of prompt and {wanted} new ones pass the {positions} "
+            f"positions of {loaded.name}",
+            hint=f"use --max-new-tokens {room} or less",
+        )
+    return min(wanted or NEW_TOKENS_DEFAULT, room)
+
+
+def generate_text(
+    loaded: LoadedModel,
+    prompt: list[int],
+    cache: Any,
+    sampling: Sampling,
+    write: Callable[[str], None],
+    progress: Callable[[float], None],
+    on_first: Callable[[], None],
+) -> Generation:
+    """Generate, streaming text to `write`. Called in order: progress ..., on_first, write ...
+
+    Raises: whatever the cache raises; KeyboardInterrupt. What was written stays.
+    """
+    model: Any = loaded.model
+    ids = torch.tensor([prompt], device=model.device)
+    chunk = min(sampling.prefill_chunk_tokens, len(prompt))
+    torch.manual_seed(sampling.seed)
+    with PrefillProgress(model, len(prompt), chunk, progress) as counting:
+
+        def first() -> None:
+            counting.close()
+            on_first()
+
+        stream = TokenStream(loaded.decode, write, first)
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=sampling.max_new_tokens,
+            prefill_chunk_size=chunk,
+            streamer=stream,
+            **_choice(sampling.temperature),
+        )
+    return stream.generation
+
+
+def _choice(temperature: float) -> dict[str, Any]:
+    """Sampling is only what was asked for: settings that came with the model are put aside."""
+    if temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+
+
+def _decoder_layers(model: Any) -> list[torch.nn.Module]:
+    """The modules that run once a forward pass, one a layer; none if the model hides them."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return list(module)
+    return []

@@ -1,0 +1,115 @@
+"""Options that several commands have, each in the same words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from dualblade.config import EngineConfig
+
+CACHE_PANEL = "KV cache"
+ENGINE_PANEL = "I/O engine"
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="A folder, a .gguf file, a hub id, `demo` (SmolLM2-135M), or `random:` with a shape "
+        "such as random:llama-3.2-1b or random:llama?layers=4,hidden=256.",
+    ),
+]
+Store = Annotated[
+    Path | None,
+    typer.Option(
+        "--store",
+        metavar="FILE",
+        help="Store file for the KV; made if missing. Without it: a private file in "
+        "~/.cache/dualblade, gone at the end.",
+        rich_help_panel=CACHE_PANEL,
+    ),
+]
+MemoryBudget = Annotated[
+    str,
+    typer.Option(
+        "--memory-budget",
+        metavar="SIZE",
+        help="Host memory for the KV cache in all, such as 512MiB; or auto.",
+        rich_help_panel=CACHE_PANEL,
+    ),
+]
+KVPath = Annotated[
+    str,
+    typer.Option(
+        "--path",
+        metavar="PATH",
+        help="dual (page cache up to the budget, the rest direct), page-cache, direct or memory.",
+        rich_help_panel=CACHE_PANEL,
+    ),
+]
+Attention = Annotated[
+    str,
+    typer.Option(
+        "--attention",
+        metavar="WAY",
+        help="auto or exact: the model's own attention over gathered KV.",
+        rich_help_panel=CACHE_PANEL,
+    ),
+]
+DiskCapacity = Annotated[
+    str | None,
+    typer.Option(
+        "--disk-capacity-bytes",
+        metavar="SIZE",
+        help="Most that the store may occupy; by default free space less a reserve.",
+        rich_help_panel=CACHE_PANEL,
+    ),
+]
+IOEngine = Annotated[
+    str,
+    typer.Option(
+        "--io-engine",
+        metavar="ENGINE",
+        help="auto, io_uring or posix.",
+        rich_help_panel=ENGINE_PANEL,
+    ),
+]
+QueueDepth = Annotated[
+    int | None,
+    typer.Option(
+        "--queue-depth",
+        metavar="N",
+        help="Requests in flight on the device.",
+        rich_help_panel=ENGINE_PANEL,
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="DTYPE",
+        help="bfloat16, float32, float16; auto: the model's own.",
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", metavar="DEVICE", help="cpu or cuda; by default a GPU if there is."),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="One JSON object on stdout; progress on stderr.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
+
+
+def engine_config(
+    *, io_engine: str, queue_depth: int | None, **others: str | int | None
+) -> EngineConfig:
+    """Engine settings from options; None means the default. Raises: ConfigError."""
+    from dualblade.config import EngineConfig
+
+    given: dict[str, Any] = {"io_engine": io_engine, "queue_depth": queue_depth, **others}
+    return EngineConfig.from_mapping({k: v for k, v in given.items() if v is not None})

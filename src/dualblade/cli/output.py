@@ -1,0 +1,91 @@
+"""Results to stdout, progress to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+_WIDTH_WITHOUT_TERMINAL = 120
+_LINE_EVERY_SECONDS = 5.0
+
+
+def result_console(*, stderr: bool = False) -> Console:
+    """For tables: as wide as the terminal; in a file or pipe wide enough for all columns."""
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal:
+        console.width = _WIDTH_WITHOUT_TERMINAL
+    return console
+
+
+def write_json(result: dict[str, Any]) -> None:
+    """The one JSON object of `--json`."""
+    sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    sys.stdout.flush()
+
+
+class Reporter:
+    """What is going on, on stderr: one moving line on a terminal, else plain lines now and then.
+
+    A context manager; `finish` takes the moving line away early, before text is streamed.
+    """
+
+    def __init__(self) -> None:
+        console = Console(stderr=True, highlight=False)
+        self._terminal = console.is_terminal
+        self._last_line = 0.0
+        self._task: TaskID | None = None
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not self._terminal,
+        )
+
+    def __enter__(self) -> Reporter:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def tell(self, what: str) -> None:
+        """A new thing begins."""
+        self._last_line = time.monotonic()
+        if not self._terminal:
+            sys.stderr.write(f"{what}\n")
+            sys.stderr.flush()
+            return
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(what, total=None)
+
+    def fraction(self, done: float) -> None:
+        """The thing that goes on is `done` (0 to 1)."""
+        if self._task is not None:
+            self._progress.update(self._task, total=1.0, completed=done)
+        elif time.monotonic() - self._last_line >= _LINE_EVERY_SECONDS:
+            self._last_line = time.monotonic()
+            sys.stderr.write(f"  {done:.0%}\n")
+            sys.stderr.flush()
+
+    def finish(self) -> None:
+        """Take the moving line away."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+            self._task = None
+        self._progress.stop()

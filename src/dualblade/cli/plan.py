@@ -1,0 +1,166 @@
+"""`dualblade plan`: which unit goes which way, for a model that need not be there."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dualblade.cli import options
+from dualblade.errors import ConfigError
+from dualblade.units import format_size, parse_size
+
+if TYPE_CHECKING:
+    from dualblade.hf.plan import CachePlan, PlanRequest
+
+_PATHS = ("memory", "page-cache", "direct")
+
+
+def plan(
+    model: options.Model,
+    context: Annotated[
+        int, typer.Option("--context", min=1, metavar="T", help="Tokens of each sequence.")
+    ],
+    batch: Annotated[int, typer.Option("--batch", min=1, metavar="B", help="Sequences.")] = 1,
+    memory_budget: options.MemoryBudget = "auto",
+    path: options.KVPath = "dual",
+    dtype: options.Dtype = "auto",
+    device: Annotated[
+        str, typer.Option("--device", help="cuda: the gather buffer is on the GPU.")
+    ] = "cpu",
+    queue_depth: options.QueueDepth = None,
+    json: options.Json = False,
+    debug: options.Debug = False,  # noqa: ARG001 - read by Command
+) -> None:
+    """Show the residency plan of a model, context and budget. No weights are needed.
+
+    For each layer: the path of its keys and values, their bytes, and the reason.
+
+    [bold]Examples[/bold]
+
+    dualblade plan --model random:llama-3-8b --context 131072 --memory-budget 4GiB
+
+    dualblade plan --model ./llama --context 32768 --batch 4 --memory-budget 2GiB --json
+    """
+    from dualblade.config import Path as KVPath
+    from dualblade.host.memory import auto_budget_bytes
+
+    budget = auto_budget_bytes() if memory_budget == "auto" else parse_size(memory_budget)
+    way = KVPath.parse(path)
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"unknown device {device!r}", hint="use cpu or cuda")
+    engine = options.engine_config(io_engine="auto", queue_depth=queue_depth)
+
+    from dualblade.cli.output import write_json
+    from dualblade.hf.geometry import item_bytes
+    from dualblade.hf.models import config_of, default_dtype, parse_dtype
+    from dualblade.hf.plan import PlanRequest, plan_cache
+
+    config = config_of(model)
+    element = parse_dtype(dtype) or default_dtype(config, device)
+    request = PlanRequest(
+        tokens=context,
+        batch=batch,
+        item_bytes=item_bytes(element),
+        budget_bytes=budget,
+        path=way,
+        engine=engine,
+        gather_on_host=device == "cpu",
+    )
+    made = plan_cache(config, request)
+    result = _result(model, str(element).removeprefix("torch."), request, made)
+    if json:
+        write_json(result)
+    else:
+        _show(result)
+
+
+def _result(model: str, dtype: str, request: PlanRequest, made: CachePlan) -> dict[str, Any]:
+    from dualblade.config import Path as KVPath
+
+    shares = made.shares
+    return {
+        "command": "plan",
+        "model": model,
+        "dtype": dtype,
+        "context": request.tokens,
+        "batch": request.batch,
+        "path": request.path.value,
+        "kv_bytes": made.kv_bytes,
+        "kv_bytes_per_token": made.token_bytes,
+        "budget_bytes": request.budget_bytes,
+        "shares": None
+        if shares is None
+        else {**asdict(shares), "page_cache_bytes": shares.page_cache_bytes},
+        "bytes_by_path": {word: made.bytes_on(KVPath(word)) for word in _PATHS},
+        "tile_rows": sorted(set(made.tile_rows)),
+        "units": [asdict(placement) for placement in made.placements],
+    }
+
+
+def _show(result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from dualblade.cli.output import result_console
+
+    console = result_console()
+    console.print(
+        f"{result['model']}, {result['dtype']}: {result['batch']} x {result['context']} tokens, "
+        f"KV {format_size(result['kv_bytes'])}, budget {format_size(result['budget_bytes'])}"
+    )
+    table = Table(box=None, pad_edge=False)
+    for name in ("layer", "part", "path", "per layer", "reason"):
+        table.add_column(name, justify="right" if name in ("layer", "per layer") else "left")
+    for first, last, unit in _runs(result["units"]):
+        layers = str(first) if first == last else f"{first}-{last}"
+        size = format_size(unit["bytes"]) if unit["bytes"] >= 0 else "?"
+        table.add_row(layers, unit["part"], unit["path"], size, unit["reason"])
+    console.print(table)
+    for line in _totals(result):
+        console.print(line)
+
+
+def _runs(units: list[dict[str, Any]]) -> list[tuple[int, int, dict[str, Any]]]:
+    """Neighbouring layers that are alike in all their units, as (first, last, unit) lines."""
+    layers: dict[int, list[dict[str, Any]]] = {}
+    for unit in units:
+        layers.setdefault(unit["layer"], []).append(unit)
+
+    def likeness(layer: int) -> list[dict[str, Any]]:
+        return [{**unit, "layer": None} for unit in layers[layer]]
+
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and likeness(runs[-1][0]) == likeness(layer):
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return [(run[0], run[-1], unit) for run in runs for unit in _merged(layers[run[0]])]
+
+
+def _merged(units: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Keys and values in one line when they go the same way."""
+    if len(units) == 2 and {**units[0], "part": ""} == {**units[1], "part": ""}:
+        return [{**units[0], "part": "keys, values", "bytes": 2 * units[0]["bytes"]}]
+    return units
+
+
+def _totals(result: dict[str, Any]) -> list[str]:
+    sizes = result["bytes_by_path"]
+    lines = [", ".join(f"{word} {format_size(sizes[word])}" for word in _PATHS if sizes[word])]
+    shares = result["shares"]
+    if shares is not None:
+        lines.append(
+            f"of the budget: staging {format_size(shares['staging_bytes'])}, gather buffer "
+            f"{format_size(shares['gather_bytes'])}, tails "
+            f"{format_size(shares['tail_bytes'])}, left for the page cache "
+            f"{format_size(shares['page_cache_bytes'])}"
+        )
+        read = sizes["direct"]
+        lines.append(
+            "everything fits: a warm step reads nothing from the drive"
+            if read == 0 and result["path"] == "dual"
+            else f"read directly from the drive at each step: {format_size(read)}"
+        )
+    return lines

@@ -1,0 +1,205 @@
+"""The residency plan of a model that is not loaded: what `for_model` would do, from its
+configuration alone. A test holds both to the same figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from dualblade.config import EngineConfig, Path
+from dualblade.errors import ConfigError
+from dualblade.geometry import Part, TileGeometry, UnitId, choose_tile_rows
+from dualblade.hf.geometry import LayerShape, layer_shapes
+from dualblade.metrics import UnitPlacement
+from dualblade.pipeline.gather import GatherBuffers
+from dualblade.pipeline.staging import staging_shape
+from dualblade.residency import BudgetShares, UnitDemand, plan_by_size, plan_fixed
+from dualblade.units import round_up
+
+_TAIL_SHARE_OF_BUDGET = 10
+_CAPACITY_STEP_TOKENS = 64
+_TABLE_ITEM_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest:
+    """What to plan for: `tokens` in each of `batch` sequences, elements of `item_bytes`.
+
+    `gather_on_host` is False for a GPU with memory of its own.
+    """
+
+    tokens: int
+    batch: int
+    item_bytes: int
+    budget_bytes: int
+    path: Path
+    engine: EngineConfig
+    gather_on_host: bool = True
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.batch < 1:
+            raise ConfigError("context and batch must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachePlan:
+    """The plan of one cache. `tile_rows` and `kv_bytes` cover the layers that are stored;
+    placements cover all layers, bytes -1 where the configuration does not tell them."""
+
+    placements: tuple[UnitPlacement, ...]
+    shares: BudgetShares | None
+    tile_rows: tuple[int, ...]
+    token_bytes: int
+    kv_bytes: int
+
+    def bytes_on(self, path: Path) -> int:
+        """Bytes of all units on `path`, as far as they are known."""
+        return sum(max(p.bytes, 0) for p in self.placements if p.path == path.value)
+
+
+def plan_cache(config: PretrainedConfig, request: PlanRequest) -> CachePlan:
+    """The plan for a model of this configuration.
+
+    Raises: Unsupported (see layer_shapes); BudgetError with the bytes needed.
+    """
+    shapes = layer_shapes(config)
+    stored = [shape for shape in shapes if shape.offloaded]
+    token_bytes = request.batch * sum(_row_bytes(shape, request.item_bytes) for shape in stored)
+    kept = [_kept(shape, config, request) for shape in shapes if not shape.offloaded]
+    if request.path is Path.MEMORY or not stored:
+        whole = [
+            UnitPlacement(
+                layer=shape.index,
+                part=part.value,
+                path=Path.MEMORY.value,
+                bytes=request.tokens * request.batch * shape.kv_heads * dim * request.item_bytes,
+                reason="path memory",
+            )
+            for shape in stored
+            for part, dim in zip(Part, (shape.key_dim, shape.value_dim), strict=True)
+        ]
+        return _plan([*whole, *kept], None, [], token_bytes, request)
+    rows = _tile_rows(stored, request)
+    shares = _shares(stored, rows, request)
+    shares.require()
+    placed = _placed(stored, rows, shares, request)
+    return _plan([*placed, *kept], shares, rows, token_bytes, request)
+
+
+def _plan(
+    placements: list[UnitPlacement],
+    shares: BudgetShares | None,
+    rows: list[int],
+    token_bytes: int,
+    request: PlanRequest,
+) -> CachePlan:
+    ordered = sorted(placements, key=lambda placement: placement.layer)
+    return CachePlan(
+        placements=tuple(ordered),
+        shares=shares,
+        tile_rows=tuple(rows),
+        token_bytes=token_bytes,
+        kv_bytes=token_bytes * request.tokens,
+    )
+
+
+def _row_bytes(shape: LayerShape, item_bytes: int) -> int:
+    return shape.kv_heads * (shape.key_dim + shape.value_dim) * item_bytes
+
+
+def _tile_rows(stored: Sequence[LayerShape], request: PlanRequest) -> list[int]:
+    tail_bytes_max = request.budget_bytes // _TAIL_SHARE_OF_BUDGET // len(stored)
+    return [
+        request.engine.tile_tokens
+        or choose_tile_rows(
+            kv_heads=shape.kv_heads,
+            dims=(shape.key_dim, shape.value_dim),
+            item_bytes=request.item_bytes,
+            batch=request.batch,
+            tail_bytes_max=tail_bytes_max,
+        )
+        for shape in stored
+    ]
+
+
+def _geometries(
+    shape: LayerShape, rows: int, request: PlanRequest
+) -> tuple[TileGeometry, TileGeometry]:
+    keys, values = (
+        TileGeometry(kv_heads=shape.kv_heads, rows=rows, dim=dim, item_bytes=request.item_bytes)
+        for dim in (shape.key_dim, shape.value_dim)
+    )
+    return keys, values
+
+
+def _shares(
+    stored: Sequence[LayerShape], rows: Sequence[int], request: PlanRequest
+) -> BudgetShares:
+    batch, item = request.batch, request.item_bytes
+    capacity = round_up(request.tokens, _CAPACITY_STEP_TOKENS)
+    slabs = [geometry.slab_bytes for geometry in _geometries(stored[0], rows[0], request)]
+    gather = sum(
+        GatherBuffers.allocated_bytes(capacity * batch * item * max(sizes))
+        for sizes in (
+            [shape.kv_heads * shape.key_dim for shape in stored],
+            [shape.kv_heads * shape.value_dim for shape in stored],
+        )
+    )
+    staging = staging_shape(request.engine, request.budget_bytes, max(slabs))
+    return BudgetShares(
+        budget_bytes=request.budget_bytes,
+        staging_bytes=staging.total_bytes,
+        gather_bytes=gather if request.gather_on_host else 0,
+        tail_bytes=sum(
+            batch * tile * _row_bytes(shape, item) for shape, tile in zip(stored, rows, strict=True)
+        ),
+        table_bytes=sum(capacity // tile * batch * _TABLE_ITEM_BYTES for tile in rows),
+    )
+
+
+def _placed(
+    stored: Sequence[LayerShape],
+    rows: Sequence[int],
+    shares: BudgetShares,
+    request: PlanRequest,
+) -> list[UnitPlacement]:
+    demands = [
+        UnitDemand(
+            unit=UnitId(shape.index, part),
+            size_bytes=-(-request.tokens // tile) * geometry.tile_bytes(request.batch),
+        )
+        for shape, tile in zip(stored, rows, strict=True)
+        for part, geometry in zip(Part, _geometries(shape, tile, request), strict=True)
+    ]
+    if request.path is Path.DUAL:
+        plan = plan_by_size(demands, shares.page_cache_bytes)
+    else:
+        plan = plan_fixed(demands, request.path)
+    return [
+        UnitPlacement(
+            layer=placement.unit.layer,
+            part=placement.unit.part.value,
+            path=placement.path.value,
+            bytes=placement.size_bytes,
+            reason=placement.reason,
+        )
+        for placement in plan.placements
+    ]
+
+
+def _kept(shape: LayerShape, config: PretrainedConfig, request: PlanRequest) -> UnitPlacement:
+    """A layer that transformers' own class holds in memory; a window bounds a sliding one."""
+    window = getattr(config.get_text_config(decoder=True), "sliding_window", None)
+    size = -1
+    if shape.kind == "sliding_attention" and window is not None:
+        row = request.batch * _row_bytes(shape, request.item_bytes)
+        size = min(request.tokens, int(window)) * row
+    return UnitPlacement(
+        layer=shape.index,
+        part="all",
+        path=Path.MEMORY.value,
+        bytes=size,
+        reason=f"{shape.kind} stays in memory",
+    )
