@@ -1,0 +1,416 @@
+// The engine's contract in C++, to be run under sanitizers: `native/check.sh`.
+//
+// Tickets and the scheduler are tested without I/O, so every order of completions is reachable;
+// the engines on a real file. Each check fails on its own line; no time decides a result.
+#include "engine/engine.hpp"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+using namespace dualblade;
+
+#define CHECK(condition)                                                                 \
+    do {                                                                                 \
+        if (!(condition)) {                                                              \
+            std::fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
+            std::exit(1);                                                                \
+        }                                                                                \
+    } while (false)
+
+namespace {
+
+constexpr std::uint64_t kBlock = 4096;
+constexpr std::uint64_t kChunk = 4 * kBlock;
+constexpr std::uint64_t kFileBytes = 4 << 20;
+const auto kNow = Clock::time_point::min();
+const auto kForever = Clock::time_point::max();
+
+Transfer read_of(std::uint64_t size_bytes, std::uint64_t offset = 0) {
+    return {3, Op::Read, 0x1000 + offset, size_bytes, offset};
+}
+
+// A scheduler whose pieces the test completes by hand.
+struct Bench {
+    Scheduler scheduler;
+    explicit Bench(std::uint32_t depth) : scheduler(depth) {}
+
+    std::shared_ptr<Ticket> submit(std::vector<Transfer> transfers) {
+        auto ticket = std::make_shared<Ticket>(std::move(transfers), kChunk);
+        CHECK(scheduler.submit(ticket) != Scheduler::Submitted::Closed);
+        return ticket;
+    }
+    std::vector<Request> take_all() {
+        auto lock = scheduler.lock();
+        std::vector<Request> taken;
+        Request request;
+        while (scheduler.take(lock, request)) taken.push_back(request);
+        return taken;
+    }
+    Scheduler::Verdict finish(Request& request, std::int64_t result) {
+        auto lock = scheduler.lock();
+        return scheduler.finish(lock, request, result);
+    }
+    void finish_whole(Request& request) {
+        const Op op = request.rest.op;
+        const auto bytes = static_cast<std::int64_t>(request.rest.size_bytes);
+        CHECK(finish(request, moves_bytes(op) ? bytes : 0) == Scheduler::Verdict::Ended);
+    }
+};
+
+void pieces_cover_a_transfer() {
+    for (const std::uint64_t size :
+         {kBlock, kChunk - kBlock, kChunk, kChunk + kBlock, 3 * kChunk}) {
+        Bench bench(100);
+        bench.submit({read_of(size, 7 * kBlock)});
+        std::uint64_t at = 7 * kBlock;
+        for (const Request& piece : bench.take_all()) {
+            CHECK(piece.rest.offset == at && piece.rest.address == 0x1000 + at);
+            CHECK(piece.rest.size_bytes > 0 && piece.rest.size_bytes <= kChunk);
+            CHECK(piece.rest.offset % kBlock == 0);
+            at += piece.rest.size_bytes;
+        }
+        CHECK(at == 7 * kBlock + size);
+    }
+}
+
+// Any order of completions: landed_bytes is the prefix of pieces that ended, at every moment.
+void landing_in_any_order() {
+    std::mt19937 random(1);
+    for (int round = 0; round < 200; ++round) {
+        Bench bench(64);
+        auto ticket = bench.submit({read_of(9 * kChunk), read_of(0), read_of(3 * kBlock)});
+        auto pieces = bench.take_all();
+        CHECK(pieces.size() == 10);
+        std::vector<bool> landed(pieces.size());
+        std::vector<std::size_t> order(pieces.size());
+        for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;
+        std::shuffle(order.begin(), order.end(), random);
+        for (const std::size_t piece : order) {
+            CHECK(!ticket->done());
+            bench.finish_whole(pieces[piece]);
+            landed[piece] = true;
+            std::size_t prefix = 0;
+            while (prefix < landed.size() && landed[prefix]) ++prefix;
+            const std::uint64_t bytes = prefix == 10 ? ticket->size_bytes() : prefix * kChunk;
+            CHECK(ticket->landed_bytes() == bytes);
+            CHECK(ticket->wait_until(bytes, kNow) == Ticket::Outcome::Landed);
+            if (prefix < 10) {
+                CHECK(ticket->wait_until(bytes + 1, kNow) == Ticket::Outcome::TimedOut);
+            }
+        }
+        CHECK(ticket->done() && !ticket->failure());
+        CHECK(bench.scheduler.wait_idle(kNow));
+    }
+}
+
+void short_transfers_are_resumed() {
+    Bench bench(4);
+    auto ticket = bench.submit({read_of(kChunk)});
+    auto pieces = bench.take_all();
+    CHECK(bench.finish(pieces[0], kBlock) == Scheduler::Verdict::Again);
+    CHECK(pieces[0].rest.offset == kBlock && pieces[0].rest.size_bytes == 3 * kBlock);
+    CHECK(ticket->landed_bytes() == kBlock);
+    CHECK(bench.finish(pieces[0], 3 * kBlock) == Scheduler::Verdict::Ended);
+    CHECK(ticket->done() && bench.scheduler.counters().short_transfers == 1);
+}
+
+void refusals_are_tried_again_within_bounds() {
+    for (const int error : {EINTR, EAGAIN}) {
+        Bench bench(1);
+        auto ticket = bench.submit({read_of(kBlock)});
+        auto pieces = bench.take_all();
+        std::uint64_t tries = 0;
+        auto pause = std::chrono::microseconds(0);
+        while (bench.finish(pieces[0], -error) != Scheduler::Verdict::Ended) {
+            CHECK(Scheduler::backoff(pieces[0]) >= pause);
+            pause = Scheduler::backoff(pieces[0]);
+            ++tries;
+        }
+        CHECK(tries == 16 && bench.scheduler.counters().retries == tries);
+        CHECK(ticket->done() && ticket->failure()->error_number == error);
+    }
+}
+
+// Not done while pieces are in flight; the lowest failed piece is told; the rest never starts.
+void failure_waits_for_what_is_in_flight() {
+    Bench bench(4);
+    auto ticket = bench.submit({read_of(8 * kChunk)});
+    auto pieces = bench.take_all();
+    CHECK(pieces.size() == 4);
+    bench.finish(pieces[2], -EIO);
+    CHECK(bench.take_all().empty());
+    bench.finish_whole(pieces[0]);
+    bench.finish(pieces[1], 0);
+    CHECK(!ticket->done() && !ticket->failure());
+    CHECK(ticket->wait_until(Ticket::kAll, kNow) == Ticket::Outcome::TimedOut);
+    bench.finish_whole(pieces[3]);
+    CHECK(ticket->done() && ticket->landed_bytes() == kChunk);
+    CHECK(ticket->wait_until(Ticket::kAll, kForever) == Ticket::Outcome::Failed);
+    CHECK(ticket->wait_until(kChunk, kForever) == Ticket::Outcome::Landed);
+    const Failure failure = *ticket->failure();
+    CHECK(failure.error_number == 0 && failure.offset == kChunk && failure.size_bytes == kChunk);
+    CHECK(bench.scheduler.counters().errors == 2 && bench.scheduler.wait_idle(kNow));
+}
+
+void syncs_are_barriers_and_let_others_pass() {
+    Bench bench(8);
+    auto first = bench.submit({{3, Op::Write, 0, 2 * kChunk, 0},
+                               {3, Op::SyncRange, 0, 5ull << 29, 0},  // 2.5 GiB: three pieces
+                               {3, Op::Write, 0, kBlock, 0}});
+    auto second = bench.submit({read_of(kBlock)});
+    auto taken = bench.take_all();
+    CHECK(taken.size() == 3 && taken[2].ticket == second);
+    bench.finish_whole(taken[1]);
+    CHECK(bench.take_all().empty());
+    bench.finish_whole(taken[0]);
+    std::uint64_t synced = 0;
+    for (int piece = 0; piece < 3; ++piece) {
+        auto sync = bench.take_all();
+        CHECK(sync.size() == 1 && sync[0].rest.op == Op::SyncRange);
+        CHECK(sync[0].rest.offset == synced);
+        synced += sync[0].rest.size_bytes;
+        bench.finish_whole(sync[0]);
+    }
+    CHECK(synced == 5ull << 29);
+    auto last = bench.take_all();
+    CHECK(last.size() == 1 && last[0].rest.op == Op::Write && !first->done());
+    bench.finish_whole(last[0]);
+    CHECK(first->done() && first->landed_bytes() == 2 * kChunk + kBlock);
+}
+
+void failed_write_keeps_its_sync_from_running() {
+    Bench bench(8);
+    auto ticket = bench.submit({{3, Op::Write, 0, kBlock, 0}, {3, Op::DataSync, 0, 0, 0}});
+    auto taken = bench.take_all();
+    CHECK(taken.size() == 1);
+    bench.finish(taken[0], -ENOSPC);
+    CHECK(bench.take_all().empty() && ticket->done());
+    CHECK(ticket->failure()->error_number == ENOSPC && bench.scheduler.counters().sync_ops == 0);
+}
+
+void closing_cancels_what_has_not_started() {
+    Bench bench(2);
+    auto half = bench.submit({read_of(4 * kChunk)});
+    auto behind = bench.submit({read_of(kBlock, kBlock)});
+    auto parked = bench.submit({read_of(kBlock), {3, Op::DataSync, 0, 0, 0}});
+    auto pieces = bench.take_all();
+    bench.scheduler.close();
+    CHECK(behind->done() && behind->failure()->error_number == ECANCELED);
+    CHECK(behind->failure()->offset == kBlock && parked->done());
+    CHECK(!half->done() && !bench.scheduler.wait_idle(kNow));
+    for (Request& piece : pieces) bench.finish_whole(piece);
+    CHECK(half->done() && half->landed_bytes() == 2 * kChunk);
+    CHECK(half->failure()->error_number == ECANCELED && half->failure()->offset == 2 * kChunk);
+    CHECK(bench.scheduler.wait_idle(kNow));
+    auto late = std::make_shared<Ticket>(std::vector<Transfer>{}, kChunk);
+    CHECK(bench.scheduler.submit(late) == Scheduler::Submitted::Closed);
+}
+
+void empty_batches_have_ended() {
+    Bench bench(1);
+    CHECK(bench.submit({})->done());
+    CHECK(bench.submit({read_of(0), read_of(0)})->done());
+    CHECK(bench.take_all().empty() && bench.scheduler.wait_idle(kNow));
+}
+
+void depth_counts_only_while_work_waits() {
+    Bench bench(2);
+    bench.submit({read_of(2 * kChunk)});
+    auto pieces = bench.take_all();
+    CHECK(pieces.size() == 2 && bench.scheduler.counters().busy_seconds > 0);
+    const double backlog = bench.scheduler.counters().backlog_seconds;
+    CHECK(bench.scheduler.counters().backlog_seconds == backlog);  // nothing waits
+    bench.submit({read_of(kBlock)});
+    CHECK(bench.take_all().empty());  // the queue is full
+    const Counters counters = bench.scheduler.counters();
+    CHECK(counters.backlog_seconds > backlog);
+    CHECK(counters.depth_seconds <= 2 * counters.busy_seconds * (1 + 1e-9));
+    for (Request& piece : pieces) bench.finish_whole(piece);
+}
+
+// A file of its own, aligned memory, and an engine.
+using Open = std::unique_ptr<Engine> (*)(EngineOptions);
+struct Device {
+    char path[32] = "/tmp/dualblade-test-XXXXXX";
+    int fd = mkstemp(path);
+    std::vector<unsigned char> content;
+    unsigned char* memory = nullptr;
+
+    Device() : content(kFileBytes) {
+        std::mt19937_64 random(2);
+        for (std::size_t i = 0; i < content.size(); i += 8) {
+            const std::uint64_t word = random();
+            std::memcpy(&content[i], &word, 8);
+        }
+        CHECK(write(fd, content.data(), kFileBytes) == static_cast<ssize_t>(kFileBytes));
+        // /tmp may be a tmpfs, which has no O_DIRECT before Linux 6.6: buffered then.
+        const int direct = open(path, O_RDWR | O_DIRECT);
+        if (direct >= 0) {
+            close(fd);
+            fd = direct;
+        }
+        memory = static_cast<unsigned char*>(std::aligned_alloc(kBlock, kFileBytes));
+        std::memset(memory, 0, kFileBytes);
+    }
+    ~Device() {
+        std::free(memory);
+        close(fd);
+        unlink(path);
+    }
+    Transfer at(Op op, std::uint64_t offset, std::uint64_t size_bytes) const {
+        const auto address = reinterpret_cast<std::uint64_t>(memory) + offset;
+        return {fd, op, address, size_bytes, offset};
+    }
+    bool same(std::uint64_t offset, std::uint64_t size_bytes) const {
+        return std::memcmp(memory + offset, &content[offset], size_bytes) == 0;
+    }
+};
+
+void reads_land_in_order_for_waiters(Open open_engine) {
+    Device device;
+    auto engine = open_engine({4, kChunk});
+    auto ticket = engine->submit({device.at(Op::Read, 0, kFileBytes)});
+    std::vector<std::thread> waiters;
+    for (std::uint64_t part = 1; part <= 4; ++part) {
+        waiters.emplace_back([&, part] {
+            const std::uint64_t bytes = part * kFileBytes / 4;
+            CHECK(ticket->wait_until(bytes, kForever) == Ticket::Outcome::Landed);
+            CHECK(device.same(0, bytes));
+        });
+    }
+    for (auto& waiter : waiters) waiter.join();
+    CHECK(ticket->wait_until(Ticket::kAll, kForever) == Ticket::Outcome::Landed);
+    CHECK(engine->counters().read_bytes == kFileBytes);
+    CHECK(engine->counters().read_ops == kFileBytes / kChunk);
+}
+
+void many_threads_submit(Open open_engine) {
+    Device device;
+    auto engine = open_engine({8, kChunk});
+    const bool registered = engine->register_file(device.fd) == 0;
+    engine->register_buffer(reinterpret_cast<std::uint64_t>(device.memory), kFileBytes);
+    std::vector<std::thread> threads;
+    for (std::uint64_t number = 0; number < 4; ++number) {
+        threads.emplace_back([&, number] {
+            const std::uint64_t share = kFileBytes / 4, begin = number * share;
+            for (std::uint64_t at = 0; at < share; at += kBlock) {
+                auto ticket = engine->submit({device.at(Op::Read, begin + at, kBlock)});
+                if (at % (16 * kBlock) != 0) continue;  // most are left to themselves
+                CHECK(ticket->wait_until(Ticket::kAll, kForever) == Ticket::Outcome::Landed);
+                CHECK(device.same(begin + at, kBlock));
+            }
+        });
+    }
+    for (auto& thread : threads) thread.join();
+    CHECK(engine->drain(kForever));
+    CHECK(device.same(0, kFileBytes));
+    CHECK((engine->unregister_file(device.fd) == 0) == registered);
+}
+
+void writes_and_syncs(Open open_engine) {
+    Device device;
+    auto engine = open_engine({4, kChunk});
+    std::memset(device.memory, 0x5a, kFileBytes);
+    auto ticket = engine->submit({device.at(Op::Write, 0, kFileBytes / 2),
+                                  {device.fd, Op::SyncRange, 0, kFileBytes / 2, 0},
+                                  device.at(Op::Write, kFileBytes / 2, kFileBytes / 2),
+                                  {device.fd, Op::DataSync, 0, 0, 0}});
+    CHECK(ticket->wait_until(Ticket::kAll, kForever) == Ticket::Outcome::Landed);
+    std::memset(device.memory, 0, kFileBytes);
+    auto back = engine->submit({device.at(Op::Read, 0, kFileBytes)});
+    CHECK(back->wait_until(Ticket::kAll, kForever) == Ticket::Outcome::Landed);
+    CHECK(device.memory[0] == 0x5a && device.memory[kFileBytes - 1] == 0x5a);
+    CHECK(engine->counters().sync_ops == 2 && engine->counters().thread_cpu_seconds > 0);
+}
+
+void failures_are_told(Open open_engine) {
+    Device device;
+    auto engine = open_engine({4, kChunk});
+    Transfer bad = device.at(Op::Read, 0, kBlock);
+    bad.fd = -1;
+    auto ticket = engine->submit({device.at(Op::Read, 0, kChunk), bad});
+    CHECK(ticket->wait_until(Ticket::kAll, kForever) == Ticket::Outcome::Failed);
+    CHECK(ticket->failure()->error_number == EBADF && ticket->landed_bytes() == kChunk);
+    Transfer beyond = device.at(Op::Read, 0, 2 * kBlock);
+    beyond.offset = kFileBytes - kBlock;
+    auto end = engine->submit({beyond});
+    CHECK(end->wait_until(Ticket::kAll, kForever) == Ticket::Outcome::Failed);
+    CHECK(end->failure()->error_number == 0 && end->failure()->offset == kFileBytes);
+    CHECK(end->landed_bytes() == kBlock);
+}
+
+// Whatever is under way when the engine goes: every ticket ends, and only then is memory free.
+void destroyed_with_everything_under_way(Open open_engine) {
+    for (int round = 0; round < 30; ++round) {
+        Device device;
+        std::vector<std::shared_ptr<Ticket>> tickets;
+        {
+            auto engine = open_engine({4, kChunk});
+            for (int i = 0; i < 20; ++i) {
+                tickets.push_back(engine->submit({device.at(Op::Read, 0, kFileBytes)}));
+            }
+            std::thread other([&] { engine->close(); });
+            engine->close();
+            other.join();
+            CHECK(engine->submit({}) == nullptr);
+        }
+        for (const auto& ticket : tickets) {
+            CHECK(ticket->done());
+            if (ticket->failure()) CHECK(ticket->failure()->error_number == ECANCELED);
+        }
+    }
+}
+
+void waiters_meet_a_closing_engine(Open open_engine) {
+    Device device;
+    auto engine = open_engine({1, kBlock});
+    auto ticket = engine->submit({device.at(Op::Read, 0, kFileBytes)});
+    std::thread waiter([&] { ticket->wait_until(Ticket::kAll, kForever); });
+    std::thread watcher([&] {
+        while (!ticket->done()) engine->counters();
+    });
+    CHECK(ticket->wait_until(kBlock, kForever) == Ticket::Outcome::Landed);
+    engine->close();
+    waiter.join();
+    watcher.join();
+    CHECK(device.same(0, ticket->landed_bytes()));
+}
+
+}  // namespace
+
+int main() {
+    pieces_cover_a_transfer();
+    landing_in_any_order();
+    short_transfers_are_resumed();
+    refusals_are_tried_again_within_bounds();
+    failure_waits_for_what_is_in_flight();
+    syncs_are_barriers_and_let_others_pass();
+    failed_write_keeps_its_sync_from_running();
+    closing_cancels_what_has_not_started();
+    empty_batches_have_ended();
+    depth_counts_only_while_work_waits();
+    std::vector<std::pair<const char*, Open>> engines{{"posix", open_posix_engine}};
+#ifdef DUALBLADE_HAVE_URING
+    engines.emplace_back("io_uring", open_uring_engine);
+#endif
+    for (const auto& [name, open_engine] : engines) {
+        reads_land_in_order_for_waiters(open_engine);
+        many_threads_submit(open_engine);
+        writes_and_syncs(open_engine);
+        failures_are_told(open_engine);
+        destroyed_with_everything_under_way(open_engine);
+        waiters_meet_a_closing_engine(open_engine);
+        std::printf("%s: passed\n", name);
+    }
+    return 0;
+}
