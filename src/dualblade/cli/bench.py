@@ -11,7 +11,11 @@ from dualblade.cli import options
 from dualblade.cli.command import Command
 from dualblade.units import format_size, parse_size
 
-app = typer.Typer(no_args_is_help=True, help="Measure the I/O engine, and decoding under a limit.")
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Measure the I/O engine, and decoding under a limit.",
+)
 
 CompareFio = Annotated[
     bool, typer.Option("--compare-fio", help="Run fio in turn on the same file, block and depth.")
@@ -37,13 +41,15 @@ def bench_io(
     json: options.Json = False,
     debug: options.Debug = False,  # noqa: ARG001 - read by Command
 ) -> None:
-    """Measure how fast and how cheaply the engine reads and writes one file with O_DIRECT.
+    """Measure reading and writing one file directly.
 
-    [bold]Examples[/bold]
+    Throughput, CPU time per GiB and the queue depth that was reached, with O_DIRECT; beside fio if
+    asked for.
 
-    dualblade bench io --store /mnt/nvme/scratch --size 2GiB --chunk 1MiB --queue-depth 8 --json
-
-    dualblade bench io --store scratch --size 512MiB --chunk 128KiB --compare-fio
+    \b
+    Examples:
+      dualblade bench io --store /mnt/nvme/scratch --size 2GiB --chunk 1MiB --queue-depth 8 --json
+      dualblade bench io --store scratch --size 512MiB --chunk 128KiB --compare-fio
     """
     from dualblade.bench.io import IoBenchOptions, run_io_bench
     from dualblade.cli.output import Reporter, write_json
@@ -67,61 +73,71 @@ def bench_io(
         _show_io(result)
 
 
+Modes = Annotated[
+    list[str],
+    typer.Option(
+        "--mode",
+        metavar="PATH",
+        help="dual, page-cache, direct, memory; or dynamic-cache (transformers' own). "
+        "May be repeated.",
+    ),
+]
+Batch = Annotated[int, typer.Option("--batch", min=1, metavar="B", help="Sequences.")]
+Context = Annotated[
+    int, typer.Option("--context", min=1, metavar="T", help="Tokens that the KV begins with.")
+]
+Steps = Annotated[int, typer.Option("--steps", min=1, metavar="S", help="Timed steps.")]
+WarmupSteps = Annotated[
+    int, typer.Option("--warmup-steps", min=0, help="Steps before, not counted.")
+]
+MemoryLimits = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--memory-limit",
+        metavar="LIMIT",
+        help="Memory cgroup of each run: a size for the whole process, or a fraction of the "
+        "KV that is left for its cache (0.25). May be repeated.",
+    ),
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="bfloat16 or float32.")]
+MaybeChunk = Annotated[
+    str | None, typer.Option("--chunk", metavar="SIZE", help="Largest single request.")
+]
+Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Of everything.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of the rows and weights.")]
+
+
 @app.command("decode", cls=Command)
 def bench_decode(
     model: options.Model,
-    mode: Annotated[
-        list[str],
-        typer.Option(
-            "--mode",
-            metavar="PATH",
-            help="dual, page-cache, direct, memory; or dynamic-cache (transformers' own). "
-            "May be repeated.",
-        ),
-    ],
-    batch: Annotated[int, typer.Option("--batch", min=1, metavar="B", help="Sequences.")] = 1,
-    context: Annotated[
-        int, typer.Option("--context", min=1, metavar="T", help="Tokens that the KV begins with.")
-    ] = 1024,
-    steps: Annotated[int, typer.Option("--steps", min=1, metavar="S", help="Timed steps.")] = 16,
-    warmup_steps: Annotated[
-        int, typer.Option("--warmup-steps", min=0, help="Steps before, not counted.")
-    ] = 2,
-    memory_limit: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--memory-limit",
-            metavar="LIMIT",
-            help="Memory cgroup of each run: a size for the whole process, or a fraction of the "
-            "KV that is left for its cache (0.25). May be repeated.",
-        ),
-    ] = None,
+    mode: Modes,
+    batch: Batch = 1,
+    context: Context = 1024,
+    steps: Steps = 16,
+    warmup_steps: WarmupSteps = 2,
+    memory_limit: MemoryLimits = None,
     memory_budget: options.MemoryBudget = "auto",
-    dtype: Annotated[str, typer.Option("--dtype", help="bfloat16 or float32.")] = "bfloat16",
+    dtype: Dtype = "bfloat16",
     attention: options.Attention = "exact",
     store: options.Store = None,
     io_engine: options.IOEngine = "auto",
     queue_depth: options.QueueDepth = None,
-    chunk: Annotated[
-        str | None, typer.Option("--chunk", metavar="SIZE", help="Largest single request.")
-    ] = None,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Of everything.")] = 1,
+    chunk: MaybeChunk = None,
+    repeats: Repeats = 1,
     compare_fio: CompareFio = False,
-    seed: Annotated[int, typer.Option("--seed", help="Of the rows and weights.")] = 0,
+    seed: Seed = 0,
     json: options.Json = False,
     debug: options.Debug = False,  # noqa: ARG001 - read by Command
 ) -> None:
-    """Time decode steps with the KV on each path, each run in a process of its own.
+    """Time decode steps with the KV on each path.
 
-    The KV is filled with seeded random rows instead of a long prefill. With a limit (as root) each
+    Each run is a process of its own. The KV is filled with seeded random rows instead of a long prefill. With a limit (as root) each
     run is in a memory cgroup; a run that is killed there is reported, not an error.
 
-    [bold]Examples[/bold]
-
-    dualblade bench decode --model random:opt-1.3b --context 2000 --mode memory --mode direct
-
-    dualblade bench decode --model random:llama-3.2-1b --batch 4 --context 8192 --mode dual
-    --mode page-cache --memory-limit 0.25 --memory-limit 0.5 --json
+    \b
+    Examples:
+      dualblade bench decode --model random:opt-1.3b --context 2000 --mode memory --mode direct
+      dualblade bench decode --model demo --context 8000 --mode dual --memory-limit 0.25 --json
     """
     from dualblade.bench.decode import DecodeBenchOptions, run_decode_bench
     from dualblade.cli.output import Reporter, write_json

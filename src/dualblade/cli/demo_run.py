@@ -17,7 +17,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from dualblade.config import EngineConfig
+from dualblade.errors import DualBladeError
 from dualblade.host.cgroup import MemoryLimit
+from dualblade.host.memory import process_memory
+from dualblade.host.process import die_with_parent, process_io, release_memory, reset_peak_memory
 from dualblade.metrics import TransferTotals
 
 QUESTION = (
@@ -61,25 +65,45 @@ def demo_prompt() -> str:
 
 def run(options: DemoRun) -> dict[str, Any]:
     """Load, warm up, limit, generate. Raises: DualBladeError."""
-    from dualblade.cli.generation import Sampling, generate_text
-    from dualblade.config import EngineConfig
-    from dualblade.hf.cache import DualBladeCache
-    from dualblade.host.memory import process_memory
-    from dualblade.host.process import process_io, release_memory, reset_peak_memory
-
     loaded = _load(options)
     prompt = loaded.encode(demo_prompt())
     _warm_up(loaded.model, prompt)
     release_memory()
     limit = options.cgroup()
-    base_bytes = process_memory().resident_bytes if limit is None else limit.needed_bytes()
     resident_bytes = process_memory().resident_bytes
+    base_bytes = resident_bytes if limit is None else limit.needed_bytes()
     if limit is not None:
         limit.set(options.limit_bytes)
         limit.reset_peak()
     reset_peak_memory()
+    result = _generate(options, loaded, prompt)
+    grown_bytes = process_memory().peak_resident_bytes - resident_bytes
+    return {
+        "path": options.path,
+        "model": loaded.name,
+        "prompt_tokens": len(prompt),
+        **result,
+        "base_bytes": base_bytes,
+        "grown_bytes": grown_bytes,
+        "peak_memory_bytes": base_bytes + grown_bytes if limit is None else limit.peak_bytes(),
+        "peak_memory_of": "process" if limit is None else "cgroup",
+        "memory_limit_bytes": options.limit_bytes,
+    }
+
+
+def _generate(options: DemoRun, loaded: Any, prompt: list[int]) -> dict[str, Any]:
+    """The answer and what it cost. Figures of decoding begin after the first token."""
+    from dualblade.cli.generation import Sampling, generate_text
+    from dualblade.hf.cache import DualBladeCache
+
     tokens_max = len(prompt) + options.max_new_tokens
-    at_first: dict[str, Any] = {}
+    at_first: list[tuple[int, TransferTotals]] = []
+    sampling = Sampling(
+        max_new_tokens=options.max_new_tokens,
+        temperature=0.0,
+        seed=0,
+        prefill_chunk_tokens=options.prefill_chunk_tokens,
+    )
     with DualBladeCache.for_model(
         loaded.model,
         memory_budget="auto" if options.memory_budget is None else options.memory_budget,
@@ -90,43 +114,22 @@ def run(options: DemoRun) -> dict[str, Any]:
         _tell(f"{options.path}: prefill of {len(prompt)} tokens")
 
         def first_token() -> None:
-            at_first.update(io=process_io(), stats=cache.stats())
+            at_first.append((process_io().read_bytes, cache.stats().io))
             _tell(f"{options.path}: decoding")
 
         generation = generate_text(
-            loaded,
-            prompt,
-            cache,
-            Sampling(
-                max_new_tokens=options.max_new_tokens,
-                temperature=0.0,
-                seed=0,
-                prefill_chunk_tokens=options.prefill_chunk_tokens,
-            ),
-            lambda _text: None,
-            _progress(),
-            first_token,
+            loaded, prompt, cache, sampling, lambda _text: None, _progress(), first_token
         )
-        read_bytes = process_io().read_bytes - at_first["io"].read_bytes
         stats = cache.stats()
-    peak_resident = process_memory().peak_resident_bytes
-    steps = len(generation.tokens) - 1
+    device_bytes = process_io().read_bytes - at_first[0][0]
     return {
-        "path": options.path,
-        "model": loaded.name,
-        "prompt_tokens": len(prompt),
         "new_tokens": len(generation.tokens),
         "answer": loaded.decode(generation.tokens).strip(),
         "tokens_sha256": generation.sha256(),
         "prefill_seconds": generation.prefill_seconds,
         "decode_seconds_per_token": generation.decode_seconds_per_token,
-        "device_read_bytes_per_token": read_bytes // max(1, steps),
-        "page_cache_hit_fraction": _hit_fraction(at_first["stats"].io, stats.io, read_bytes),
-        "base_bytes": base_bytes,
-        "peak_memory_bytes": peak_resident if limit is None else limit.peak_bytes(),
-        "peak_memory_of": "process" if limit is None else "cgroup",
-        "memory_limit_bytes": options.limit_bytes,
-        "grown_bytes": peak_resident - resident_bytes,
+        "device_read_bytes_per_token": device_bytes // max(1, len(generation.tokens) - 1),
+        "page_cache_hit_fraction": _hit_fraction(at_first[0][1], stats.io, device_bytes),
         "kv_room_bytes": stats.kv_bytes // stats.tokens * tokens_max,
         "cache": stats.to_dict(),
     }
@@ -188,9 +191,6 @@ def _tell(line: str) -> None:
 
 def main() -> int:
     """Exit status 0: a result on stdout; 1: an error there; 130: interrupted."""
-    from dualblade.errors import DualBladeError
-    from dualblade.host.process import die_with_parent
-
     die_with_parent()
     options = DemoRun(**json.loads(sys.stdin.read()))
     out, sys.stdout = sys.stdout, sys.stderr  # whatever libraries print is not the result

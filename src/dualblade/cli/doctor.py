@@ -25,15 +25,15 @@ def doctor(
     json: options.Json = False,
     debug: options.Debug = False,  # noqa: ARG001 - read by Command
 ) -> None:
-    """Say what this machine can do for a KV cache, and which engine would be in force and why.
+    """Say what this machine and drive can do, and why.
 
-    Existing files are only read.
+    The memory budget seen and from where, the I/O engine that would be in force, and what a store
+    would stand on. Existing files are only read.
 
-    [bold]Examples[/bold]
-
-    dualblade doctor
-
-    dualblade doctor /mnt/nvme/kv.store --json
+    \b
+    Examples:
+      dualblade doctor
+      dualblade doctor /mnt/nvme/kv.store --json
     """
     from dualblade.cli import checks
     from dualblade.cli.output import write_json

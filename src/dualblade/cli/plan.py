@@ -33,15 +33,14 @@ def plan(
     json: options.Json = False,
     debug: options.Debug = False,  # noqa: ARG001 - read by Command
 ) -> None:
-    """Show the residency plan of a model, context and budget. No weights are needed.
+    """Show which way each layer's KV would go.
 
-    For each layer: the path of its keys and values, their bytes, and the reason.
+    The residency plan of a model, context and budget; no weights are needed. For each layer: the path of its keys and values, their bytes, and the reason.
 
-    [bold]Examples[/bold]
-
-    dualblade plan --model random:llama-3-8b --context 131072 --memory-budget 4GiB
-
-    dualblade plan --model ./llama --context 32768 --batch 4 --memory-budget 2GiB --json
+    \b
+    Examples:
+      dualblade plan --model random:llama-3-8b --context 131072 --memory-budget 4GiB
+      dualblade plan --model ./llama --context 32768 --batch 4 --memory-budget 2GiB --json
     """
     from dualblade.config import Path as KVPath
     from dualblade.host.memory import auto_budget_bytes
