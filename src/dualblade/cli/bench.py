@@ -131,8 +131,9 @@ def bench_decode(
 ) -> None:
     """Time decode steps with the KV on each path.
 
-    Each run is a process of its own. The KV is filled with seeded random rows instead of a long prefill. With a limit (as root) each
-    run is in a memory cgroup; a run that is killed there is reported, not an error.
+    Each run is a process of its own. The KV is filled with seeded random rows instead of a long
+    prefill. With a limit (as root) each run is in a memory cgroup; a run that is killed there is
+    reported, not an error.
 
     \b
     Examples:

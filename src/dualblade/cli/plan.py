@@ -35,7 +35,8 @@ def plan(
 ) -> None:
     """Show which way each layer's KV would go.
 
-    The residency plan of a model, context and budget; no weights are needed. For each layer: the path of its keys and values, their bytes, and the reason.
+    The residency plan of a model, context and budget; no weights are needed. For each layer: the
+    path of its keys and values, their bytes, and the reason.
 
     \b
     Examples:

@@ -1,0 +1,320 @@
+"""The command line in process: options, exit statuses, what is told, the plan."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from dualblade import DualBladeCache, EngineConfig
+from dualblade.cli.app import app
+from dualblade.cli.demo_run import QUESTION, demo_prompt
+from dualblade.cli.generation import Generation, PrefillProgress, TokenStream, check_length
+from dualblade.config import Path as KVPath
+from dualblade.errors import BudgetError, ConfigError
+from dualblade.hf.models import LoadedModel, config_of, load_model
+from dualblade.hf.plan import PlanRequest, plan_cache
+from dualblade.units import MIB
+
+TINY = "random:llama?layers=3,hidden=64,heads=4,kv_heads=2,vocab=300,positions=600"
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments), prog_name="dualblade")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """--help must come in well under 0.3 s: torch alone takes two."""
+    code = (
+        "import sys; from dualblade.cli.app import app\n"
+        "try: app(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'rich.console'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["generate"], ["demo"], ["doctor"], ["plan"], ["bench"], ["bench", "io"], ["bench", "decode"]],
+)
+def test_every_command_has_help(command: list[str]) -> None:
+    result = invoke(*command, "--help")
+    assert result.exit_code == 0
+    assert "Usage:" in result.stdout
+    if command != ["bench"]:
+        assert "Examples:" in result.stdout
+        assert "--json" in result.stdout
+
+
+def test_version() -> None:
+    assert invoke("--version").stdout.startswith("dualblade ")
+
+
+USAGE_ERRORS = [
+    (["generate", "-p", "x"], "--model"),
+    (["generate", "-m", TINY], "no prompt is given"),
+    (["generate", "-m", TINY, "-p", "x", "--prompt-file", "y"], "both --prompt"),
+    (["generate", "-m", TINY, "--prompt-file", "/nope"], "cannot read the prompt"),
+    (["generate", "-m", TINY, "-p", ""], "the prompt is empty"),
+    (["generate", "-m", "random:lama", "-p", "x"], "did you mean 'llama'?"),
+    (["generate", "-m", TINY, "-p", "x", "--path", "fast"], "dual, page-cache, direct, memory"),
+    (["generate", "-m", TINY, "-p", "x", "--memory-budget", "lots"], "not a size"),
+    (["generate", "-m", TINY, "-p", "x", "--attention", "tiled"], "unknown attention"),
+    (["generate", "-m", TINY, "-p", "x", "--io-engine", "aio"], "unknown io_engine"),
+    (["generate", "-m", TINY, "-p", "x", "--queue-depth", "0"], "queue_depth must be"),
+    (["generate", "-m", TINY, "-p", "x", "--dtype", "int8"], "unknown dtype"),
+    (["generate", "-m", TINY, "-p", "x", "--device", "gpu"], "unknown device"),
+    (["generate", "-m", TINY, "-p", "x", "--system", "y"], "no chat template"),
+    (["generate", "-m", TINY, "-p", "x" * 700], "700 tokens; random:llama"),
+    (["generate", "-m", TINY, "-p", "x", "--max-new-tokens", "600"], "--max-new-tokens 599"),
+    (["plan", "-m", TINY], "--context"),
+    (["plan", "-m", TINY, "--context", "10", "--device", "tpu"], "use cpu or cuda"),
+    (["plan", "-m", "./nowhere", "--context", "10"], "no model at ./nowhere"),
+    (["bench", "decode", "-m", TINY, "--mode", "mmap"], "unknown mode"),
+    (["bench", "decode", "-m", TINY, "--mode", "dual", "--memory-limit", "x"], "memory limit"),
+    (["bench", "io", "--store", "x", "--size", "1KiB"], "not whole chunks"),
+    (["demo", "--dtype", "int8"], "unknown dtype"),
+    (["frobnicate"], "No such command"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), USAGE_ERRORS, ids=lambda value: str(value)[:60])
+def test_bad_usage_ends_with_2(arguments: list[str], said: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+FAILURES = [
+    (["generate", "-m", "org/name", "-p", "x"], "no model hub can be reached"),
+    (["generate", "-m", TINY, "-p", "x", "--memory-budget", "1MiB"], "give it at least"),
+    (["generate", "-m", TINY, "-p", "x", "--store", "/nope/kv"], "does not exist"),
+    (["generate", "-m", TINY, "-p", "x", "--store", "/etc/hostname"], "not a dualblade store"),
+    (["plan", "-m", TINY, "--context", "600", "--memory-budget", "2MiB"], "give it at least"),
+    (["doctor", "/nope/at/all"], "cannot examine"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), FAILURES, ids=lambda value: str(value)[:60])
+def test_failed_work_ends_with_1(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dualblade.hf.models._hub_reachable", lambda: False)
+    result = invoke(*arguments)
+    assert result.exit_code == 1
+    error = result.stderr[result.stderr.index("error: ") :]
+    assert said in error
+    assert len(error.strip().splitlines()) <= 2
+    assert result.stdout == ""
+
+
+def test_a_prompt_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_bytes(b"abc\xff")
+    result = invoke("generate", "-m", TINY, "--prompt-file", str(tmp_path / "prompt"))
+    assert result.exit_code == 2
+    assert "not UTF-8 text (byte 3)" in result.stderr
+
+
+def test_a_traceback_only_with_debug() -> None:
+    failing = ["generate", "-m", "random:lama", "-p", "x"]
+    assert "Traceback" not in invoke(*failing).stderr
+    told = invoke(*failing, "--debug")
+    assert told.exit_code == 2
+    assert "Traceback" in told.stderr
+
+
+def test_a_bug_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Any:
+        raise ZeroDivisionError("a\nlong story")
+
+    monkeypatch.setattr("dualblade.cli.checks.machine", broken)
+    result = invoke("doctor")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ZeroDivisionError: a long story\nthis is unexpected")
+
+
+def test_plan_in_words_and_json() -> None:
+    arguments = ["plan", "-m", "random:llama-3-8b", "--context", "131072"]
+    words = invoke(*arguments, "--memory-budget", "4GiB")
+    assert words.exit_code == 0
+    assert "KV 16.0 GiB, budget 4.00 GiB" in words.stdout
+    plan = json.loads(invoke(*arguments, "--memory-budget", "4GiB", "--json").stdout)
+    assert plan["kv_bytes"] == 32 * 2 * 8 * 128 * 2 * 131072
+    assert len(plan["units"]) == 64
+    assert plan["bytes_by_path"]["direct"] + plan["bytes_by_path"]["page-cache"] == 16 << 30
+    assert plan["shares"]["page_cache_bytes"] <= 4 << 30
+    assert all(unit["reason"] for unit in plan["units"])
+
+
+def test_plan_names_what_stays_in_memory() -> None:
+    arguments = ["plan", "-m", "random:gemma3?layers=6,window=64,hidden=64,heads=4"]
+    result = invoke(*arguments, "--context", "1000", "--memory-budget", "64MiB")
+    assert "sliding_attention stays in memory" in result.stdout
+    memory = invoke(*arguments, "--context", "1000", "--path", "memory", "--json")
+    assert json.loads(memory.stdout)["bytes_by_path"]["direct"] == 0
+
+
+@pytest.mark.parametrize("path", ["dual", "direct", "page-cache"])
+def test_the_plan_is_what_a_cache_does(path: str) -> None:
+    """From the configuration alone: the same units, paths, bytes and shares as a running cache."""
+    tokens, batch, budget = 512, 2, 8 * MIB
+    plan = plan_cache(
+        config_of(TINY),
+        PlanRequest(
+            tokens=tokens,
+            batch=batch,
+            item_bytes=4,
+            budget_bytes=budget,
+            path=KVPath.parse(path),
+            engine=EngineConfig(),
+        ),
+    )
+    model = load_model(TINY, dtype=torch.float32, device="cpu").model
+    with DualBladeCache.for_model(
+        model, memory_budget=budget, path=path, max_tokens=tokens
+    ) as cache:
+        with torch.inference_mode():
+            model(torch.ones(batch, tokens, dtype=torch.long), past_key_values=cache)
+        stats = cache.stats()
+    assert plan.placements == stats.plan
+    assert plan.kv_bytes == stats.kv_bytes
+    assert plan.shares is not None
+    for name in ("staging_bytes", "gather_bytes", "tail_bytes", "table_bytes"):
+        assert getattr(plan.shares, name) == getattr(stats.memory, name), name
+
+
+def test_a_plan_that_does_not_fit() -> None:
+    request = PlanRequest(
+        tokens=600,
+        batch=1,
+        item_bytes=4,
+        budget_bytes=MIB,
+        path=KVPath.DUAL,
+        engine=EngineConfig(),
+    )
+    with pytest.raises(BudgetError) as caught:
+        plan_cache(config_of(TINY), request)
+    assert caught.value.needed_bytes > MIB
+
+
+def test_doctor_tells_what_is_there(tmp_path: Path) -> None:
+    result = invoke("doctor", str(tmp_path), "--json")
+    assert result.exit_code == 0
+    facts = json.loads(result.stdout)
+    assert facts["memory"]["available_bytes"] > 0
+    assert facts["engine"]["engine"] in ("io_uring", "posix")
+    assert facts["store"]["kind"] == "directory"
+    words = invoke("doctor", str(tmp_path))
+    assert "I/O engine" in words.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_reads_a_store_and_leaves_it(tmp_path: Path) -> None:
+    place = tmp_path / "kv.store"
+    assert json.loads(invoke("doctor", str(place), "--json").stdout)["store"]["kind"] == "missing"
+    assert not place.exists()
+    model = load_model(TINY, device="cpu").model
+    with DualBladeCache.for_model(model, store=place, memory_budget=8 * MIB, path="page-cache"):
+        open_now = json.loads(invoke("doctor", str(place), "--json").stdout)["store"]
+        assert open_now["in_use_now"] is True
+    before = place.read_bytes()
+    closed = json.loads(invoke("doctor", str(place), "--json").stdout)["store"]
+    assert closed["in_use_now"] is False
+    assert closed["store"]["closed_cleanly"] is True
+    assert place.read_bytes() == before
+    place.write_bytes(b"something else")
+    foreign = json.loads(invoke("doctor", str(place), "--json").stdout)["store"]
+    assert "not a dualblade store" in foreign["store_problem"]
+
+
+def test_doctor_says_why_not_direct() -> None:
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("no /dev/shm to look at")
+    result = invoke("doctor", "/dev/shm")
+    assert "tmpfs keeps its files in memory" in result.stdout
+    assert "path direct" in result.stdout
+
+
+def stream_of(pieces: dict[int, bytes]) -> tuple[TokenStream, list[str]]:
+    """A stream whose token n is the bytes `pieces[n]`, and what it wrote."""
+    written: list[str] = []
+
+    def decode(tokens: list[int]) -> str:
+        return b"".join(pieces[token] for token in tokens).decode(errors="replace")
+
+    stream = TokenStream(decode, written.append, lambda: written.append("|"))
+    stream.put(torch.tensor([[9, 9]]))
+    return stream, written
+
+
+def test_text_is_written_as_soon_as_it_is_whole() -> None:
+    stream, written = stream_of({0: b"caf", 1: b"\xc3", 2: b"\xa9", 3: b"!\n", 4: b"next"})
+    for token in range(5):
+        stream.put(torch.tensor([token]))
+    stream.end()
+    assert written == ["|", "caf", "é", "!\n", "next"]
+    assert stream.generation.tokens == [0, 1, 2, 3, 4]
+
+
+def test_an_unfinished_character_is_written_at_the_end() -> None:
+    stream, written = stream_of({0: b"a", 1: b"\xc3"})
+    stream.put(torch.tensor([0]))
+    stream.put(torch.tensor([1]))
+    assert written == ["|", "a"]
+    stream.end()
+    assert "".join(written) == "|a\ufffd"
+
+
+def test_times_of_a_generation() -> None:
+    assert Generation().prefill_seconds is None
+    assert Generation(tokens=[1], seconds=[2.0]).decode_seconds_per_token is None
+    three = Generation(tokens=[1, 2, 3], seconds=[2.0, 2.5, 3.0])
+    assert (three.prefill_seconds, three.decode_seconds_per_token) == (2.0, 0.5)
+    assert three.sha256() != Generation(tokens=[1, 2, 4]).sha256()
+
+
+def test_prefill_progress_counts_layers_and_goes_away() -> None:
+    model = load_model(TINY, device="cpu").model
+    told: list[float] = []
+    with PrefillProgress(model, 10, 5, told.append), torch.inference_mode():
+        for _ in range(2):
+            model(torch.ones(1, 5, dtype=torch.long), use_cache=False)
+    assert told == pytest.approx([n / 6 for n in range(1, 7)])
+    model(torch.ones(1, 5, dtype=torch.long), use_cache=False)
+    assert len(told) == 6
+
+
+def test_room_for_new_tokens() -> None:
+    def model_with(positions: int | None) -> LoadedModel:
+        return LoadedModel(
+            model=None,  # type: ignore[arg-type]
+            tokenizer=None,
+            name="m",
+            source="s",
+            chat=False,
+            positions_max=positions,
+        )
+
+    assert check_length(model_with(None), 10_000, None) == 256
+    assert check_length(model_with(300), 100, None) == 200
+    assert check_length(model_with(300), 100, 200) == 200
+    with pytest.raises(ConfigError, match="has 300 positions"):
+        check_length(model_with(300), 300, None)
+
+
+def test_the_demo_text_is_long_and_without_its_header() -> None:
+    prompt = demo_prompt()
+    assert prompt.count(QUESTION) == 2
+    assert "We the People" in prompt
+    assert "#" not in prompt
+    assert len(prompt) > 19_000
