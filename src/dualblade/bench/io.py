@@ -13,13 +13,13 @@ to then fits the processor's cache for both, or for neither. What lands is not l
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import mmap
 import os
 import resource
 import shutil
-import stat
 import statistics
 import subprocess
 import time
@@ -234,19 +234,20 @@ def _scratch_file(options: IoBenchOptions) -> Iterator[int]:
     Raises: ConfigError, Unsupported, NoSpace, StorageError.
     """
     path = options.store
+    existed = os.path.exists(path)
+    if existed and not os.path.isfile(path):
+        raise ConfigError(f"{path} is not a regular file", hint="name a scratch file")
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise _open_error(path, error) from error
     try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise ConfigError(f"{path} is not a regular file", hint="name a scratch file")
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(f"{path} is in use by another benchmark") from error
-        if status.st_size and not _is_ours(fd):
+        size_before = os.fstat(fd).st_size
+        if size_before and not _is_ours(fd):
             raise ConfigError(
                 f"{path} holds something that this benchmark did not write",
                 hint="name a file that does not exist",
@@ -254,6 +255,9 @@ def _scratch_file(options: IoBenchOptions) -> Iterator[int]:
         try:
             os.posix_fallocate(fd, 0, HEADER_BYTES + options.size_bytes)
         except OSError as error:
+            os.ftruncate(fd, size_before)
+            if not existed:
+                os.unlink(path)
             raise NoSpace(
                 f"no room for {format_size(options.size_bytes)} in {path}: {error.strerror}",
                 operation="fallocate",
@@ -273,7 +277,7 @@ def _is_ours(fd: int) -> bool:
 def _open_error(path: str, error: OSError) -> Exception:
     if isinstance(error, IsADirectoryError | FileNotFoundError | PermissionError):
         return ConfigError(f"cannot open {path}: {error.strerror}")
-    if error.errno == 22:  # EINVAL: what open(2) answers where there is no O_DIRECT
+    if error.errno == errno.EINVAL:  # what open(2) answers where there is no O_DIRECT
         return Unsupported(
             f"the file system of {path} has no O_DIRECT", hint="name a file on a disk"
         )
