@@ -98,28 +98,20 @@ class PyEngine {
     PyEngine(const std::string& kind, std::uint32_t queue_depth, std::uint64_t chunk_bytes)
         : owner_(getpid()) {
         const EngineOptions options{queue_depth, chunk_bytes};
-        if (kind == "posix") {
-            engine_ = open_posix_engine(options);
-            return;
-        }
-#ifdef DUALBLADE_HAVE_URING
         try {
-            engine_ = open_uring_engine(options);
+            engine_ = kind == "posix" ? open_posix_engine(options) : open_uring(options);
         } catch (const std::system_error& error) {
             errno = error.code().value();
-            PyErr_SetFromErrnoWithFilename(PyExc_OSError, error.what());
+            PyErr_SetFromErrno(PyExc_OSError);
             throw nb::python_error();
         }
-#else
-        errno = ENOSYS;
-        PyErr_SetFromErrno(PyExc_OSError);
-        throw nb::python_error();
-#endif
     }
     ~PyEngine() {
         // In a forked child the threads do not exist: joining them would hang or abort.
-        if (forked()) [[maybe_unused]]
-            auto* leaked = engine_.release();
+        [[maybe_unused]] auto* leaked = forked() ? engine_.release() : nullptr;
+        // An engine that was not closed waits here for what is in flight.
+        nb::gil_scoped_release released;
+        engine_.reset();
     }
 
     bool forked() const { return getpid() != owner_; }
@@ -167,6 +159,13 @@ class PyEngine {
     }
 
   private:
+    static std::unique_ptr<Engine> open_uring([[maybe_unused]] EngineOptions options) {
+#ifdef DUALBLADE_HAVE_URING
+        return open_uring_engine(options);
+#else
+        throw std::system_error(ENOSYS, std::generic_category());
+#endif
+    }
     template <typename Call>
     int on_engine(Call call) {
         if (forked()) return ECANCELED;

@@ -41,8 +41,13 @@ std::int64_t transfer_once(const Transfer& piece) {
 class PosixEngine final : public Engine {
   public:
     explicit PosixEngine(EngineOptions options) : Engine(options) {
-        for (std::uint32_t i = 0; i < options.queue_depth; ++i) {
-            threads_.start("dualblade-posix", [this] { serve(); });
+        try {
+            for (std::uint32_t i = 0; i < options.queue_depth; ++i) {
+                threads_.start("dualblade-posix", [this] { serve(); });
+            }
+        } catch (...) {
+            close();  // the threads that did start
+            throw;
         }
     }
     ~PosixEngine() override { close(); }

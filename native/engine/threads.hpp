@@ -19,9 +19,7 @@ class Threads {
     void start(const char* name, std::function<void()> body) {
         // All signals are blocked in the new thread: Ctrl-C delivered to it would not wake Python's
         // main thread from its own system calls.
-        sigset_t all, before;
-        sigfillset(&all);
-        pthread_sigmask(SIG_SETMASK, &all, &before);
+        const SignalsBlocked blocked;
         Usage& usage = usages_.emplace_back();
         threads_.emplace_back([this, &usage, body = std::move(body)] {
             {
@@ -34,7 +32,6 @@ class Threads {
             usage.running = false;
             usage.ended_seconds = read_clock(usage.clock);
         });
-        pthread_sigmask(SIG_SETMASK, &before, nullptr);
         pthread_setname_np(threads_.back().native_handle(), name);
     }
 
@@ -56,6 +53,15 @@ class Threads {
     }
 
   private:
+    struct SignalsBlocked {
+        sigset_t before;
+        SignalsBlocked() {
+            sigset_t all;
+            sigfillset(&all);
+            pthread_sigmask(SIG_SETMASK, &all, &before);
+        }
+        ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before, nullptr); }
+    };
     struct Usage {
         clockid_t clock{};
         bool running = false;

@@ -6,6 +6,7 @@
 #include <sys/poll.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
@@ -62,12 +63,33 @@ int prove_ring(io_uring& ring) {
     io_uring_prep_nop(io_uring_get_sqe(&ring));
     const int submitted = io_uring_submit_and_wait(&ring, 1);
     if (submitted < 0) return -submitted;
-    unsigned head, seen = 0;
-    io_uring_cqe* cqe;
-    io_uring_for_each_cqe(&ring, head, cqe)++ seen;
-    io_uring_cq_advance(&ring, seen);
+    io_uring_cq_advance(&ring, io_uring_cq_ready(&ring));
     return 0;
 }
+
+// Wakes the engine's thread out of io_uring_enter, where it polls the descriptor.
+class Event {
+  public:
+    Event() : fd_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+        if (fd_ < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
+    }
+    Event(const Event&) = delete;
+    Event& operator=(const Event&) = delete;
+    ~Event() { close(fd_); }
+
+    int fd() const { return fd_; }
+    void signal() const {
+        const std::uint64_t one = 1;
+        [[maybe_unused]] const ssize_t written = write(fd_, &one, sizeof one);
+    }
+    void clear() const {
+        std::uint64_t count;
+        [[maybe_unused]] const ssize_t drained = read(fd_, &count, sizeof count);
+    }
+
+  private:
+    const int fd_;
+};
 
 struct BufferSlot {
     std::uint64_t begin = 0;
@@ -79,22 +101,16 @@ class UringEngine final : public Engine {
     explicit UringEngine(EngineOptions options)
         : Engine(options), requests_(options.queue_depth), results_(options.queue_depth) {
         for (std::uint32_t i = 0; i < options.queue_depth; ++i) free_slots_.push_back(i);
-        event_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-        if (event_ < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
         std::promise<int> ready;
         // The thread that makes a SINGLE_ISSUER ring is the only one that may use it.
         threads_.start("dualblade-uring", [this, &ready] { run(ready); });
         if (const int error = ready.get_future().get()) {
             threads_.join();
-            ::close(event_);
             throw std::system_error(error, std::generic_category(), "io_uring_setup");
         }
     }
 
-    ~UringEngine() override {
-        close();
-        ::close(event_);
-    }
+    ~UringEngine() override { close(); }
 
     int register_buffer(std::uint64_t address, std::uint64_t size_bytes) override {
         return on_engine_thread([=, this] { return add_buffer(address, size_bytes); });
@@ -109,14 +125,11 @@ class UringEngine final : public Engine {
     // with it, alive after the parent closed it.
     void abandon() override {
         if (ring_.ring_fd >= 0) ::close(ring_.ring_fd);
-        ::close(event_);
+        ::close(event_.fd());
     }
 
   protected:
-    void wake() override {
-        const std::uint64_t one = 1;
-        [[maybe_unused]] const ssize_t written = write(event_, &one, sizeof one);
-    }
+    void wake() override { event_.signal(); }
     void join() override { threads_.join(); }
     double thread_cpu_seconds() override { return threads_.cpu_seconds(); }
 
@@ -270,14 +283,13 @@ class UringEngine final : public Engine {
         }
         io_uring_cq_advance(&ring_, seen);
         if (!woken) return;
-        std::uint64_t count;
-        [[maybe_unused]] const ssize_t drained = read(event_, &count, sizeof count);
+        event_.clear();
         arm_wake();
     }
 
     void arm_wake() {
         io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
-        io_uring_prep_poll_add(sqe, event_, POLLIN);
+        io_uring_prep_poll_add(sqe, event_.fd(), POLLIN);
         io_uring_sqe_set_data64(sqe, kWakeTag);
     }
 
@@ -309,8 +321,12 @@ class UringEngine final : public Engine {
 
     int add_file(int fd) {
         if (!have_files_) return EOPNOTSUPP;
-        for (unsigned i = 0; i < kFilesMax; ++i) {
-            if (i < files_.size() && files_[i] >= 0) continue;
+        // A descriptor that is known already is looked up anew, in the slot that it has: a second
+        // slot would outlive the first one's removal.
+        const auto known = std::find(files_.begin(), files_.end(), fd);
+        const auto first = static_cast<unsigned>(known - files_.begin());
+        for (unsigned i = known == files_.end() ? 0 : first; i < kFilesMax; ++i) {
+            if (i < files_.size() && files_[i] >= 0 && files_[i] != fd) continue;
             const int result = io_uring_register_files_update(&ring_, i, &fd, 1);
             if (result < 0) return -result;
             if (i == files_.size()) files_.push_back(-1);
@@ -341,7 +357,7 @@ class UringEngine final : public Engine {
     bool have_files_ = false;
     bool have_buffers_ = false;
 
-    int event_ = -1;
+    const Event event_;
     // Under the scheduler's lock.
     std::vector<std::function<void()>> commands_;
     bool ended_ = false;

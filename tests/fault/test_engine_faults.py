@@ -159,3 +159,14 @@ def test_memlock_too_small(path: Path) -> None:
     assert result["registered"] is False
     assert result["notes"] == ["buffers not registered: memlock limit 64.0 KiB"]
     assert (result["landed"], result["wrong"]) == (SIZE_BYTES, [])
+
+
+def test_threads_run_out(path: Path) -> None:
+    """A limit on processes: the threads that did start are ended, and the error says what to do."""
+    result = run(
+        inject(path, "clone,clone3", "error=EAGAIN:when=1", only_device=False),
+        "posix",
+        "READ",
+        path,
+    )
+    assert "cannot start an engine of 1 threads" in result["unsupported"]

@@ -268,7 +268,13 @@ def open_engine(
                 raise Unsupported(
                     reason, hint="take --io-engine auto or posix, or allow io_uring"
                 ) from error
-    native = _native.Engine("posix", queue_depth, chunk_bytes)
+    try:
+        native = _native.Engine("posix", queue_depth, chunk_bytes)
+    except OSError as error:
+        raise Unsupported(
+            f"cannot start an engine of {queue_depth} threads: {error.strerror}",
+            hint="lower the queue depth",
+        ) from error
     return Engine(native, "posix", reason, queue_depth, chunk_bytes)
 
 

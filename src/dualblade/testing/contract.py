@@ -398,10 +398,14 @@ def stalled_read(engine: Engine, target: Target) -> Iterator[tuple[Ticket, Stall
         os.close(fd)
         pytest.skip(str(error))
     with memory:
-        before = engine.counters().depth_seconds
         ticket = engine.submit([Transfer(fd, Op.READ, memory.address, memory.size_bytes, 0)])
-        while engine.counters().depth_seconds == before:
-            pass  # until its first piece is in flight
+        # Until all its pieces are in flight: time passes with some in flight and none waiting.
+        was = engine.counters()
+        while not (
+            (now := engine.counters()).depth_seconds > was.depth_seconds
+            and now.backlog_seconds == was.backlog_seconds
+        ):
+            was = now
         yield ticket, memory
         engine.drain(timeout_seconds=PATIENCE_SECONDS)
     os.close(fd)
