@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+# Tiny tensors gain nothing from an OpenMP team, and its spinning threads starve each other when
+# the tests share their cores. Set before torch is imported, and for the tests' own processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

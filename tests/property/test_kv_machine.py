@@ -36,7 +36,7 @@ class KVMachine(RuleBasedStateMachine):
         late_writes=st.booleans(),
         tile_tokens=st.sampled_from([None, 4, 16]),
         tokens_max=st.sampled_from([None, 5000]),
-        budget=st.sampled_from([8 * MIB, 64 * MIB]),
+        budget=st.sampled_from([14 * MIB, 64 * MIB]),
         lookahead=st.sampled_from([1, 4]),
         batch=st.sampled_from([1, 2, 5]),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from dualblade.geometry import TileGeometry
@@ -66,8 +68,9 @@ def scatter(
     table: SequenceTable,
     geometry: TileGeometry,
     out: torch.Tensor,
+    copy: Callable[[torch.Tensor, torch.Tensor], None],
 ) -> None:
-    """Copy a landed piece to its tokens in `out`.
+    """Copy a landed piece to its tokens in `out`, by `copy(place, tiles)`.
 
     Shapes: staged [tiles, sequences, kv_heads, rows, dim]; out [batch, kv_heads, capacity, dim].
     """
@@ -76,10 +79,11 @@ def scatter(
     if table.is_identity:
         tokens = slice(piece.tile * rows, (piece.tile + piece.tiles) * rows)
         place = out[first:last, :, tokens].unflatten(2, (piece.tiles, rows))
-        place.copy_(staged.permute(1, 2, 0, 3, 4))
+        copy(place, staged.permute(1, 2, 0, 3, 4))
         return
     for run in table.runs(piece.tile, piece.tile + piece.tiles):
         if first <= run.physical < last:
             tiles = staged[run.start - piece.tile : run.stop - piece.tile, run.physical - first]
             place = out[run.logical, :, run.start * rows : run.stop * rows]
-            place.unflatten(1, (run.stop - run.start, rows)).copy_(tiles.permute(1, 0, 2, 3))
+            place = place.unflatten(1, (run.stop - run.start, rows))
+            copy(place, tiles.permute(1, 0, 2, 3))

@@ -160,7 +160,7 @@ class KVPipeline:
                     piece.tiles,
                     piece.sequences,
                 )
-                scatter(piece, staged, layer.table, geometry, out)
+                scatter(piece, staged, layer.table, geometry, out, copies.copy)
             copies.landed(landing.slot)
             if not layer.table.is_identity and piece.sequence == 0:
                 dead = layer.table.dead_sequences(
