@@ -1,0 +1,200 @@
+#!/usr/bin/env python3
+"""Write the tables of README.md and docs/performance.md from the files in results/.
+
+    scripts/render_results.py            write them
+    scripts/render_results.py --check    exit 1 when a document differs from its results
+
+A table stands between <!-- NAME --> and <!-- /NAME -->, and is never typed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+MIB, GIB = 1 << 20, 1 << 30
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    return (
+        f"{machine['cpu_count']} cores ({machine['cpu_model']}), "
+        f"{machine['memory_bytes'] / GIB:.0f} GiB of memory, Linux {machine['kernel']}"
+    )
+
+
+def percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.0f} %"
+
+
+def demo() -> str:
+    data = load("demo")
+    rows = [
+        [
+            run["path"],
+            f"{run['prefill_seconds']:.1f}",
+            f"{1000 * run['decode_seconds_per_token']:.0f}",
+            f"{run['device_read_bytes_per_token'] / MIB:.1f}",
+            percent(run["page_cache_hit_fraction"]),
+            f"{run['peak_memory_bytes'] / MIB:.0f}",
+            "none"
+            if run["memory_limit_bytes"] is None
+            else f"{run['memory_limit_bytes'] / MIB:.0f}",
+        ]
+        for run in data["runs"]
+    ]
+    head = [
+        "path",
+        "prefill s",
+        "decode ms/token",
+        "MiB read/token",
+        "page-cache hits",
+        "peak MiB",
+        "limit MiB",
+    ]
+    return (
+        f"{data['prompt_tokens']} tokens of prompt, KV {data['kv_bytes'] / MIB:.0f} MiB, memory "
+        f"budget {data['budget_bytes'] / MIB:.0f} MiB ({data['kv_to_budget']:.1f} times as much "
+        f"KV); all paths gave the same {data['new_tokens']} tokens: “{data['answer']}”\n\n"
+        f"{table(head, rows)}\n\n`{data['command']}` on {machine_line(data['machine'])}; "
+        "file: `results/demo.json`."
+    )
+
+
+def io() -> str:
+    rows = []
+    for name in ("io-128KiB", "io-1MiB"):
+        data = load(name)
+        fio = data["fio"]
+        pairs = fio["throughput_ratios"]
+        rows.append(
+            [
+                name.removeprefix("io-"),
+                f"{data['read_bytes_per_second'] / GIB:.2f}",
+                f"{data['write_bytes_per_second'] / GIB:.2f}",
+                f"{fio['throughput_ratio_median']:.2f} ({min(pairs):.2f}-{max(pairs):.2f})",
+                f"{fio['cpu_ratio_median']:.2f}",
+                f"{data['effective_queue_depth']:.2f}",
+            ]
+        )
+    head = [
+        "request",
+        "read GiB/s",
+        "write GiB/s",
+        "read / fio (spread)",
+        "CPU per GiB / fio",
+        "queue depth of 8",
+    ]
+    return (
+        f"{table(head, rows)}\n\nMedians of {len(pairs)} pairs, alternating with fio on one file "
+        f"(io_uring, O_DIRECT, huge pages, same request and depth); `{data['command']}`; files: "
+        "`results/io-*.json`."
+    )
+
+
+DECODES = {
+    "decode-opt-1.3b": "OPT-1.3B shape",
+    "decode-llama-3.2-1b": "Llama-3.2-1B shape (grouped heads)",
+}
+
+
+def decode() -> str:
+    blocks = []
+    for name, title in DECODES.items():
+        data = load(name)
+        runs = {(run["mode"], run["memory_limit"]): run for run in data["runs"]}
+        rows = [
+            decode_row(item, runs[item["mode"], item["memory_limit"]]) for item in data["summary"]
+        ]
+        head = [
+            "mode",
+            "limit",
+            "ms/step",
+            "spread",
+            "step / memory",
+            "step / roof",
+            "MiB read/step",
+            "page-cache hits",
+        ]
+        first = data["runs"][0]
+        blocks.append(
+            f"**{title}**, batch {first['batch']}, context {first['context']}, {first['dtype']}, "
+            f"KV {next(r['kv_bytes'] for r in data['runs'] if r['kv_bytes']) / GIB:.2f} GiB; "
+            f"`{data['command']}`\n\n{table(head, rows)}"
+        )
+    note = (
+        "Limit: the part of the KV's bytes that is left for its cache in a memory cgroup. Roof: "
+        "max(the `memory` step, bytes read / fio's bandwidth in the same run)."
+    )
+    return "\n\n".join(
+        [*blocks, f"{note} {machine_line(data['machine'])}. Files: `results/decode-*.json`."]
+    )
+
+
+def decode_row(item: dict[str, Any], run: dict[str, Any]) -> list[str]:
+    limit = item["memory_limit"] or "none"
+    if item["step_seconds_median"] is None:
+        return [item["mode"], limit, "killed", "", "", "", "", ""]
+    low, high = item["step_seconds_spread"]
+    ratios = [item.get("step_to_memory"), item.get("step_to_roof")]
+    return [
+        item["mode"],
+        limit,
+        f"{1000 * item['step_seconds_median']:.0f}",
+        f"{1000 * low:.0f}-{1000 * high:.0f}",
+        *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+        f"{run['device_read_bytes_per_step'] / MIB:.0f}",
+        percent(run["page_cache_hit_fraction"]),
+    ]
+
+
+TABLES: dict[str, Callable[[], str]] = {"demo": demo, "io": io, "decode": decode}
+
+
+def render(text: str) -> str:
+    for name, make in TABLES.items():
+        pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if pattern.search(text):
+            body = make()
+            text = pattern.sub(lambda found, body=body: f"{found[1]}{body}\n{found[2]}", text)
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only compare")
+    check = parser.parse_args().check
+    stale = []
+    for path in DOCUMENTS:
+        text = path.read_text()
+        rendered = render(text)
+        if rendered != text:
+            stale.append(path.name)
+            if not check:
+                path.write_text(rendered)
+    if check and stale:
+        sys.stderr.write(
+            f"not as results/ says: {', '.join(stale)}; run scripts/render_results.py\n"
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
