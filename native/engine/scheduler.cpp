@@ -6,7 +6,7 @@ namespace dualblade {
 
 namespace {
 // EINTR and EAGAIN end after this many tries of one piece without progress. With the pauses of
-// backoff(), 0.1 ms doubling to 12.8 ms, a piece gives up after about 130 ms of refusals.
+// backoff(), 0.2 ms doubling to 12.8 ms, a piece gives up after about 140 ms of refusals.
 constexpr std::uint32_t kRetriesMax = 16;
 constexpr std::uint32_t kBackoffDoublingsMax = 7;
 }  // namespace
