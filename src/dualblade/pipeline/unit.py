@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dualblade.errors import NoSpace
 from dualblade.geometry import TileGeometry, UnitId
 from dualblade.store import Door, Extent, Store
 from dualblade.units import EXTENT_ALIGN_BYTES, MIB
@@ -99,15 +100,24 @@ class Unit:
         if tiles <= 0:
             return
         tile_bytes = self.geometry.tile_bytes(batch)
-        size = self._segment_bytes(tiles, end, tile_bytes)
-        extent = self._store.allocate(size, door)
+        needed = tiles * tile_bytes
+        wanted = max(needed, self._growth_bytes(end, batch))
+        try:
+            extent = self._store.allocate(wanted, door)
+        except NoSpace:
+            if wanted == needed:
+                raise
+            extent = self._store.allocate(needed, door)
         self.segments.append(Segment(extent, batch, end, extent.size_bytes // tile_bytes))
 
-    def _segment_bytes(self, tiles: int, end: int, tile_bytes: int) -> int:
+    def _growth_bytes(self, end: int, batch: int) -> int:
+        """Bytes that a new segment from tile `end` on should have, beyond what is needed now."""
         if self._tiles_max is not None:
-            return max(tiles, self._tiles_max - end) * tile_bytes
-        grown = 2 * self.segments[-1].extent.size_bytes if self.segments else EXTENT_ALIGN_BYTES
-        return max(tiles * tile_bytes, min(grown, _SEGMENT_BYTES_MAX))
+            return max(0, self._tiles_max - end) * self.geometry.tile_bytes(batch)
+        last = self.segments[-1] if self.segments else None
+        if last is None or last.batch != batch:
+            return EXTENT_ALIGN_BYTES  # a new batch size may last for a few tokens only
+        return min(2 * last.extent.size_bytes, _SEGMENT_BYTES_MAX)
 
     def pieces(self, start: int, stop: int, slot_bytes: int) -> Iterator[Piece]:
         """Transfers of at most `slot_bytes` that cover tiles [start, stop), in order."""
