@@ -56,7 +56,7 @@ class KVMachine(RuleBasedStateMachine):
         if late_writes:  # reads that do not wait for them would overtake
             late = Fault(op=Op.WRITE, errno=None, latency_seconds=0.002, times=None)
             opened = FaultyEngine(opened, [late])
-        store = Store.open(None, opened, capacity_bytes=256 * MIB)
+        store = Store.open(None, opened, capacity_bytes=1024 * MIB)
         self.pipeline = KVPipeline(
             store,
             opened,

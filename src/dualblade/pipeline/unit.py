@@ -101,7 +101,7 @@ class Unit:
             return
         tile_bytes = self.geometry.tile_bytes(batch)
         needed = tiles * tile_bytes
-        wanted = max(needed, self._growth_bytes(end, batch))
+        wanted = max(needed, self._growth_bytes(batch))
         try:
             extent = self._store.allocate(wanted, door)
         except NoSpace:
@@ -110,14 +110,13 @@ class Unit:
             extent = self._store.allocate(needed, door)
         self.segments.append(Segment(extent, batch, end, extent.size_bytes // tile_bytes))
 
-    def _growth_bytes(self, end: int, batch: int) -> int:
-        """Bytes that a new segment from tile `end` on should have, beyond what is needed now."""
-        if self._tiles_max is not None:
-            return max(0, self._tiles_max - end) * self.geometry.tile_bytes(batch)
-        last = self.segments[-1] if self.segments else None
-        if last is None or last.batch != batch:
+    def _growth_bytes(self, batch: int) -> int:
+        """Bytes that a new segment should have, however few are needed now."""
+        if not self.segments and self._tiles_max is not None:
+            return self._tiles_max * self.geometry.tile_bytes(batch)
+        if not self.segments or self.segments[-1].batch != batch:
             return EXTENT_ALIGN_BYTES  # a new batch size may last for a few tokens only
-        return min(2 * last.extent.size_bytes, _SEGMENT_BYTES_MAX)
+        return min(2 * self.segments[-1].extent.size_bytes, _SEGMENT_BYTES_MAX)
 
     def pieces(self, start: int, stop: int, slot_bytes: int) -> Iterator[Piece]:
         """Transfers of at most `slot_bytes` that cover tiles [start, stop), in order."""
