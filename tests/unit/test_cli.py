@@ -76,6 +76,8 @@ USAGE_ERRORS = [
     (["generate", "-m", TINY, "-p", "x" * 700], "700 tokens; random:llama"),
     (["generate", "-m", TINY, "-p", "x", "--max-new-tokens", "600"], "--max-new-tokens 599"),
     (["plan", "-m", TINY], "--context"),
+    (["plan", "-m", TINY, "--context", "many"], "4096 or 32k"),
+    (["plan", "-m", TINY, "--context", "0"], "4096 or 32k"),
     (["plan", "-m", TINY, "--context", "10", "--device", "tpu"], "use cpu or cuda"),
     (["plan", "-m", "./nowhere", "--context", "10"], "no model at ./nowhere"),
     (["bench", "decode", "-m", TINY, "--mode", "mmap"], "unknown mode"),
@@ -144,7 +146,7 @@ def test_a_bug_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_plan_in_words_and_json() -> None:
-    arguments = ["plan", "-m", "random:llama-3-8b", "--context", "131072"]
+    arguments = ["plan", "-m", "random:llama-3-8b", "--context", "128k"]
     words = invoke(*arguments, "--memory-budget", "4GiB")
     assert words.exit_code == 0
     assert "KV 16.0 GiB, budget 4.00 GiB" in words.stdout

@@ -83,9 +83,6 @@ Modes = Annotated[
     ),
 ]
 Batch = Annotated[int, typer.Option("--batch", min=1, metavar="B", help="Sequences.")]
-Context = Annotated[
-    int, typer.Option("--context", min=1, metavar="T", help="Tokens that the KV begins with.")
-]
 Steps = Annotated[int, typer.Option("--steps", min=1, metavar="S", help="Timed steps.")]
 WarmupSteps = Annotated[
     int, typer.Option("--warmup-steps", min=0, help="Steps before, not counted.")
@@ -112,7 +109,7 @@ def bench_decode(
     model: options.Model,
     mode: Modes,
     batch: Batch = 1,
-    context: Context = 1024,
+    context: options.Context = "1024",
     steps: Steps = 16,
     warmup_steps: WarmupSteps = 2,
     memory_limit: MemoryLimits = None,
@@ -148,7 +145,7 @@ def bench_decode(
     wanted = DecodeBenchOptions(
         model=model,
         batch=batch,
-        context=context,
+        context=options.parse_tokens(context),
         steps=steps,
         modes=mode,
         memory_limits=memory_limit or (),

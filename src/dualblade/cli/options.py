@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from dualblade.errors import ConfigError
 
 if TYPE_CHECKING:
     from dualblade.config import EngineConfig
@@ -88,10 +91,23 @@ Device = Annotated[
     str | None,
     typer.Option("--device", metavar="DEVICE", help="cpu or cuda; by default a GPU if there is."),
 ]
+Context = Annotated[
+    str,
+    typer.Option("--context", metavar="T", help="Tokens of each sequence, such as 4096 or 32k."),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="One JSON object on stdout; progress on stderr.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
+
+
+def parse_tokens(text: str) -> int:
+    """A number of tokens: `4096`, or `32k` for 32 x 1024. Raises: ConfigError."""
+    match = re.fullmatch(r"(\d+)([kK]?)", text.strip())
+    tokens = int(match[1]) * (1024 if match[2] else 1) if match else 0
+    if tokens < 1:
+        raise ConfigError(f"not a number of tokens: {text!r}", hint="write it like 4096 or 32k")
+    return tokens
 
 
 def engine_config(

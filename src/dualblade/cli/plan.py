@@ -19,9 +19,7 @@ _PATHS = ("memory", "page-cache", "direct")
 
 def plan(
     model: options.Model,
-    context: Annotated[
-        int, typer.Option("--context", min=1, metavar="T", help="Tokens of each sequence.")
-    ],
+    context: options.Context,
     batch: Annotated[int, typer.Option("--batch", min=1, metavar="B", help="Sequences.")] = 1,
     memory_budget: options.MemoryBudget = "auto",
     path: options.KVPath = "dual",
@@ -40,8 +38,8 @@ def plan(
 
     \b
     Examples:
-      dualblade plan --model random:llama-3-8b --context 131072 --memory-budget 4GiB
-      dualblade plan --model ./llama --context 32768 --batch 4 --memory-budget 2GiB --json
+      dualblade plan --model random:llama-3-8b --context 128k --memory-budget 4GiB
+      dualblade plan --model ./llama --context 32k --batch 4 --memory-budget 2GiB --json
     """
     from dualblade.config import Path as KVPath
     from dualblade.host.memory import auto_budget_bytes
@@ -60,7 +58,7 @@ def plan(
     config = config_of(model)
     element = parse_dtype(dtype) or default_dtype(config, device)
     request = PlanRequest(
-        tokens=context,
+        tokens=options.parse_tokens(context),
         batch=batch,
         item_bytes=item_bytes(element),
         budget_bytes=budget,

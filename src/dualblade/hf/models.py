@@ -38,6 +38,8 @@ from dualblade.hf.demo_model import MODEL_NAME, demo_folder
 from dualblade.hf.gguf import gguf_options, require_gguf
 from dualblade.hf.random_models import PREFIX, ByteTokenizer, random_config, random_model
 
+DEMO_SHAPE = PREFIX + "smollm2-135m"
+
 _KINDS = "a folder, a .gguf file, a hub id, `demo`, or `random:` with a shape"
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _HUB_SECONDS = 3.0
@@ -159,11 +161,13 @@ def load_model(
 def config_of(spec: str, *, tell: Callable[[str], None] = _quiet) -> PretrainedConfig:
     """The configuration of the model that `spec` names; weights are neither read nor made.
 
-    Raises: as `load_model`.
+    Of `demo` its shape, which is known, so that nothing is fetched. Raises: as `load_model`.
     """
     with _silence():
         if spec.startswith(PREFIX):
             return random_config(spec)
+        if spec == "demo":
+            return random_config(DEMO_SHAPE)
         source = _find(spec, tell)
         with _told_shortly(spec):
             return source.config()

@@ -1,0 +1,34 @@
+"""Generate from a long prompt with the KV cache on the drive, within 256 MiB of memory.
+
+    python examples/long_prompt.py MODEL FILE
+
+MODEL is a folder or a hub id that transformers can load.
+"""
+
+# ruff: noqa: T201 - an example prints
+import sys
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+import dualblade
+
+name, file = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(name)
+model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+with open(file, encoding="utf-8") as text:
+    inputs = tokenizer(text.read(), return_tensors="pt")
+
+with dualblade.DualBladeCache.for_model(model, memory_budget="256MiB") as cache:
+    model.generate(
+        **inputs,
+        past_key_values=cache,
+        max_new_tokens=40,
+        do_sample=False,
+        prefill_chunk_size=1024,
+        streamer=TextStreamer(tokenizer, skip_prompt=True),
+    )
+    stats = cache.stats()
+
+cached = sum(unit.path == "page-cache" for unit in stats.plan)
+print(f"{stats.tokens} tokens, {stats.kv_bytes >> 20} MiB of KV")
+print(f"{cached} of {len(stats.plan)} units through the page cache, by {stats.engine.name}")
