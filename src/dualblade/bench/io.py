@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from dualblade.errors import ConfigError, CorruptExtent, NoSpace, StorageError, Unsupported
-from dualblade.host.machine import machine_facts
+from dualblade.host.machine import command_line, machine_facts
 from dualblade.io import Arena, Engine, EngineChoice, Op, Transfer, open_engine
 from dualblade.units import BLOCK_BYTES, GIB, MIB, format_size, round_up
 
@@ -115,6 +115,7 @@ def run_io_bench(options: IoBenchOptions, progress: Progress = lambda _: None) -
             writes.append(sweep.run(Op.WRITE))
             progress(f"write {index + 1}: {format_size(writes[-1].bytes_per_second)}/s")
         result = {
+            "command": command_line(),
             "engine": engine.name,
             "engine_reason": engine.reason,
             "engine_notes": list(engine.notes),
