@@ -13,14 +13,15 @@ from dualblade.errors import ConfigError
 from dualblade.geometry import Part, TileGeometry, UnitId, choose_tile_rows
 from dualblade.hf.geometry import LayerShape, layer_shapes
 from dualblade.metrics import UnitPlacement
+from dualblade.pipeline.budget import (
+    CAPACITY_STEP_TOKENS,
+    TABLE_ITEM_BYTES,
+    TAIL_SHARE_OF_BUDGET,
+)
 from dualblade.pipeline.gather import GatherBuffers
 from dualblade.pipeline.staging import staging_shape
 from dualblade.residency import BudgetShares, UnitDemand, plan_by_size, plan_fixed
 from dualblade.units import round_up
-
-_TAIL_SHARE_OF_BUDGET = 10
-_CAPACITY_STEP_TOKENS = 64
-_TABLE_ITEM_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +111,7 @@ def _row_bytes(shape: LayerShape, item_bytes: int) -> int:
 
 
 def _tile_rows(stored: Sequence[LayerShape], request: PlanRequest) -> list[int]:
-    tail_bytes_max = request.budget_bytes // _TAIL_SHARE_OF_BUDGET // len(stored)
+    tail_bytes_max = request.budget_bytes // TAIL_SHARE_OF_BUDGET // len(stored)
     return [
         request.engine.tile_tokens
         or choose_tile_rows(
@@ -138,7 +139,7 @@ def _shares(
     stored: Sequence[LayerShape], rows: Sequence[int], request: PlanRequest
 ) -> BudgetShares:
     batch, item = request.batch, request.item_bytes
-    capacity = round_up(request.tokens, _CAPACITY_STEP_TOKENS)
+    capacity = round_up(request.tokens, CAPACITY_STEP_TOKENS)
     slabs = [geometry.slab_bytes for geometry in _geometries(stored[0], rows[0], request)]
     gather = sum(
         GatherBuffers.allocated_bytes(capacity * batch * item * max(sizes))
@@ -155,7 +156,7 @@ def _shares(
         tail_bytes=sum(
             batch * tile * _row_bytes(shape, item) for shape, tile in zip(stored, rows, strict=True)
         ),
-        table_bytes=sum(capacity // tile * batch * _TABLE_ITEM_BYTES for tile in rows),
+        table_bytes=sum(capacity // tile * batch * TABLE_ITEM_BYTES for tile in rows),
     )
 
 

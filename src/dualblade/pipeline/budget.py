@@ -21,8 +21,15 @@ from dualblade.units import round_up
 
 _GROWTH_SHARE = 8
 _GROWTH_TOKENS_MIN = 256
-_CAPACITY_STEP_TOKENS = 64
-_TABLE_ITEM_BYTES = 4
+
+CAPACITY_STEP_TOKENS = 64
+"""Gather buffers hold a multiple of this many tokens."""
+
+TABLE_ITEM_BYTES = 4
+"""Of the sequence table: one int32 for each tile and sequence."""
+
+TAIL_SHARE_OF_BUDGET = 10
+"""Tails take at most a tenth of the budget; tiles have fewer rows where they would take more."""
 
 
 def tokens_ahead(tokens: int, tokens_max: int | None) -> int:
@@ -65,8 +72,8 @@ class MemoryBudget:
         Layers not seen yet are taken to be like the ones that were.
         Raises: BudgetError with the bytes needed; the claims are then as before.
         """
-        wide = round_up(tokens_ahead(tokens, self._tokens_max), _CAPACITY_STEP_TOKENS)
-        narrow = round_up(tokens, _CAPACITY_STEP_TOKENS)
+        wide = round_up(tokens_ahead(tokens, self._tokens_max), CAPACITY_STEP_TOKENS)
+        narrow = round_up(tokens, CAPACITY_STEP_TOKENS)
         for capacity in (max(wide, self.capacity_tokens), narrow):
             shares = self._divide(layers, layer_count, staging_bytes, capacity)
             if shares.fixed_bytes <= shares.budget_bytes:
@@ -84,7 +91,7 @@ class MemoryBudget:
         self, layers: Collection[Layer], layer_count: int, staging_bytes: int, capacity: int
     ) -> BudgetShares:
         tails = sum(layer.tail_bytes for layer in layers)
-        tables = sum(capacity // layer.rows * layer.batch * _TABLE_ITEM_BYTES for layer in layers)
+        tables = sum(capacity // layer.rows * layer.batch * TABLE_ITEM_BYTES for layer in layers)
         gather = sum(
             GatherBuffers.allocated_bytes(size) for size in _gather_bytes(layers, capacity)
         )

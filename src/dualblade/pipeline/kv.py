@@ -23,7 +23,7 @@ from dualblade.metrics import (
     TransferTotals,
     UnitPlacement,
 )
-from dualblade.pipeline.budget import MemoryBudget, Placements
+from dualblade.pipeline.budget import TAIL_SHARE_OF_BUDGET, MemoryBudget, Placements
 from dualblade.pipeline.copies import CudaCopies, HostCopies, copies_for
 from dualblade.pipeline.gather import GatherBuffers, scatter
 from dualblade.pipeline.layer import HalfLayer, Layer, check_continues, check_rows
@@ -32,8 +32,6 @@ from dualblade.pipeline.staging import Slots, StagingShape, staging_shape
 from dualblade.pipeline.unit import Piece, Unit, tile_view
 from dualblade.pipeline.write_behind import WriteBehind
 from dualblade.store import Store
-
-_TAIL_SHARE_OF_BUDGET = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,7 +235,7 @@ class KVPipeline:
         batch, heads, _, key_dim = key_rows.shape
         item_bytes = key_rows.element_size()
         dims = (key_dim, value_rows.shape[3])
-        share = self._settings.budget_bytes // _TAIL_SHARE_OF_BUDGET
+        share = self._settings.budget_bytes // TAIL_SHARE_OF_BUDGET
         rows = self._settings.config.tile_tokens or choose_tile_rows(
             kv_heads=heads,
             dims=dims,
