@@ -1,0 +1,82 @@
+#include "attention/attention.hpp"
+
+#include <cstring>
+#include <limits>
+
+namespace dualblade {
+
+extern const Kernel kernel_plain;
+#if defined(__x86_64__)
+extern const Kernel kernel_avx2;
+extern const Kernel kernel_avx512;
+#endif
+
+namespace {
+
+// Work for about this many threads even where one sequence has one head.
+constexpr std::int64_t kItemsMin = 16;
+constexpr std::int64_t kLanesMax = 8;
+
+std::int64_t round_up(std::int64_t value, std::int64_t unit) {
+    return (value + unit - 1) / unit * unit;
+}
+
+// Room for `size` floats; grows, never shrinks, so that a step allocates nothing.
+void ensure(std::vector<float>& buffer, std::int64_t size) {
+    if (buffer.size() < static_cast<std::size_t>(size)) buffer.resize(static_cast<std::size_t>(size));
+}
+
+}  // namespace
+
+const Kernel* find_kernel(const char* wanted) {
+    const auto is_wanted = [&](const Kernel& kernel) {
+        return *wanted == '\0' || std::strcmp(wanted, kernel.name) == 0;
+    };
+#if defined(__x86_64__)
+    if (is_wanted(kernel_avx512) && __builtin_cpu_supports("avx512f")) return &kernel_avx512;
+    if (is_wanted(kernel_avx2) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        return &kernel_avx2;
+    }
+#endif
+    return is_wanted(kernel_plain) ? &kernel_plain : nullptr;
+}
+
+void Attention::begin(const Query& query) {
+    work_.query = query;
+    work_.lanes = 1;
+    while (work_.lanes < kLanesMax && query.heads() * work_.lanes < kItemsMin) work_.lanes *= 2;
+    // As many heads to an item as leave enough items: more of memory is read in its order.
+    work_.span = 1;
+    while (query.kv_heads % (2 * work_.span) == 0 &&
+           query.heads() * work_.lanes / (2 * work_.span) >= kItemsMin / 2) {
+        work_.span *= 2;
+    }
+    work_.key_stride = round_up(query.key_dim, 2 * kernel_.width);
+    work_.value_stride = round_up(query.value_dim, 2 * kernel_.width);
+    const std::int64_t states = query.heads() * work_.lanes * query.rows();
+    ensure(work_.packed, query.heads() * query.rows() * work_.key_stride);
+    work_.maximum.assign(static_cast<std::size_t>(states), -std::numeric_limits<float>::infinity());
+    work_.totals.assign(static_cast<std::size_t>(states * kernel_.width), 0.0f);
+    work_.sums.assign(static_cast<std::size_t>(states * work_.value_stride), 0.0f);
+    pool_.run(query.heads(), [&](std::int64_t head) { kernel_.pack(work_, head); });
+}
+
+void Attention::keys(const Run& run) {
+    const std::int64_t rows = work_.query.heads() * work_.query.rows();
+    ensure(work_.weights, rows * run.tokens);
+    ensure(work_.corrections, rows * run.tiles() * run.tile_blocks());
+    pool_.run(work_.items(),
+              [&](std::int64_t item) { kernel_.keys(work_, run, item); });
+}
+
+void Attention::values(const Run& run) {
+    pool_.run(work_.items(),
+              [&](std::int64_t item) { kernel_.values(work_, run, item); });
+}
+
+void Attention::finish(const float* sinks, void* out) {
+    pool_.run(work_.query.heads(),
+              [&](std::int64_t head) { kernel_.finish(work_, sinks, out, head); });
+}
+
+}  // namespace dualblade

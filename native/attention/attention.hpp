@@ -1,0 +1,99 @@
+// Attention of a few query rows over keys and values where they lie, with a running softmax.
+//
+// Per sequence and KV head, tokens are taken in order in blocks of kBlock that begin at multiples
+// of kBlock; every kLaneTokens the next of `lanes` independent states takes over, so that one head
+// keeps several threads busy. All of that depends on token numbers alone: how tokens are cut into
+// runs, and how many threads there are, changes no bit of the result.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "attention/pool.hpp"
+
+namespace dualblade {
+
+inline constexpr std::int64_t kBlock = 16;
+inline constexpr std::int64_t kLaneTokens = 64;
+
+enum class Element : int { kFloat32 = 0, kBfloat16 = 1 };
+
+// Query [batch, kv_heads * group, tokens, key_dim]; its last token sees itself and all before.
+struct Query {
+    const void* data = nullptr;
+    std::int64_t sequence_stride = 0, head_stride = 0, token_stride = 0;  // elements
+    std::int64_t batch = 0, kv_heads = 0, group = 0, tokens = 0;
+    std::int64_t key_dim = 0, value_dim = 0;
+    std::int64_t past = 0;            // tokens before the first of the query
+    const std::int64_t* first_visible = nullptr;  // [batch], left padding; null: all are seen
+    float scale = 1;
+    Element element = Element::kFloat32;
+
+    std::int64_t rows() const { return group * tokens; }
+    std::int64_t heads() const { return batch * kv_heads; }
+};
+
+// Tiles of keys or values: [tiles, sequences, kv_heads, tile_rows, dim], the last one maybe short.
+struct Run {
+    const void* data = nullptr;
+    std::int64_t tile_stride = 0, sequence_stride = 0, head_stride = 0, row_stride = 0;  // elements
+    std::int64_t first_token = 0, tokens = 0, tile_rows = 0;
+    std::int64_t first_sequence = 0, sequences = 0;  // the stored ones that are here
+    const std::int32_t* table = nullptr;  // [tiles, batch]: logical to stored; null: the same
+
+    std::int64_t tiles() const { return (tokens + tile_rows - 1) / tile_rows; }
+    std::int64_t tile_blocks() const { return (tile_rows + kBlock - 1) / kBlock; }
+};
+
+// What the kernels of one instruction set work on; rows are group x tokens of one KV head.
+struct Work {
+    Query query;
+    std::int64_t lanes = 1;
+    std::int64_t span = 1;  // KV heads of one sequence that an item takes
+    std::int64_t key_stride = 0, value_stride = 0;  // floats of a packed row
+
+    std::int64_t items() const { return query.heads() / span * lanes; }
+
+    std::vector<float> packed;       // [heads, rows, key_stride], scaled, base 2
+    std::vector<float> maximum;      // [heads, lanes, rows]
+    std::vector<float> totals;       // [heads, lanes, rows, width], partial sums
+    std::vector<float> sums;         // [heads, lanes, rows, value_stride]
+    std::vector<float> weights;      // [heads, rows, tokens of the run]
+    std::vector<float> corrections;  // [heads, rows, blocks of the run]
+};
+
+// One instruction set's way of doing it. `item` is span * lanes + lane.
+struct Kernel {
+    const char* name;
+    std::int64_t width;  // floats in a vector
+    void (*pack)(Work&, std::int64_t head);
+    void (*keys)(Work&, const Run&, std::int64_t item);
+    void (*values)(Work&, const Run&, std::int64_t item);
+    void (*finish)(Work&, const float* sinks, void* out, std::int64_t head);
+};
+
+// The best that this machine has; `wanted` names another one, for tests. Null: not here.
+const Kernel* find_kernel(const char* wanted);
+
+// One attention call after another: begin, then keys and values of each run in turn, then finish.
+// Used by one thread at a time.
+class Attention {
+  public:
+    Attention(int threads, const Kernel& kernel) : pool_(threads), kernel_(kernel) {}
+
+    void begin(const Query& query);
+    void keys(const Run& run);
+    void values(const Run& run);  // of the same tokens as the last keys()
+    // out [batch, tokens, kv_heads * group, value_dim]; sinks [kv_heads * group] or null.
+    void finish(const float* sinks, void* out);
+
+    const char* kernel_name() const { return kernel_.name; }
+
+  private:
+    Pool pool_;
+    const Kernel& kernel_;
+    Work work_;
+};
+
+}  // namespace dualblade

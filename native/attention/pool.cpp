@@ -1,0 +1,81 @@
+#include "attention/pool.hpp"
+
+#include <chrono>
+#include <thread>
+
+namespace dualblade {
+namespace {
+
+// Jobs follow each other within tens of microseconds while tiles are at hand; a sleeping thread
+// takes as long to wake.
+constexpr auto kSpin = std::chrono::microseconds(50);
+
+template <typename Done>
+bool spin_until(Done done) {
+    const auto end = std::chrono::steady_clock::now() + kSpin;
+    while (!done()) {
+        if (std::chrono::steady_clock::now() > end) return false;
+        std::this_thread::yield();  // another thread of ours may need the core
+    }
+    return true;
+}
+
+}  // namespace
+
+Pool::Pool(int threads) : helpers_(threads - 1) {
+    for (int i = 0; i < helpers_; ++i) threads_.start("db-attend", [this] { work(); });
+}
+
+Pool::~Pool() {
+    {
+        std::lock_guard lock(mutex_);
+        ending_ = true;
+    }
+    wake_.notify_all();
+    threads_.join();
+}
+
+void Pool::run(std::int64_t items, const std::function<void(std::int64_t)>& body) {
+    if (helpers_ == 0 || items < 2) {
+        for (std::int64_t item = 0; item < items; ++item) body(item);
+        return;
+    }
+    {
+        std::lock_guard lock(mutex_);
+        body_ = &body;
+        items_ = items;
+        next_ = 0;
+        ++job_;
+    }
+    wake_.notify_all();
+    take();
+    {
+        std::lock_guard lock(mutex_);
+        ++job_;  // closed: a helper that wakes from here on finds nothing to do
+    }
+    // Without this wait a helper could still work on its last item.
+    while (active_ != 0) std::this_thread::yield();
+}
+
+void Pool::take() {
+    std::int64_t item;
+    while ((item = next_.fetch_add(1)) < items_) (*body_)(item);
+}
+
+void Pool::work() {
+    std::uint64_t seen = 0;
+    while (true) {
+        spin_until([&] { return ending_ || (job_ != seen && job_ % 2 == 1); });
+        {
+            std::unique_lock lock(mutex_);
+            wake_.wait(lock, [&] { return ending_ || (job_ != seen && job_ % 2 == 1); });
+            if (ending_) return;
+            seen = job_;
+            ++active_;  // under the lock that closes the job: the caller waits for us
+        }
+        take();
+        --active_;
+    }
+}
+
+}  // namespace dualblade

@@ -1,0 +1,42 @@
+// Threads that take numbered items of one job after another; whoever is free takes the next.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+
+#include "engine/threads.hpp"
+
+namespace dualblade {
+
+// The caller works too, and alone when the others are held up: another program on a core costs
+// that core and no more. `run` is called by one thread at a time.
+class Pool {
+  public:
+    explicit Pool(int threads);
+    ~Pool();
+    Pool(const Pool&) = delete;
+    Pool& operator=(const Pool&) = delete;
+
+    // body(0) ... body(items - 1), in any order, on any thread; all have ended at return.
+    void run(std::int64_t items, const std::function<void(std::int64_t)>& body);
+
+  private:
+    void work();
+    void take();
+
+    Threads threads_;
+    int helpers_;
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    std::atomic<std::uint64_t> job_{0};  // odd while one is open; changed under the lock
+    std::atomic<int> active_{0};
+    std::atomic<std::int64_t> next_{0};
+    std::int64_t items_ = 0;
+    const std::function<void(std::int64_t)>* body_ = nullptr;
+    std::atomic<bool> ending_{false};
+};
+
+}  // namespace dualblade
