@@ -57,10 +57,12 @@ class TransferTotals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageSeconds:
-    """Wall time of the model's thread: waiting for reads, gathering tiles, taking in new rows
-    (waits for a free write slot included), and of those the waits for writes alone."""
+    """Wall time of the model's thread: waiting for reads, attending to tiles, gathering them,
+    taking in new rows (waits for a free write slot included), and of those the waits for writes
+    alone."""
 
     read_wait: float = 0.0
+    attention: float = 0.0
     gather: float = 0.0
     append: float = 0.0
     write_wait: float = 0.0

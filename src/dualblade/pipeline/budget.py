@@ -44,13 +44,20 @@ class MemoryBudget:
     """Claims on the budget: staging, gather buffers, tails and tables.
 
     `gather_on_host` is False when the gather buffers are on a GPU with memory of its own.
+    `over_tiles`: they hold a group of tiles in fp32, not a whole layer.
     """
 
     def __init__(
-        self, budget_bytes: int, tokens_max: int | None, *, gather_on_host: bool = True
+        self,
+        budget_bytes: int,
+        tokens_max: int | None,
+        *,
+        gather_on_host: bool = True,
+        over_tiles: bool = False,
     ) -> None:
         self._tokens_max = tokens_max
         self._gather_on_host = gather_on_host
+        self.over_tiles = over_tiles
         self._claimed: dict[int, tuple[int, int]] = {}
         self.capacity_tokens = 0
         self.keys_bytes = 0
@@ -80,7 +87,7 @@ class MemoryBudget:
                 break
         shares.require()
         self.shares, self.capacity_tokens = shares, capacity
-        self.keys_bytes, self.values_bytes = _gather_bytes(layers, capacity)
+        self.keys_bytes, self.values_bytes = self._gather_bytes(layers, capacity)
         self._claimed = {layer.index: (layer.batch, layer.tail_bytes) for layer in layers}
 
     def forget(self) -> None:
@@ -93,7 +100,7 @@ class MemoryBudget:
         tails = sum(layer.tail_bytes for layer in layers)
         tables = sum(capacity // layer.rows * layer.batch * TABLE_ITEM_BYTES for layer in layers)
         gather = sum(
-            GatherBuffers.allocated_bytes(size) for size in _gather_bytes(layers, capacity)
+            GatherBuffers.allocated_bytes(size) for size in self._gather_bytes(layers, capacity)
         )
         return BudgetShares(
             budget_bytes=self.shares.budget_bytes,
@@ -103,15 +110,27 @@ class MemoryBudget:
             table_bytes=tables * layer_count // len(layers),
         )
 
+    def group_tokens(self, layer: Layer) -> int:
+        """Tokens of the layer that are copied together at a time."""
+        whole = self.capacity_tokens
+        return min(whole, layer.group_tiles * layer.rows) if self.over_tiles else whole
 
-def _gather_bytes(layers: Collection[Layer], capacity: int) -> tuple[int, int]:
-    def largest(halves: Collection[tuple[Layer, HalfLayer]]) -> int:
-        return max(
-            layer.batch * half.unit.geometry.slab_payload_bytes // layer.rows * capacity
-            for layer, half in halves
-        )
+    def _gather_bytes(self, layers: Collection[Layer], capacity: int) -> tuple[int, int]:
+        def largest(part: int) -> int:
+            return max(
+                gather_bytes(la, la.halves[part], capacity, self.over_tiles) for la in layers
+            )
 
-    return largest([(la, la.keys) for la in layers]), largest([(la, la.values) for la in layers])
+        return largest(0), largest(1)
+
+
+def gather_bytes(layer: Layer, half: HalfLayer, capacity: int, over_tiles: bool) -> int:
+    """What is gathered of `half` for `capacity` tokens: all, or a group of tiles in fp32."""
+    geometry = half.unit.geometry
+    row_elements = layer.batch * geometry.kv_heads * geometry.dim
+    if over_tiles:
+        return min(capacity, layer.group_tiles * layer.rows) * row_elements * 4
+    return capacity * row_elements * geometry.item_bytes
 
 
 class Placements:

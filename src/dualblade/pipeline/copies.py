@@ -91,7 +91,10 @@ class CudaCopies:
 
     def land(self, slot: Slot, size_bytes: int) -> torch.Tensor:
         """A device copy of the slot's bytes; call it inside `issuing`."""
-        return slot.memory[:size_bytes].to(self._device, non_blocking=True)
+        landed = slot.memory[:size_bytes].to(self._device, non_blocking=True)
+        # Without this the allocator could reuse it while the model's stream still reads it.
+        landed.record_stream(torch.cuda.default_stream(self._device))
+        return landed
 
     def landed(self, slot: Slot) -> None:
         """Mark the slot busy until the copies issued so far have read it."""

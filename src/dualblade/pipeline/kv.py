@@ -1,21 +1,23 @@
 """The KV cache in time: what happens to a layer's rows and tiles at each step.
 
-One decode step, read aloud: for each layer, check that the step fits; gather the stored tiles
-(they were read ahead) and the tail; take in the new rows, full tiles leave behind compute; let
-the reads for the layers to come go on.
+One decode step, read aloud: for each layer, check that the step fits; attend to the stored tiles
+(they were read ahead) and the tail, or gather them; take in the new rows, full tiles leave behind
+compute; let the reads for the layers to come go on.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
+from dualblade.attention import AttentionQuery
 from dualblade.config import EngineConfig, Path
 from dualblade.errors import Closed, ConfigError, DualBladeError
 from dualblade.geometry import Part, TileGeometry, UnitId, choose_tile_rows
-from dualblade.io import Arena, Engine
+from dualblade.io import Engine
 from dualblade.metrics import (
     EngineFacts,
     MemoryUse,
@@ -23,20 +25,22 @@ from dualblade.metrics import (
     TransferTotals,
     UnitPlacement,
 )
+from dualblade.pipeline.attend import Arrived, NewRows, attend
 from dualblade.pipeline.budget import TAIL_SHARE_OF_BUDGET, MemoryBudget, Placements
-from dualblade.pipeline.copies import CudaCopies, HostCopies, copies_for
 from dualblade.pipeline.gather import GatherBuffers, scatter
 from dualblade.pipeline.layer import HalfLayer, Layer, check_continues, check_rows
-from dualblade.pipeline.read_ahead import ReadAhead
-from dualblade.pipeline.staging import Slots, StagingShape, staging_shape
-from dualblade.pipeline.unit import Piece, Unit, tile_view
-from dualblade.pipeline.write_behind import WriteBehind
+from dualblade.pipeline.machinery import Machinery
+from dualblade.pipeline.offer import Offer
+from dualblade.pipeline.read_ahead import Landing, ReadAhead
+from dualblade.pipeline.staging import staging_shape
+from dualblade.pipeline.unit import Unit
 from dualblade.store import Store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVSettings:
-    """What a `KVPipeline` is made of. `layer_count` counts the offloaded layers only."""
+    """What a `KVPipeline` is made of. `layer_count` counts the offloaded layers only; `over_tiles`:
+    attention works on tiles, and no layer is gathered whole."""
 
     path: Path
     budget_bytes: int
@@ -44,17 +48,7 @@ class KVSettings:
     tokens_max: int | None
     device: torch.device
     config: EngineConfig
-
-
-@dataclass(slots=True, eq=False)
-class _Machinery:
-    """What exists from the first rows on, when the shapes are known."""
-
-    shape: StagingShape
-    arena: Arena
-    read_slots: Slots
-    writes: WriteBehind
-    copies: HostCopies | CudaCopies
+    over_tiles: bool = False
 
 
 class KVPipeline:
@@ -70,23 +64,35 @@ class KVPipeline:
         self._engine = engine
         self._settings = settings
         self._layers: dict[int, Layer] = {}
-        self._machinery: _Machinery | None = None
+        self._machinery: Machinery | None = None
         self._reads: ReadAhead | None = None
         self._gather = GatherBuffers(settings.device)
         self._budget = MemoryBudget(
             settings.budget_bytes,
             settings.tokens_max,
             gather_on_host=settings.device.type == "cpu",
+            over_tiles=settings.over_tiles,
         )
         self._placements = Placements(settings.path, settings.layer_count, settings.tokens_max)
+        self._offer: Offer | None = None
         self._failure: BaseException | None = None
         self._closed = False
         self._read_wait_seconds = 0.0
+        self._attention_seconds = 0.0
         self._gather_seconds = 0.0
         self._append_seconds = 0.0
         self._dead_read_bytes = 0
 
     # -- one step ----------------------------------------------------------------------------
+
+    def offer(self, index: int, key_rows: torch.Tensor, value_rows: torch.Tensor) -> Offer:
+        """New rows of layer `index`, to attend to (or to gather) and so to take in.
+
+        Raises: ConfigError, BudgetError, NoSpace before anything changed; DeviceError, Closed.
+        """
+        layer = self._admit(index, key_rows, value_rows)
+        self._offer = Offer(self, layer, NewRows(key_rows, value_rows))
+        return self._offer
 
     def update(
         self, index: int, key_rows: torch.Tensor, value_rows: torch.Tensor
@@ -94,116 +100,84 @@ class KVPipeline:
         """All keys and values of layer `index`, the new rows included; the rows are taken in.
 
         What is returned belongs to the cache and is valid until the next layer's update.
-        Raises: ConfigError, BudgetError, NoSpace before anything changed; DeviceError, Closed.
+        Raises: as `offer`.
         """
-        layer = self._admit(index, key_rows, value_rows)
-        try:
-            if layer.tokens:
-                together = self._gather_layer(layer, key_rows, value_rows)
-            else:
-                together = (key_rows.contiguous(), value_rows.contiguous())
-                self._forget_reads()
-            self._take_in(layer, key_rows, value_rows)
-            if len(self._layers) == self._settings.layer_count:
-                self._sweep().finish((2 * layer.index, 2 * layer.index + 1))
-        except BaseException as exc:
-            self._failure = exc
-            raise
-        return together
+        return self.offer(index, key_rows, value_rows).gather()
 
     def append(self, index: int, key_rows: torch.Tensor, value_rows: torch.Tensor) -> None:
-        """Take in rows of layer `index` without attending to them. Raises: as `update`."""
-        layer = self._admit(index, key_rows, value_rows)
-        try:
-            self._forget_reads()
-            self._take_in(layer, key_rows, value_rows)
-        except BaseException as exc:
-            self._failure = exc
-            raise
+        """Take in rows of layer `index` without attending to them. Raises: as `offer`."""
+        self.offer(index, key_rows, value_rows).settle()
 
-    def _gather_layer(
-        self, layer: Layer, key_rows: torch.Tensor, value_rows: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        capacity = self._budget.capacity_tokens
-        keys = self._gather.keys(_buffer_shape(layer, layer.keys, capacity), layer.dtype)
-        values = self._gather.values(_buffer_shape(layer, layer.values, capacity), layer.dtype)
+    def attend_to(self, layer: Layer, new: NewRows, query: AttentionQuery) -> torch.Tensor:
+        """See `Offer.attend`."""
         machinery = self._require_machinery()
-        started, waited = time.perf_counter(), self._sweep().wait_seconds
+        started, waited = time.perf_counter(), self._wait_seconds()
+
+        def arriving() -> Iterator[Arrived]:
+            for landing in self._sweep().take(layer.index) if layer.tokens else ():
+                piece = landing.piece
+                with machinery.copies.issuing():
+                    tiles = machinery.landed_tiles(landing, layer.dtype)
+                machinery.copies.landed(landing.slot)
+                # Without this the model's stream could read tiles that are not copied yet.
+                machinery.copies.end()
+                yield Arrived(landing.half, tiles, piece.tile, piece.sequence)
+                self._count_dead(layer, landing)
+
+        out = attend(layer, new, query, arriving(), lambda: self._group_buffers(layer))
+        waited = self._wait_seconds() - waited
+        self._read_wait_seconds += waited
+        self._attention_seconds += time.perf_counter() - started - waited
+        return out
+
+    def gather_all(self, layer: Layer, new: NewRows) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Offer.gather`."""
+        if not layer.tokens:
+            return new.keys.contiguous(), new.values.contiguous()
+        self._gather_whole_layers(layer, new.count)
+        machinery = self._require_machinery()
+        started, waited = time.perf_counter(), self._wait_seconds()
+        capacity = self._budget.capacity_tokens
+        together = {
+            id(half): buffer(_buffer_shape(layer, half, capacity), layer.dtype)
+            for half, buffer in zip(
+                layer.halves, (self._gather.keys, self._gather.values), strict=True
+            )
+        }
         machinery.copies.begin()
-        for part, (half, out, rows) in enumerate(
-            ((layer.keys, keys, key_rows), (layer.values, values, value_rows))
-        ):
-            self._gather_stored(layer, half, 2 * layer.index + part, out)
-            stored, past = layer.stored_tiles * layer.rows, layer.tokens
+        for landing in self._sweep().take(layer.index):
+            with machinery.copies.issuing():
+                tiles = machinery.landed_tiles(landing, layer.dtype)
+                geometry = landing.half.unit.geometry
+                out = together[id(landing.half)]
+                scatter(landing.piece, tiles, layer.table, geometry, out, machinery.copies.copy)
+            machinery.copies.landed(landing.slot)
+            self._count_dead(layer, landing)
+        stored, past = layer.stored_tiles * layer.rows, layer.tokens
+        for half, rows in zip(layer.halves, (new.keys, new.values), strict=True):
+            out = together[id(half)]
             out[:, :, stored:past] = half.tail[:, :, : layer.tail_rows]
-            out[:, :, past : past + rows.shape[2]] = rows
+            out[:, :, past : past + new.count] = rows
         machinery.copies.end()
-        waited = self._sweep().wait_seconds - waited
+        waited = self._wait_seconds() - waited
         self._read_wait_seconds += waited
         self._gather_seconds += time.perf_counter() - started - waited
-        tokens = layer.tokens + key_rows.shape[2]
-        return keys[:, :, :tokens], values[:, :, :tokens]
+        keys, values = (together[id(half)][:, :, : past + new.count] for half in layer.halves)
+        return keys, values
 
-    def _gather_stored(
-        self, layer: Layer, half: HalfLayer, position: int, out: torch.Tensor
-    ) -> None:
-        geometry, copies = half.unit.geometry, self._require_machinery().copies
-        for landing in self._sweep().take(position):
-            piece = landing.piece
-            with copies.issuing():
-                staged = tile_view(
-                    copies.land(landing.slot, piece.size_bytes(geometry)),
-                    geometry,
-                    layer.dtype,
-                    piece.tiles,
-                    piece.sequences,
-                )
-                scatter(piece, staged, layer.table, geometry, out, copies.copy)
-            copies.landed(landing.slot)
-            if not layer.table.is_identity and piece.sequence == 0:
-                dead = layer.table.dead_sequences(
-                    piece.tile, piece.tile + piece.tiles, piece.segment.batch
-                )
-                self._dead_read_bytes += dead * geometry.slab_bytes
-
-    def _take_in(self, layer: Layer, key_rows: torch.Tensor, value_rows: torch.Tensor) -> None:
+    def take_in(self, layer: Layer, new: NewRows, *, is_sweeping: bool) -> None:
+        """See `Taker`."""
         started = time.perf_counter()
-        layer.append(key_rows, value_rows, self._store_tiles)
+        if self._reads is not None and not (is_sweeping and layer.tokens):
+            self._reads.cancel()  # what was read ahead would miss the tiles that are stored now
+        layer.append(new.keys, new.values, self._require_machinery().store_tiles)
         self._append_seconds += time.perf_counter() - started
+        if is_sweeping and len(self._layers) == self._settings.layer_count:
+            self._sweep().finish(layer.index)
 
-    def _store_tiles(self, unit: Unit, first_tile: int, rows: torch.Tensor) -> None:
-        """Send `rows` [batch, kv_heads, n x tile_rows, dim] behind compute as whole tiles."""
-        machinery = self._require_machinery()
-        geometry, size = unit.geometry, unit.geometry.rows
-        tiles = rows.shape[2] // size
-        for piece in unit.pieces(first_tile, first_tile + tiles, machinery.shape.slot_bytes):
-            slot = machinery.writes.slot()
-            view = tile_view(slot.memory, geometry, rows.dtype, piece.tiles, piece.sequences)
-            low = (piece.tile - first_tile) * size
-            some = rows[piece.sequence : piece.sequence + piece.sequences]
-            some = some[:, :, low : low + piece.tiles * size].unflatten(2, (piece.tiles, size))
-            machinery.copies.fill(slot, view, some.permute(2, 0, 1, 3, 4))
-            machinery.writes.write(unit, piece, slot)
-
-    def _forget_reads(self) -> None:
-        """Rows are taken in without a gather: what was read ahead would miss their tiles."""
-        if self._reads is not None:
-            self._reads.cancel()
-
-    def _sweep(self) -> ReadAhead:
-        """The reads over all layers known so far, in order."""
-        if self._reads is None:
-            machinery = self._require_machinery()
-            ordered = [self._layers[index] for index in sorted(self._layers)]
-            assert [layer.index for layer in ordered] == list(range(len(ordered)))
-            self._reads = ReadAhead(
-                self._store,
-                machinery.read_slots,
-                [half.unit for layer in ordered for half in layer.halves],
-                lookahead_units=2 * self._settings.config.lookahead,
-                before_visit=lambda unit: machinery.writes.wait(unit.id),
-            )
-        return self._reads
+    def fail(self, cause: BaseException) -> None:
+        """See `Taker`."""
+        self._failure = cause
 
     # -- before a step: does it fit? -----------------------------------------------------------
 
@@ -214,6 +188,7 @@ class KVPipeline:
         layers before it have the new rows already, and the content is lost.
         """
         self.check_usable()
+        self._settle()
         in_step = index > 0 and self._tokens_of(0) != self._tokens_of(index)
         layer = self._layers.get(index)
         is_new = layer is None
@@ -294,20 +269,25 @@ class KVPipeline:
             self._layers.values(), self._settings.layer_count, shape.total_bytes, tokens
         )
         if self._machinery is None:
-            self._machinery = self._build(shape)
-        self._gather.ensure(self._budget.keys_bytes, self._budget.values_bytes)
+            self._machinery = Machinery(shape, self._store, self._engine, self._settings.device)
+        if not self._budget.over_tiles:
+            self._gather.ensure(self._budget.keys_bytes, self._budget.values_bytes)
 
-    def _build(self, shape: StagingShape) -> _Machinery:
-        arena = Arena(shape.total_bytes)
-        self._engine.register_arena(arena)
-        read_bytes = shape.read_slots * shape.slot_bytes
-        writes = Slots(arena, read_bytes, shape.write_slots, shape.slot_bytes)
-        return _Machinery(
-            shape=shape,
-            arena=arena,
-            read_slots=Slots(arena, 0, shape.read_slots, shape.slot_bytes),
-            writes=WriteBehind(self._store, writes),
-            copies=copies_for(self._settings.device, arena),
+    def _gather_whole_layers(self, layer: Layer, new_rows: int) -> None:
+        """From here on layers are gathered whole. Raises: BudgetError when there is no room."""
+        if self._budget.over_tiles:
+            self._budget.over_tiles = False
+            self._claim(layer, layer.tokens + new_rows)
+            self._place(layer, layer.tokens + new_rows)
+
+    def _group_buffers(self, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where a group of the layer's tiles is copied together, for attention of many rows."""
+        self._gather.ensure(self._budget.keys_bytes, self._budget.values_bytes)
+        tokens = self._budget.group_tokens(layer)
+        shapes = [_buffer_shape(layer, half, tokens) for half in layer.halves]
+        return (
+            self._gather.keys(shapes[0], torch.float32),
+            self._gather.values(shapes[1], torch.float32),
         )
 
     def _place(self, layer: Layer, tokens: int) -> None:
@@ -317,7 +297,33 @@ class KVPipeline:
             for half in other.halves:
                 half.unit.move(self._placements.door(half.unit.id))
 
-    def _require_machinery(self) -> _Machinery:
+    def _sweep(self) -> ReadAhead:
+        """The reads over all layers known so far, in order."""
+        if self._reads is None:
+            machinery = self._require_machinery()
+            ordered = [self._layers[index] for index in sorted(self._layers)]
+            assert [layer.index for layer in ordered] == list(range(len(ordered)))
+            self._reads = ReadAhead(
+                self._store,
+                machinery.read_slots,
+                ordered,
+                lookahead=self._settings.config.lookahead,
+                before_visit=lambda unit: machinery.writes.wait(unit.id),
+            )
+        return self._reads
+
+    def _wait_seconds(self) -> float:
+        return 0.0 if self._reads is None else self._reads.wait_seconds
+
+    def _count_dead(self, layer: Layer, landing: Landing) -> None:
+        piece = landing.piece
+        if not layer.table.is_identity and piece.sequence == 0:
+            dead = layer.table.dead_sequences(
+                piece.tile, piece.tile + piece.tiles, piece.segment.batch
+            )
+            self._dead_read_bytes += dead * landing.half.unit.geometry.slab_bytes
+
+    def _require_machinery(self) -> Machinery:
         assert self._machinery is not None, "no rows yet"
         return self._machinery
 
@@ -328,12 +334,15 @@ class KVPipeline:
     # -- sequences and tokens --------------------------------------------------------------------
 
     def tokens(self, index: int) -> int:
-        """Tokens of each sequence in layer `index`."""
+        """Tokens of each sequence in layer `index`, those on offer included."""
+        if self._offer is not None and self._offer.layer.index == index:
+            return self._offer.tokens
         return self._tokens_of(index)
 
     def select(self, index: int, indices: torch.Tensor) -> None:
         """In layer `index`, sequence i becomes what `indices[i]` was. No stored byte moves."""
         self.check_usable()
+        self._settle()
         layer = self._layers.get(index)
         if layer is not None and layer.tokens:
             layer.select(indices)
@@ -345,12 +354,14 @@ class KVPipeline:
 
     def set_recall(self, index: int, recall: bool) -> None:
         """Keep a tile's worth of rows more in memory, for candidates that may be taken back."""
+        self._settle()
         if index in self._layers:
             self._layers[index].recall = recall
 
     def crop(self, index: int, count: int) -> None:
         """Forget the newest `count` tokens of layer `index`. Raises: DeviceError, Closed."""
         self.check_usable()
+        self._settle()
         layer = self._layers.get(index)
         if layer is None or count == 0:
             return
@@ -361,33 +372,20 @@ class KVPipeline:
                 self._drop_sweep()
                 for half in layer.halves:
                     self._require_machinery().writes.wait(half.unit.id)
+            machinery = self._require_machinery()
             layer.drop_tokens(
                 count,
-                self._require_machinery().shape.slot_bytes,
-                lambda half, piece: self._fetch_piece(layer, half, piece),
+                machinery.shape.slot_bytes,
+                lambda half, piece: machinery.fetch(layer, half, piece),
             )
         except BaseException as exc:
             self._failure = exc
             raise
 
-    def _fetch_piece(self, layer: Layer, half: HalfLayer, piece: Piece) -> None:
-        """Read sequences of one stored tile back into the tail."""
-        machinery, geometry = self._require_machinery(), half.unit.geometry
-        slot = machinery.read_slots.acquire()
-        assert slot is not None, "the sweep was dropped"
-        size = piece.size_bytes(geometry)
-        extent = piece.segment.extent
-        self._store.read(extent, piece.offset(geometry), slot.address, size).wait()
-        staged = tile_view(slot.memory, geometry, layer.dtype, 1, piece.sequences)
-        for run in layer.table.runs(piece.tile, piece.tile + 1):
-            if piece.sequence <= run.physical < piece.sequence + piece.sequences:
-                rows = staged[0, run.physical - piece.sequence]
-                half.tail[run.logical, :, : geometry.rows] = rows.to(half.tail.device)
-        machinery.read_slots.release(slot)
-
     def reset(self) -> None:
         """Forget all tokens; memory and blocks stay for the next prompt. Raises: DeviceError."""
         self.check_usable()
+        self._settle()
         self._drop_sweep()
         if self._machinery is not None:
             self._machinery.writes.drain()
@@ -412,6 +410,13 @@ class KVPipeline:
                 hint="close it and start again with a new one",
             ) from self._failure
 
+    def _settle(self) -> None:
+        """Take in what is still on offer."""
+        offer, self._offer = self._offer, None
+        if offer is not None:
+            offer.settle()
+            self.check_usable()
+
     def _drop_sweep(self) -> None:
         if self._reads is not None:
             self._reads.cancel()
@@ -422,6 +427,7 @@ class KVPipeline:
         if self._closed:
             return
         self._closed = True
+        self._offer = None
         self._drop_sweep()
         if self._machinery is not None:
             self._machinery.writes.abandon()
@@ -430,8 +436,7 @@ class KVPipeline:
         finally:
             self._engine.close()
             if self._machinery is not None:
-                self._machinery.copies.close()
-                self._machinery.arena.close()
+                self._machinery.close()
 
     def engine_facts(self) -> EngineFacts:
         """The engine in force."""
@@ -474,6 +479,7 @@ class KVPipeline:
         writes = self._machinery.writes.wait_seconds if self._machinery else 0.0
         return StageSeconds(
             read_wait=self._read_wait_seconds,
+            attention=self._attention_seconds,
             gather=self._gather_seconds,
             append=self._append_seconds,
             write_wait=writes,

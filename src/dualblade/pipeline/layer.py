@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dualblade.attention import group_tokens
 from dualblade.errors import ConfigError
 from dualblade.pipeline.order import SequenceTable
 from dualblade.pipeline.unit import Piece, Unit
@@ -77,6 +78,14 @@ class Layer:
         return self.stored_tiles * self.rows + self.tail_rows
 
     @property
+    def group_tiles(self) -> int:
+        """Tiles that attention of many rows takes at a time."""
+        elements = sum(
+            self.batch * h.unit.geometry.kv_heads * h.unit.geometry.dim for h in self.halves
+        )
+        return group_tokens(elements, self.rows) // self.rows
+
+    @property
     def tail_capacity(self) -> int:
         """Rows that the tails must hold."""
         return self.rows * (2 if self.recall else 1)
@@ -119,6 +128,13 @@ class Layer:
             self.table.append(tiles, self.batch)
         self.stored_tiles += tiles
         self.tail_rows = left
+
+    def recall_tile(self, half: HalfLayer, piece: Piece, tile: torch.Tensor) -> None:
+        """Make the tail of `half` what `piece` holds: one tile [sequences, heads, rows, dim]."""
+        for run in self.table.runs(piece.tile, piece.tile + 1):
+            if piece.sequence <= run.physical < piece.sequence + piece.sequences:
+                rows = tile[run.physical - piece.sequence]
+                half.tail[run.logical, :, : self.rows] = rows.to(half.tail.device)
 
     def select(self, indices: torch.Tensor) -> None:
         """Sequence i becomes what `indices[i]` was; stored tiles stay where they are."""

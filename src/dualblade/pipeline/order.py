@@ -67,6 +67,10 @@ class SequenceTable:
             self._rows = np.empty((0, 0), dtype=np.int32)
             self.is_identity = True
 
+    def rows_of(self, start: int, stop: int) -> npt.NDArray[np.int32] | None:
+        """The table's rows [stop - start, batch] of these tiles; None for the identity."""
+        return None if self.is_identity else self._rows[start:stop]
+
     def runs(self, start: int, stop: int) -> Iterator[Run]:
         """What to copy for tiles [start, stop): runs with one physical sequence, per logical."""
         rows = self._rows[start:stop]

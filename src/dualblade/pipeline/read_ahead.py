@@ -1,9 +1,9 @@
-"""Reading ahead of compute: the units of the layers to come, in the order of the sweep.
+"""Reading ahead of compute: the layers to come, in the order of the sweep.
 
-Every decode step reads all stored tiles in the same order: keys and values of layer 0, of layer
-1, and so on, then again from layer 0. The cursor walks that ring ahead of the consumer; free
-slots and the lookahead hold it back. It never enters a unit twice before the consumer has
-finished with it, because the layer's next rows are not stored yet.
+Every decode step reads all stored tiles in the same order: layer by layer, some tiles of keys, the
+same tiles of values, and so on, then again from layer 0. The cursor walks that ring ahead of the
+consumer; free slots and the lookahead hold it back. It never enters a layer twice before the
+consumer has finished with it, because the layer's next rows are not stored yet.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from dataclasses import dataclass, field
 
 from dualblade.errors import StorageError
 from dualblade.io import Ticket
+from dualblade.pipeline.layer import HalfLayer, Layer
 from dualblade.pipeline.staging import Slot, Slots
-from dualblade.pipeline.unit import Piece, Unit
+from dualblade.pipeline.unit import Piece, Unit, paired_pieces
 from dualblade.store import Store
 
 
 @dataclass(slots=True)
 class Landing:
-    """A piece on its way into a slot."""
+    """A piece of `half` on its way into a slot."""
 
+    half: HalfLayer
     piece: Piece
     slot: Slot
     ticket: Ticket
@@ -32,15 +34,15 @@ class Landing:
 
 @dataclass(slots=True, eq=False)
 class _Visit:
-    """One unit's turn in the sweep: pieces not yet issued, and pieces on their way."""
+    """One layer's turn in the sweep: pieces not yet issued, and pieces on their way."""
 
     index: int
-    waiting: deque[Piece]
+    waiting: deque[tuple[HalfLayer, Piece]]
     landing: deque[Landing] = field(default_factory=deque)
 
 
 class ReadAhead:
-    """Issues reads for the sweep over `units` and hands them out in order.
+    """Issues reads for the sweep over `layers` and hands them out in order.
 
     `before_visit` is called with a unit before its pieces are fixed: it waits until all tiles of
     the unit are on the device, for a read must not overtake the write of the same tile.
@@ -50,15 +52,15 @@ class ReadAhead:
         self,
         store: Store,
         slots: Slots,
-        units: Sequence[Unit],
+        layers: Sequence[Layer],
         *,
-        lookahead_units: int,
+        lookahead: int,
         before_visit: Callable[[Unit], None],
     ) -> None:
         self._store = store
         self._slots = slots
-        self._units = units
-        self._lookahead = lookahead_units
+        self._layers = layers
+        self._lookahead = lookahead
         self._before_visit = before_visit
         self._visits: deque[_Visit] = deque()
         self._closed_to_cursor: set[int] = set()
@@ -66,9 +68,10 @@ class ReadAhead:
         self.wait_seconds = 0.0
 
     def take(self, index: int) -> Iterator[Landing]:
-        """All stored pieces of unit `index`, each landed; its slot is free again afterwards.
+        """All stored pieces of layer `index`, each landed; its slot is free again afterwards. Keys
+        come before the values of the same tiles.
 
-        A unit out of the order of the sweep restarts it there. Raises: DeviceError.
+        A layer out of the order of the sweep restarts it there. Raises: DeviceError.
         """
         if not self._visits or self._visits[0].index != index:
             self.cancel()
@@ -90,9 +93,9 @@ class ReadAhead:
         assert not visit.waiting, "a free slot always serves the head of the sweep first"
         self._visits.popleft()
 
-    def finish(self, indices: Sequence[int]) -> None:
-        """The units' next tiles are stored (or on their way): the cursor may visit them again."""
-        self._closed_to_cursor.difference_update(indices)
+    def finish(self, index: int) -> None:
+        """The layer's next tiles are stored (or on their way): the cursor may visit it again."""
+        self._closed_to_cursor.discard(index)
         self.advance()
 
     def advance(self) -> None:
@@ -116,27 +119,36 @@ class ReadAhead:
         self._closed_to_cursor.clear()
 
     def _enter(self, index: int) -> _Visit:
-        unit = self._units[index]
-        self._before_visit(unit)
-        visit = _Visit(index, deque(unit.pieces(0, unit.stored_tiles, self._slots.slot_bytes)))
+        layer = self._layers[index]
+        for half in layer.halves:
+            self._before_visit(half.unit)
+        pairs = paired_pieces(
+            layer.keys.unit,
+            layer.values.unit,
+            layer.stored_tiles,
+            self._slots.slot_bytes,
+            layer.group_tiles,
+        )
+        each = (some for pair in pairs for some in zip(layer.halves, pair, strict=True))
+        visit = _Visit(index, deque(each))
         self._visits.append(visit)
         self._closed_to_cursor.add(index)
-        self._cursor = (index + 1) % len(self._units)
+        self._cursor = (index + 1) % len(self._layers)
         return visit
 
     def _issue(self, visit: _Visit) -> bool:
         """Issue what is left of `visit`; False when the slots ran out."""
-        geometry = self._units[visit.index].geometry
         while visit.waiting:
             slot = self._slots.acquire()
             if slot is None:
                 return False
-            piece = visit.waiting.popleft()
+            half, piece = visit.waiting.popleft()
+            geometry = half.unit.geometry
             ticket = self._store.read(
                 piece.segment.extent,
                 piece.offset(geometry),
                 slot.address,
                 piece.size_bytes(geometry),
             )
-            visit.landing.append(Landing(piece, slot, ticket))
+            visit.landing.append(Landing(half, piece, slot, ticket))
         return True

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from dualblade.errors import NoSpace
 from dualblade.geometry import TileGeometry, UnitId
-from dualblade.store import Door, Extent, Store
+from dualblade.store import Door, Extent
 from dualblade.units import EXTENT_ALIGN_BYTES, MIB
 
 _SEGMENT_BYTES_MAX = 256 * MIB
@@ -64,6 +65,19 @@ def tile_view(
     return memory.view(dtype).as_strided(shape, strides)
 
 
+class Space(Protocol):
+    """Where extents are: a store, or memory."""
+
+    def allocate(self, size_bytes: int, door: Door) -> Extent:
+        """An extent of at least `size_bytes`. Raises: NoSpace."""
+
+    def free(self, extent: Extent) -> None:
+        """Give `extent` back."""
+
+    def move(self, extent: Extent, door: Door) -> None:
+        """Open `extent` through `door`."""
+
+
 class Unit:
     """The stored part of the keys or values of one layer. Knows places, holds no tensors.
 
@@ -71,13 +85,13 @@ class Unit:
     """
 
     def __init__(
-        self, unit_id: UnitId, geometry: TileGeometry, store: Store, *, tokens_max: int | None
+        self, unit_id: UnitId, geometry: TileGeometry, space: Space, *, tokens_max: int | None
     ) -> None:
         self.id = unit_id
         self.geometry = geometry
         self.stored_tiles = 0
         self.segments: list[Segment] = []
-        self._store = store
+        self._space = space
         self._tiles_max = None if tokens_max is None else -(-tokens_max // geometry.rows)
 
     @property
@@ -103,11 +117,11 @@ class Unit:
         needed = tiles * tile_bytes
         wanted = max(needed, self._growth_bytes(batch))
         try:
-            extent = self._store.allocate(wanted, door)
+            extent = self._space.allocate(wanted, door)
         except NoSpace:
             if wanted == needed:
                 raise
-            extent = self._store.allocate(needed, door)
+            extent = self._space.allocate(needed, door)
         self.segments.append(Segment(extent, batch, end, extent.size_bytes // tile_bytes))
 
     def _growth_bytes(self, batch: int) -> int:
@@ -137,17 +151,46 @@ class Unit:
     def move(self, door: Door) -> None:
         """Open all extents through `door`. Blocks; raises DeviceError (see Store.move)."""
         for segment in self.segments:
-            self._store.move(segment.extent, door)
+            self._space.move(segment.extent, door)
 
     def crop(self, tiles: int) -> None:
         """Forget stored tiles from `tiles` on; segments beyond are freed."""
         self.stored_tiles = tiles
         while self.segments and self.segments[-1].first_tile >= max(tiles, 1):
-            self._store.free(self.segments.pop().extent)
+            self._space.free(self.segments.pop().extent)
 
     def free(self) -> None:
         """Give all extents back."""
         self.crop(0)
         for segment in self.segments:
-            self._store.free(segment.extent)
+            self._space.free(segment.extent)
         self.segments.clear()
+
+
+def paired_pieces(
+    keys: Unit,
+    values: Unit,
+    stop: int,
+    slot_bytes: int,
+    edge_tiles: int,
+) -> Iterator[tuple[Piece, Piece]]:
+    """Pieces of at most `slot_bytes` of the same tiles of keys and of values, in order, for tiles
+    [0, stop). None reaches over a multiple of `edge_tiles`."""
+    tile = 0
+    ours, theirs = iter(keys.segments), iter(values.segments)
+    key_segment = value_segment = None
+    while tile < stop:
+        while key_segment is None or tile >= key_segment.first_tile + key_segment.capacity:
+            key_segment = next(ours)
+        while value_segment is None or tile >= value_segment.first_tile + value_segment.capacity:
+            value_segment = next(theirs)
+        batch = key_segment.batch
+        slab = max(keys.geometry.slab_bytes, values.geometry.slab_bytes)
+        ends = (segment.first_tile + segment.capacity for segment in (key_segment, value_segment))
+        high = min(stop, (tile // edge_tiles + 1) * edge_tiles, *ends)
+        tiles = min(slot_bytes // (batch * slab), high - tile)
+        step = batch if tiles else slot_bytes // slab
+        for sequence in range(0, batch, step):
+            size = (max(tiles, 1), sequence, min(step, batch - sequence))
+            yield Piece(key_segment, tile, *size), Piece(value_segment, tile, *size)
+        tile += max(tiles, 1)

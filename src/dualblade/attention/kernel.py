@@ -1,0 +1,104 @@
+"""Few query rows: our own kernel, on tiles where they lie (native/attention).
+
+It exists because torch leaves more than a third of the memory bandwidth unused on one query row
+(figures in docs/performance.md), and because tiles would have to be copied together for it.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+
+import torch
+
+from dualblade.attention import _attention
+from dualblade.attention.query import AttentionQuery, Rows
+
+ROWS_MAX = 32
+"""Query rows of one KV head, at most. The kernel's time grows with the rows; from about here on
+torch's products of large matrices are faster although tiles are copied together for them."""
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def kernel_name() -> str:
+    """The instruction set that the kernel was chosen for: avx512, avx2 or plain."""
+    return _attention.Attention(1, "").kernel
+
+
+class KernelAttention:
+    """One attention call. Not for two at a time: the threads and the scratch memory are shared."""
+
+    def __init__(self, query: AttentionQuery, kv_heads: int, value_dim: int) -> None:
+        rows = query.query if query.query.stride(-1) == 1 else query.query.contiguous()
+        batch, heads, tokens, key_dim = rows.shape
+        self._keep = (rows, query.first_visible)  # the kernel has their addresses
+        self._sinks = None if query.sinks is None else query.sinks.float().contiguous()
+        self._out = rows.new_empty((batch, tokens, heads, value_dim))
+        self._native = _native(os.getpid(), torch.get_num_threads())
+        starts = query.first_visible
+        assert starts is None or (starts.dtype == torch.int64 and starts.is_contiguous())
+        self._native.begin(
+            data=rows.data_ptr(),
+            sequence_stride=rows.stride(0),
+            head_stride=rows.stride(1),
+            token_stride=rows.stride(2),
+            batch=batch,
+            kv_heads=kv_heads,
+            group=heads // kv_heads,
+            tokens=tokens,
+            key_dim=key_dim,
+            value_dim=value_dim,
+            past=query.past,
+            first_visible=0 if starts is None else starts.data_ptr(),
+            scale=query.scaling,
+            bfloat16=rows.dtype == torch.bfloat16,
+        )
+
+    @staticmethod
+    def serves(query: AttentionQuery, kv_heads: int) -> bool:
+        """Whether the kernel can do it, and is the faster way."""
+        tensor = query.query
+        plain = query.mask is None and query.bias is None and query.softcap is None
+        fits = tensor.dtype in _DTYPES and tensor.device.type == "cpu"
+        return plain and fits and query.rows(kv_heads) <= ROWS_MAX
+
+    def keys(self, rows: Rows) -> None:
+        """See `Running`."""
+        self._native.keys(_run(rows))
+
+    def values(self, rows: Rows) -> None:
+        """See `Running`."""
+        self._native.values(_run(rows))
+
+    def finish(self) -> torch.Tensor:
+        """See `Running`."""
+        sinks = 0 if self._sinks is None else self._sinks.data_ptr()
+        self._native.finish(sinks, self._out.data_ptr())
+        return self._out
+
+
+@lru_cache(maxsize=1)
+def _native(process: int, threads: int) -> _attention.Attention:  # noqa: ARG001
+    """The kernel and its threads; another one after a fork, which takes no threads along."""
+    return _attention.Attention(threads, os.environ.get("DUALBLADE_KERNEL", ""))
+
+
+def _run(rows: Rows) -> _attention.Run:
+    tiles = rows.tiles
+    assert tiles.stride(4) == 1, "elements of a row lie side by side"
+    table = rows.table
+    assert table is None or (table.dtype == "int32" and table.flags.c_contiguous)
+    return _attention.Run(
+        data=tiles.data_ptr(),
+        tile_stride=tiles.stride(0),
+        sequence_stride=tiles.stride(1),
+        head_stride=tiles.stride(2),
+        row_stride=tiles.stride(3),
+        first_token=rows.first_token,
+        tokens=rows.tokens,
+        tile_rows=tiles.shape[3],
+        first_sequence=rows.first_sequence,
+        sequences=tiles.shape[1],
+        table=0 if table is None else table.ctypes.data,
+    )

@@ -1,0 +1,104 @@
+"""Attention to one layer: its tiles as they come, then the rows that are not in tiles yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from dualblade.attention import (
+    AttentionQuery,
+    GroupedAttention,
+    KernelAttention,
+    Rows,
+    Running,
+)
+from dualblade.pipeline.layer import HalfLayer, Layer
+
+_BLOCK_TOKENS = 16
+"""What the kernel takes at a time: a block must not be cut, or rounding would depend on the cut."""
+
+Buffers = Callable[[], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NewRows:
+    """The rows of this step [batch, kv_heads, n, dim], not yet taken in."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def count(self) -> int:
+        """Tokens."""
+        return self.keys.shape[2]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arrived:
+    """Stored tiles of `half` from `tile` on, at hand: [tiles, sequences, kv_heads, rows, dim]."""
+
+    half: HalfLayer
+    tiles: torch.Tensor
+    tile: int
+    first_sequence: int
+
+
+def attend(
+    layer: Layer,
+    new: NewRows,
+    query: AttentionQuery,
+    arriving: Iterator[Arrived],
+    buffers: Buffers,
+) -> torch.Tensor:
+    """Attention of `query` to all of `layer` and `new`: [batch, tokens, heads, value_dim].
+
+    `arriving` brings all stored tiles, keys before the values of the same tiles. `buffers()` are
+    the two that hold a group of many-row attention: [batch, kv_heads, group tokens, dim] fp32.
+    """
+    running = _running(layer, query, buffers)
+    for some in arriving:
+        rows = Rows(
+            some.tiles,
+            some.tile * layer.rows,
+            some.tiles.shape[0] * layer.rows,
+            some.first_sequence,
+            layer.table.rows_of(some.tile, some.tile + some.tiles.shape[0]),
+        )
+        if some.half is layer.keys:
+            running.keys(rows)
+        else:
+            running.values(rows)
+    edge = layer.group_tiles * layer.rows
+    recent = zip(
+        _recent(layer, layer.keys, new.keys), _recent(layer, layer.values, new.values), strict=True
+    )
+    for (first, keys), (_, values) in recent:
+        at = first
+        while at < first + keys.shape[2]:
+            last = min(first + keys.shape[2], (at // edge + 1) * edge)
+            cut = slice(at - first, last - first)
+            running.keys(Rows(keys[None, :, :, cut], at, last - at))
+            running.values(Rows(values[None, :, :, cut], at, last - at))
+            at = last
+    return running.finish()
+
+
+def _running(layer: Layer, query: AttentionQuery, buffers: Buffers) -> Running:
+    heads = layer.keys.unit.geometry.kv_heads
+    if KernelAttention.serves(query, heads):
+        return KernelAttention(query, heads, layer.values.unit.geometry.dim)
+    return GroupedAttention(query, *buffers())
+
+
+def _recent(layer: Layer, half: HalfLayer, new: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first token, rows) of what is in no tile yet: the tail's whole blocks where they lie; the
+    rest of it and the new rows copied together."""
+    first = layer.stored_tiles * layer.rows
+    whole = layer.tail_rows // _BLOCK_TOKENS * _BLOCK_TOKENS
+    if whole:
+        yield first, half.tail[:, :, :whole]
+    if whole < layer.tail_rows:
+        new = torch.cat([half.tail[:, :, whole : layer.tail_rows], new], dim=2)
+    yield first + whole, new if new.stride(3) == 1 else new.contiguous()

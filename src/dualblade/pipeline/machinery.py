@@ -1,0 +1,73 @@
+"""What moves tiles: staging, its slots, the writes behind compute, and copies to the device."""
+
+from __future__ import annotations
+
+import torch
+
+from dualblade.io import Arena, Engine
+from dualblade.pipeline.copies import CudaCopies, HostCopies, copies_for
+from dualblade.pipeline.layer import HalfLayer, Layer
+from dualblade.pipeline.read_ahead import Landing
+from dualblade.pipeline.staging import Slots, StagingShape
+from dualblade.pipeline.unit import Piece, Unit, tile_view
+from dualblade.pipeline.write_behind import WriteBehind
+from dualblade.store import Store
+
+
+class Machinery:
+    """Exists from the first rows on, when the shapes are known."""
+
+    def __init__(
+        self, shape: StagingShape, store: Store, engine: Engine, device: torch.device
+    ) -> None:
+        self.shape = shape
+        self.arena = Arena(shape.total_bytes)
+        engine.register_arena(self.arena)
+        self._store = store
+        self.read_slots = Slots(self.arena, 0, shape.read_slots, shape.slot_bytes)
+        self.writes = WriteBehind(
+            store,
+            Slots(
+                self.arena,
+                shape.read_slots * shape.slot_bytes,
+                shape.write_slots,
+                shape.slot_bytes,
+            ),
+        )
+        self.copies: HostCopies | CudaCopies = copies_for(device, self.arena)
+
+    def store_tiles(self, unit: Unit, first_tile: int, rows: torch.Tensor) -> None:
+        """Send `rows` [batch, kv_heads, n x tile_rows, dim] behind compute as whole tiles."""
+        geometry, size = unit.geometry, unit.geometry.rows
+        tiles = rows.shape[2] // size
+        for piece in unit.pieces(first_tile, first_tile + tiles, self.shape.slot_bytes):
+            slot = self.writes.slot()
+            view = tile_view(slot.memory, geometry, rows.dtype, piece.tiles, piece.sequences)
+            low = (piece.tile - first_tile) * size
+            some = rows[piece.sequence : piece.sequence + piece.sequences]
+            some = some[:, :, low : low + piece.tiles * size].unflatten(2, (piece.tiles, size))
+            self.copies.fill(slot, view, some.permute(2, 0, 1, 3, 4))
+            self.writes.write(unit, piece, slot)
+
+    def fetch(self, layer: Layer, half: HalfLayer, piece: Piece) -> None:
+        """Read sequences of one stored tile back into the tail."""
+        geometry = half.unit.geometry
+        slot = self.read_slots.acquire()
+        assert slot is not None, "nothing is read ahead"
+        size = piece.size_bytes(geometry)
+        extent = piece.segment.extent
+        self._store.read(extent, piece.offset(geometry), slot.address, size).wait()
+        staged = tile_view(slot.memory, geometry, layer.dtype, 1, piece.sequences)
+        layer.recall_tile(half, piece, staged[0])
+        self.read_slots.release(slot)
+
+    def landed_tiles(self, landing: Landing, dtype: torch.dtype) -> torch.Tensor:
+        """Landed tiles [tiles, sequences, kv_heads, rows, dim] where the model can read them."""
+        piece, geometry = landing.piece, landing.half.unit.geometry
+        memory = self.copies.land(landing.slot, piece.size_bytes(geometry))
+        return tile_view(memory, geometry, dtype, piece.tiles, piece.sequences)
+
+    def close(self) -> None:
+        """Free staging; nothing may be in flight any more."""
+        self.copies.close()
+        self.arena.close()
