@@ -23,7 +23,8 @@ std::int64_t round_up(std::int64_t value, std::int64_t unit) {
 
 // Room for `size` floats; grows, never shrinks, so that a step allocates nothing.
 void ensure(std::vector<float>& buffer, std::int64_t size) {
-    if (buffer.size() < static_cast<std::size_t>(size)) buffer.resize(static_cast<std::size_t>(size));
+    if (buffer.size() < static_cast<std::size_t>(size))
+        buffer.resize(static_cast<std::size_t>(size));
 }
 
 }  // namespace
@@ -65,13 +66,11 @@ void Attention::keys(const Run& run) {
     const std::int64_t rows = work_.query.heads() * work_.query.rows();
     ensure(work_.weights, rows * run.tokens);
     ensure(work_.corrections, rows * run.tiles() * run.tile_blocks());
-    pool_.run(work_.items(),
-              [&](std::int64_t item) { kernel_.keys(work_, run, item); });
+    pool_.run(work_.items(), [&](std::int64_t item) { kernel_.keys(work_, run, item); });
 }
 
 void Attention::values(const Run& run) {
-    pool_.run(work_.items(),
-              [&](std::int64_t item) { kernel_.values(work_, run, item); });
+    pool_.run(work_.items(), [&](std::int64_t item) { kernel_.values(work_, run, item); });
 }
 
 void Attention::finish(const float* sinks, void* out) {

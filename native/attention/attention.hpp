@@ -25,7 +25,7 @@ struct Query {
     std::int64_t sequence_stride = 0, head_stride = 0, token_stride = 0;  // elements
     std::int64_t batch = 0, kv_heads = 0, group = 0, tokens = 0;
     std::int64_t key_dim = 0, value_dim = 0;
-    std::int64_t past = 0;            // tokens before the first of the query
+    std::int64_t past = 0;                        // tokens before the first of the query
     const std::int64_t* first_visible = nullptr;  // [batch], left padding; null: all are seen
     float scale = 1;
     Element element = Element::kFloat32;
@@ -50,7 +50,7 @@ struct Run {
 struct Work {
     Query query;
     std::int64_t lanes = 1;
-    std::int64_t span = 1;  // KV heads of one sequence that an item takes
+    std::int64_t span = 1;                          // KV heads of one sequence that an item takes
     std::int64_t key_stride = 0, value_stride = 0;  // floats of a packed row
 
     std::int64_t items() const { return query.heads() / span * lanes; }

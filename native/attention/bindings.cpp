@@ -32,9 +32,17 @@ NB_MODULE(_attention, m) {
            std::int64_t head_stride, std::int64_t row_stride, std::int64_t first_token,
            std::int64_t tokens, std::int64_t tile_rows, std::int64_t first_sequence,
            std::int64_t sequences, std::uintptr_t table) {
-            new (self) Run{at<const void>(data), tile_stride,  sequence_stride, head_stride,
-                           row_stride,           first_token,  tokens,          tile_rows,
-                           first_sequence,       sequences,    at<const std::int32_t>(table)};
+            new (self) Run{at<const void>(data),
+                           tile_stride,
+                           sequence_stride,
+                           head_stride,
+                           row_stride,
+                           first_token,
+                           tokens,
+                           tile_rows,
+                           first_sequence,
+                           sequences,
+                           at<const std::int32_t>(table)};
         },
         nb::kw_only(), nb::arg("data"), nb::arg("tile_stride"), nb::arg("sequence_stride"),
         nb::arg("head_stride"), nb::arg("row_stride"), nb::arg("first_token"), nb::arg("tokens"),
@@ -46,7 +54,8 @@ NB_MODULE(_attention, m) {
                 new (self) Attention(threads, kernel_named(kernel));
             },
             nb::arg("threads"), nb::arg("kernel"))
-        .def_prop_ro("kernel", [](const Attention& self) { return std::string(self.kernel_name()); })
+        .def_prop_ro("kernel",
+                     [](const Attention& self) { return std::string(self.kernel_name()); })
         .def(
             "begin",
             [](Attention& self, std::uintptr_t data, std::int64_t sequence_stride,

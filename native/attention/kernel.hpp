@@ -36,11 +36,15 @@ Floats load(const float* from) {
     return out;
 }
 
-void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
+void store(float* to, Floats value) {
+    std::memcpy(to, &value, sizeof value);
+}
 
 // kChunk elements as two vectors: halves of a float row; even and odd elements of a bfloat16 row,
 // which need a shift and a mask but no shuffle. Packed queries and sums are in the same order.
-Pair load_chunk(const float* from) { return {load(from), load(from + kWidth)}; }
+Pair load_chunk(const float* from) {
+    return {load(from), load(from + kWidth)};
+}
 
 Pair load_chunk(const Bfloat16* from) {
     Words words;
@@ -75,7 +79,9 @@ std::int64_t packed_index(std::int64_t i) {
     return i - within + (within % 2) * kWidth + within / 2;
 }
 
-float to_float(float value) { return value; }
+float to_float(float value) {
+    return value;
+}
 
 float to_float(Bfloat16 value) {
     const std::uint32_t bits = std::uint32_t{value} << 16;
@@ -84,7 +90,9 @@ float to_float(Bfloat16 value) {
     return out;
 }
 
-void from_float(float value, float& out) { out = value; }
+void from_float(float value, float& out) {
+    out = value;
+}
 
 void from_float(float value, Bfloat16& out) {
     std::uint32_t bits;
@@ -114,7 +122,9 @@ Floats exp2(Floats x) {
     return x < -126.0f ? Floats{} : result;
 }
 
-float exp2(float x) { return exp2(Floats{} + x)[0]; }
+float exp2(float x) {
+    return exp2(Floats{} + x)[0];
+}
 
 // Sums of kWidth vectors as one vector, lane i the sum of vector i: halves of segments are added,
 // two vectors at a time, until a segment is one lane.
@@ -137,8 +147,8 @@ template <int kSegment = kWidth>
         constexpr int half = kSegment / 2;
 #pragma GCC unroll 16
         for (int i = 0; i < half; ++i) {
-            vectors[i] = fold<kSegment>(vectors[i], vectors[i + half],
-                                        std::make_index_sequence<kWidth>{});
+            vectors[i] =
+                fold<kSegment>(vectors[i], vectors[i + half], std::make_index_sequence<kWidth>{});
         }
         return sum_lanes<half>(vectors);
     }
@@ -182,7 +192,8 @@ void dot_rows(const float* const* queries, const T* keys, std::int64_t stride, s
         const Floats scores = sum_lanes(sums);
         const auto some = std::min<std::int64_t>(kRows, kBlock - base);
         for (int q = 0; q < kQueries; ++q) {
-            std::memcpy(out + q * kLaneTokens + base, reinterpret_cast<const float*>(&scores) + q * kRows,
+            std::memcpy(out + q * kLaneTokens + base,
+                        reinterpret_cast<const float*>(&scores) + q * kRows,
                         static_cast<std::size_t>(some) * sizeof(float));
         }
     }
@@ -258,7 +269,8 @@ void in_fours(std::int64_t rows, Each each) {
     if (rows - row == 1) each(std::integral_constant<int, 1>{}, row);
 }
 
-// Up to kLaneTokens of one head; `state` is its lane's, `block` its first block's number in the run.
+// Up to kLaneTokens of one head; `state` is its lane's, `block` its first block's number in the
+// run.
 template <typename T>
 struct Stretch {
     std::int64_t head, state;
@@ -266,8 +278,9 @@ struct Stretch {
     std::int64_t token, count, block;
 };
 
-// Calls each(stretch) for the stretches of at most kLaneTokens of the run that the item's sequence sees and that its lane
-// is to take: in the order of memory, where several heads of a tile lie side by side.
+// Calls each(stretch) for the stretches of at most kLaneTokens of the run that the item's sequence
+// sees and that its lane is to take: in the order of memory, where several heads of a tile lie side
+// by side.
 template <typename T, typename Each>
 void for_stretches(const Work& work, const Run& run, std::int64_t item, Each each) {
     const Query& query = work.query;
@@ -402,16 +415,15 @@ void keys_of(Work& work, const Run& run, std::int64_t item) {
     });
 }
 
-// Adds rows [from, to) of a stretch, whose weights share one origin, to the sums.
+// Adds the block of a stretch that begins at row `at` to the sums.
 template <typename T>
-void add_stretch(Work& work, const Run& run, const Stretch<T>& stretch, std::int64_t from,
-                 std::int64_t to) {
+void add_block(Work& work, const Run& run, const Stretch<T>& stretch, std::int64_t at) {
     const std::int64_t rows = work.query.rows();
     in_fours(rows, [&](auto some, std::int64_t row) {
         const float* weights = work.weights.data() + (stretch.head * rows + row) * run.tokens +
-                               stretch.token + from - run.first_token;
-        add_values<some>(weights, run.tokens, stretch.data + from * run.row_stride, run.row_stride,
-                         to - from, work.query.value_dim,
+                               stretch.token + at - run.first_token;
+        add_values<some>(weights, run.tokens, stretch.data + at * run.row_stride, run.row_stride,
+                         std::min(kBlock, stretch.count - at), work.query.value_dim,
                          row == 0 ? stretch.count * run.row_stride : 0,
                          work.sums.data() + (stretch.state * rows + row) * work.value_stride,
                          work.value_stride);
@@ -422,23 +434,18 @@ template <typename T>
 void values_of(Work& work, const Run& run, std::int64_t item) {
     const std::int64_t rows = work.query.rows(), blocks = run.tiles() * run.tile_blocks();
     for_stretches<T>(work, run, item, [&](const Stretch<T>& stretch) {
-        std::int64_t added = 0;
         for (std::int64_t at = 0; at < stretch.count; at += kBlock) {
             const float* by = work.corrections.data() + stretch.head * rows * blocks +
                               stretch.block + at / kBlock;
-            bool is_needed = false;
-            for (std::int64_t row = 0; row < rows; ++row) is_needed |= by[row * blocks] != 1.0f;
-            if (!is_needed) continue;
-            add_stretch(work, run, stretch, added, at);
-            added = at;
             float* sums = work.sums.data() + stretch.state * rows * work.value_stride;
             for (std::int64_t row = 0; row < rows; ++row) {
                 const float factor = by[row * blocks];
                 float* row_sums = sums + row * work.value_stride;
+                if (factor == 1.0f) continue;
                 for (std::int64_t i = 0; i < work.value_stride; ++i) row_sums[i] *= factor;
             }
+            add_block(work, run, stretch, at);
         }
-        add_stretch(work, run, stretch, added, stretch.count);
     });
 }
 
@@ -485,11 +492,11 @@ void finish_of(Work& work, const float* sinks, void* out, std::int64_t head) {
             }
         }
         const float factor = total > 0 ? 1.0f / total : 0.0f;
-        T* to = static_cast<T*>(out) +
-                ((head / query.kv_heads * query.tokens + row % query.tokens) * query.kv_heads *
-                     query.group +
-                 query_head) *
-                    query.value_dim;
+        T* to =
+            static_cast<T*>(out) + ((head / query.kv_heads * query.tokens + row % query.tokens) *
+                                        query.kv_heads * query.group +
+                                    query_head) *
+                                       query.value_dim;
         for (std::int64_t i = 0; i < query.value_dim; ++i) {
             from_float(merged[packed_index<T>(i)] * factor, to[i]);
         }

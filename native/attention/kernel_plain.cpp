@@ -1,4 +1,5 @@
-// The kernel for any machine (four floats: SSE2, NEON); see CMakeLists.txt for the flags that this file alone is compiled with.
+// The kernel for any machine (four floats: SSE2, NEON); see CMakeLists.txt for the flags that this
+// file alone is compiled with.
 namespace dualblade {
 constexpr int kWidth = 4;
 }

@@ -81,10 +81,12 @@ class UnitPlacement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheStats:
-    """A snapshot of a cache. `tokens` per sequence; `kv_bytes` is all KV, in store and memory."""
+    """A snapshot of a cache. `attention` is the way in force; `tokens` are those of each sequence;
+    `kv_bytes` is all KV, in store and memory."""
 
     path: str
     attention: str
+    attention_reason: str
     engine: EngineFacts | None
     store_path: str | None
     store_pieces: int | None

@@ -30,7 +30,9 @@ def generate(model: PreTrainedModel, cache: Any, inputs: dict[str, Any], **optio
 
 def assert_equal(model: PreTrainedModel, path: str, inputs: dict[str, Any], **options: Any) -> None:
     expected = generate(model, DynamicCache(config=model.config), inputs, **options)
-    with dualblade.DualBladeCache.for_model(model, memory_budget="16MiB", path=path) as cache:
+    with dualblade.DualBladeCache.for_model(
+        model, memory_budget="16MiB", path=path, attention="exact"
+    ) as cache:
         actual = generate(model, cache, inputs, **options)
         stats = cache.stats()
     assert torch.equal(actual.sequences, expected.sequences)
@@ -92,7 +94,9 @@ def test_prefill_in_chunks(path: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_calls_that_continue_one_cache_and_reset(path: str) -> None:
     model, inputs = tiny_model(), prompt()
-    with dualblade.DualBladeCache.for_model(model, memory_budget="16MiB", path=path) as cache:
+    with dualblade.DualBladeCache.for_model(
+        model, memory_budget="16MiB", path=path, attention="exact"
+    ) as cache:
         theirs = DynamicCache(config=model.config)
         for _ in range(3):
             expected = generate(model, theirs, inputs).sequences

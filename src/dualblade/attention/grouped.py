@@ -104,6 +104,13 @@ class GroupedAttention:
         return starts is not None and self._end <= int(starts.min())
 
 
+def attend_whole(query: AttentionQuery, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Attention to plain keys and values [batch, kv_heads, tokens, dim], as one group."""
+    whole = GroupedAttention(query, keys.float(), values.float())
+    whole._end = keys.shape[2]
+    return whole.finish()
+
+
 def _attend_to(
     query: AttentionQuery, wide: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

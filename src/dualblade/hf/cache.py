@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -12,12 +13,13 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from dualblade.config import EngineConfig, Path
 from dualblade.errors import BudgetError, ConfigError, Unsupported
 from dualblade.geometry import TILE_ROWS_DEFAULT
+from dualblade.hf.choice import AttentionChoice, check_word, choose, give_back, lend
 from dualblade.hf.geometry import item_bytes, layer_shapes, memory_layers, offloadable
 from dualblade.hf.layer import MemoryLayer, StoredLayer
 from dualblade.host.memory import auto_budget_bytes
 from dualblade.io import open_engine
 from dualblade.metrics import CacheStats, MemoryUse, StageSeconds, TransferTotals
-from dualblade.pipeline import KVPipeline, KVSettings
+from dualblade.pipeline import KVPipeline, KVSettings, MemoryKV
 from dualblade.pipeline.staging import staging_shape
 from dualblade.store import Store
 from dualblade.units import format_size, parse_size
@@ -26,18 +28,31 @@ from dualblade.units import format_size, parse_size
 class DualBladeCache(Cache):
     """The KV cache of one model's generations, in a store on a drive.
 
-    Made by `for_model`; a context manager. Greedy tokens and logits equal `DynamicCache`'s.
+    Made by `for_model`; a context manager. With `attention="exact"` greedy tokens and logits equal
+    `DynamicCache`'s; with tiles they are the same on every path, rounded differently from those.
     It is used by one thread at a time. After an error in the middle of a step it says so at every
     further use; closing it always works and leaves nothing behind.
     """
 
     def __init__(
-        self, layers: list[Any], pipeline: KVPipeline | None, path: Path, store: Store | None
+        self,
+        layers: list[Any],
+        *,
+        path: Path,
+        attention: AttentionChoice,
+        model: PreTrainedModel | None = None,
+        pipeline: KVPipeline | MemoryKV | None = None,
+        store: Store | None = None,
     ) -> None:
+        """`model` is one that attention over tiles is lent to, until close."""
         super().__init__(layers=layers)
-        self._pipeline = pipeline
         self._path = path
+        self._attention = attention
+        self._model = model
+        self._pipeline = pipeline
         self._store = store
+        if model is not None:  # last: what fails above leaves the model as it was
+            lend(model)
 
     @classmethod
     def for_model(
@@ -47,7 +62,7 @@ class DualBladeCache(Cache):
         store: str | os.PathLike[str] | None = None,
         memory_budget: str | int = "auto",
         path: str | Path = "dual",
-        attention: Literal["auto", "exact"] = "auto",
+        attention: Literal["auto", "exact", "tiles"] = "auto",
         max_tokens: int | None = None,
         config: EngineConfig | None = None,
     ) -> DualBladeCache:
@@ -58,7 +73,10 @@ class DualBladeCache(Cache):
         memory_budget  host memory for this cache in all: `512MiB`, bytes, or `auto`.
         path           `dual` keeps in the page cache what fits under the budget and reads the
                        rest directly; `page-cache`, `direct` and `memory` are one way for all.
-        attention      `exact`: the model's own attention on gathered tiles. `auto` is `exact`.
+        attention      `exact`: the model's own attention on gathered tiles, bit-equal to
+                       `DynamicCache`. `tiles`: ours on tiles where they lie, in memory that does
+                       not grow with the context; rounding differs, as between sdpa and eager. The
+                       model has it until close. `auto`: the faster one that holds for the model.
         max_tokens     most tokens of a sequence, prompt included: each unit is then one
                        contiguous extent. None: it grows as needed.
         config         engine settings.
@@ -66,22 +84,27 @@ class DualBladeCache(Cache):
         Raises: ConfigError, Unsupported, BudgetError, NotAStore, NoSpace, StorageError.
         """
         way, settings = Path.parse(path), config or EngineConfig()
-        if attention not in ("auto", "exact"):
-            raise ConfigError(f"unknown attention {attention!r}", hint="use auto or exact")
+        check_word(attention)
         if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
             raise ConfigError(f"max_tokens must be a positive number, not {max_tokens!r}")
         layers = memory_layers(model.config)
         stored = offloadable(model.config, layers)
         _check_model(model, layers, stored)
+        choice = choose(model, attention)
+        borrower = model if choice.over_tiles else None
         if way is Path.MEMORY:
-            kept = [
-                MemoryLayer(max_tokens) if is_stored else layer
-                for layer, is_stored in zip(layers, stored, strict=True)
-            ]
-            return cls(kept, None, way, None)
+            memory = MemoryKV(model.device, settings.tile_tokens, max_tokens)
+            kept: Callable[[int], Any] = (
+                (lambda index: StoredLayer(memory, index, max_tokens, choice))
+                if choice.over_tiles
+                else (lambda _: MemoryLayer(max_tokens))
+            )
+            _replace(layers, stored, kept)
+            pipeline = memory if choice.over_tiles else None
+            return cls(layers, path=way, attention=choice, model=borrower, pipeline=pipeline)
         budget = auto_budget_bytes() if memory_budget == "auto" else parse_size(memory_budget)
         _check_budget(model, budget, settings)
-        opened, pipeline = _open_pipeline(
+        opened, stored_kv = _open_pipeline(
             store,
             KVSettings(
                 path=way,
@@ -90,14 +113,13 @@ class DualBladeCache(Cache):
                 tokens_max=max_tokens,
                 device=model.device,
                 config=settings,
+                over_tiles=choice.over_tiles,
             ),
         )
-        index = 0
-        for layer_index, is_stored in enumerate(stored):
-            if is_stored:
-                layers[layer_index] = StoredLayer(pipeline, index, max_tokens)
-                index += 1
-        return cls(layers, pipeline, way, opened)
+        _replace(layers, stored, lambda i: StoredLayer(stored_kv, i, max_tokens, choice))
+        return cls(
+            layers, path=way, attention=choice, model=borrower, pipeline=stored_kv, store=opened
+        )
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> None:
         """Take in rows [batch, kv_heads, n, dim] of a layer without attending to them.
@@ -111,7 +133,11 @@ class DualBladeCache(Cache):
         layer.append(key_states, value_states)
 
     def close(self) -> None:
-        """End all transfers, discard the KV, free memory. Twice is once."""
+        """End all transfers, discard the KV, free memory, give the model its attention back. Twice
+        is once."""
+        model, self._model = self._model, None
+        if model is not None:
+            give_back(model)
         if self._pipeline is not None:
             self._pipeline.close()
 
@@ -131,10 +157,13 @@ class DualBladeCache(Cache):
         stored_count = sum(isinstance(layer, StoredLayer) for layer in self.layers)
         memory_bytes = sum(_layer_bytes(layer) for layer in self.layers)
         pipeline, store = self._pipeline, self._store
-        if pipeline is None or store is None:
+        if not isinstance(pipeline, KVPipeline) or store is None:
+            if pipeline is not None:
+                memory_bytes += pipeline.kv_bytes
             return CacheStats(
                 path=self._path.value,
-                attention="exact",
+                attention=self._attention.word,
+                attention_reason=self._attention.reason,
                 engine=None,
                 store_path=None,
                 store_pieces=None,
@@ -145,12 +174,13 @@ class DualBladeCache(Cache):
                 memory_layers=len(self.layers),
                 memory=_NO_MEMORY,
                 io=TransferTotals(),
-                seconds=StageSeconds(),
+                seconds=StageSeconds() if pipeline is None else pipeline.seconds(),
                 plan=(),
             )
         return CacheStats(
             path=self._path.value,
-            attention="exact",
+            attention=self._attention.word,
+            attention_reason=self._attention.reason,
             engine=pipeline.engine_facts(),
             store_path=store.path,
             store_pieces=store.file_pieces(),
@@ -197,6 +227,13 @@ def _open_pipeline(
         engine.close()
         raise
     return opened, KVPipeline(opened, engine, settings)
+
+
+def _replace(layers: list[Any], stored: list[bool], made: Callable[[int], Any]) -> None:
+    """Put `made(0)`, `made(1)`, ... where layers are to be ours."""
+    ours = [index for index, is_stored in enumerate(stored) if is_stored]
+    for number, index in enumerate(ours):
+        layers[index] = made(number)
 
 
 def _layer_bytes(layer: Any) -> int:

@@ -8,22 +8,30 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from dualblade.errors import ConfigError, Unsupported
-from dualblade.pipeline import KVPipeline
+from dualblade.hf.choice import AttentionChoice
+from dualblade.hf.lazy import offered_tensors
+from dualblade.pipeline import KVPipeline, MemoryKV
 
 
 class StoredLayer(CacheLayerMixin):
-    """A full-attention layer whose KV is in the store. Thin: all is done by the pipeline.
-
-    `index` is its place among the stored layers.
+    """A full-attention layer whose KV is in tiles, in a store or in memory. Thin: all is done by
+    the pipeline. `index` is its place among such layers.
     """
 
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, pipeline: KVPipeline, index: int, tokens_max: int | None) -> None:
+    def __init__(
+        self,
+        pipeline: KVPipeline | MemoryKV,
+        index: int,
+        tokens_max: int | None,
+        attention: AttentionChoice,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._pipeline = pipeline
         self._index = index
+        self._attention = attention
         self._tokens_max = tokens_max
         self._record_past = False
 
@@ -55,7 +63,8 @@ class StoredLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take in new rows [batch, kv_heads, n, dim]; return all keys and values for attention.
 
-        The returned tensors are valid until the next layer's update.
+        With attention over tiles they stand for tiles, and are made real only when the model does
+        more with them than pass them on. Valid until the next layer's update.
         Raises: ConfigError, BudgetError, NoSpace, DeviceError, Closed, Unsupported.
         """
         _refuse_gradients(key_states, value_states)
@@ -63,6 +72,9 @@ class StoredLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         # Tails outlive the call: made under inference_mode they could not be written outside it.
         with torch.inference_mode(False), torch.no_grad():
+            if self._attention.over_tiles and self.get_seq_length():
+                offer = self._pipeline.offer(self._index, key_states, value_states)
+                return offered_tensors(offer, self._attention.fall_back)
             together = self._pipeline.update(self._index, key_states, value_states)
         self._keep_recording()
         return together

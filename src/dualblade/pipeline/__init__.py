@@ -1,5 +1,7 @@
 """Makes it happen in time: reads ahead of compute, writes behind it, in fixed memory."""
 
 from dualblade.pipeline.kv import KVPipeline, KVSettings
+from dualblade.pipeline.memory import MemoryKV
+from dualblade.pipeline.offer import Offer
 
-__all__ = ["KVPipeline", "KVSettings"]
+__all__ = ["KVPipeline", "KVSettings", "MemoryKV", "Offer"]

@@ -1,0 +1,122 @@
+"""Which way into attention a cache takes, and lending a model the attention over tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import PreTrainedModel
+
+from dualblade.attention import kernel_name
+from dualblade.errors import ConfigError, Unsupported
+from dualblade.hf.tile_attention import NAME
+
+WORDS = ("auto", "exact", "tiles")
+
+
+@dataclass(slots=True)
+class AttentionChoice:
+    """The way in force for one cache, and why. It changes when the model turns out to need it."""
+
+    over_tiles: bool
+    reason: str
+
+    @property
+    def word(self) -> str:
+        """`tiles` or `exact`."""
+        return "tiles" if self.over_tiles else "exact"
+
+    def fall_back(self) -> None:
+        """The model touched keys or values on their way to attention."""
+        if self.over_tiles:
+            self.over_tiles = False
+            self.reason = "the model's code touches keys or values before attention"
+
+
+def check_word(word: str) -> None:
+    """Raises: ConfigError for a word that is none of ours."""
+    if word not in WORDS:
+        raise ConfigError(f"unknown attention {word!r}", hint=f"use one of: {', '.join(WORDS)}")
+
+
+def choose(model: PreTrainedModel, word: str) -> AttentionChoice:
+    """The way that `word` names for `model`; for `auto` the faster one that holds.
+
+    Raises: ConfigError; Unsupported when tiles are asked for and cannot be.
+    """
+    check_word(word)
+    if word == "exact":
+        return AttentionChoice(False, "asked for")
+    can_lend = model._can_set_attn_implementation()
+    if word == "tiles":
+        if not can_lend:
+            raise Unsupported(
+                f"{type(model).__name__} has attention code of its own that cannot be exchanged",
+                hint="use attention='exact'",
+            )
+        return AttentionChoice(True, "asked for")
+    text = model.config.get_text_config(decoder=True)
+    implementation = _lent_for(model) or model.config._attn_implementation
+    against = (
+        (not can_lend, f"{type(model).__name__} has attention code of its own"),
+        (
+            model.device.type != "cpu",
+            "on a GPU gathering tiles costs next to nothing, and the model's attention is fast",
+        ),
+        (implementation != "sdpa", f"the model was loaded with {implementation} attention"),
+        (
+            model.dtype not in (torch.float32, torch.bfloat16),
+            f"the kernel does not do {model.dtype}",
+        ),
+        (
+            getattr(text, "attn_logit_softcapping", None) is not None,
+            "the model caps its scores, which the kernel does not do",
+        ),
+    )
+    for holds, reason in against:
+        if holds:
+            return AttentionChoice(False, reason)
+    return AttentionChoice(True, f"faster on a CPU ({kernel_name()} kernel)")
+
+
+@dataclass(slots=True)
+class _Loan:
+    count: int
+    original: dict[str, Any]
+
+
+_LOANS: WeakKeyDictionary[PreTrainedModel, _Loan] = WeakKeyDictionary()
+
+
+def lend(model: PreTrainedModel) -> None:
+    """Give `model` the attention over tiles until `give_back` was called as often."""
+    loan = _LOANS.get(model)
+    if loan is None:
+        config = model.config
+        original: dict[str, Any] = {"": config._attn_implementation}
+        for name in config.sub_configs:
+            sub = getattr(config, name, None)
+            if sub is not None:
+                original[name] = sub._attn_implementation
+        loan = _LOANS[model] = _Loan(0, original)
+        model.set_attn_implementation(NAME)
+    loan.count += 1
+
+
+def give_back(model: PreTrainedModel) -> None:
+    """The model's own attention, once nobody uses ours; kept when someone set another meanwhile."""
+    loan = _LOANS.get(model)
+    if loan is None:
+        return
+    loan.count -= 1
+    if loan.count == 0:
+        del _LOANS[model]
+        if model.config._attn_implementation == NAME:
+            model.set_attn_implementation(loan.original)
+
+
+def _lent_for(model: PreTrainedModel) -> Any:
+    loan = _LOANS.get(model)
+    return None if loan is None else loan.original[""]

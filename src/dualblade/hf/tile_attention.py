@@ -1,0 +1,157 @@
+"""`attn_implementation="dualblade"`: attention over tiles, through transformers' interfaces.
+
+Source: transformers, AttentionInterface and AttentionMaskInterface.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
+
+from dualblade.attention import AttentionQuery, attend_whole
+from dualblade.hf.lazy import CausalMask, LazyTensor, OfferedTensor, made_real
+from dualblade.pipeline import Offer
+
+NAME = "dualblade"
+
+
+def tile_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    position_bias: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of `query` [batch, heads, tokens, dim]: to an offer's tiles where `key` and `value`
+    stand for them, else as sdpa does it. Returns [batch, tokens, heads, value_dim] and no weights.
+    """
+    sees_ahead = is_causal is False and attention_mask is None and query.shape[2] > 1
+    offer = _offer_of(key, value)
+    if offer is None or dropout or sees_ahead:
+        key, value, mask = made_real([key, value, attention_mask])
+        if softcap is None and s_aux is None:
+            return sdpa_attention_forward(
+                module,
+                query,
+                key,
+                value,
+                mask,
+                dropout=dropout,
+                scaling=scaling,
+                is_causal=is_causal,
+                position_bias=position_bias,
+                **kwargs,
+            )
+        # transformers' sdpa has no place for these.
+        asked = _question(query, key.shape[2], mask, scaling, softcap, position_bias, s_aux)
+        return attend_whole(asked, key, value), None
+    tokens = key.shape[2]
+    asked = _question(query, tokens, attention_mask, scaling, softcap, position_bias, s_aux)
+    # As in StoredLayer: tails outlive the call, so they are no inference tensors.
+    with torch.inference_mode(False), torch.no_grad():
+        return offer.attend(asked), None
+
+
+def _offer_of(key: torch.Tensor, value: torch.Tensor) -> Offer | None:
+    """The offer that both stand for, whole."""
+    if isinstance(key, OfferedTensor) and isinstance(value, OfferedTensor):
+        return key.offer if key.offer is value.offer else None
+    return None
+
+
+def _question(
+    query: torch.Tensor,
+    tokens: int,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    bias: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+) -> AttentionQuery:
+    first_visible = None
+    if isinstance(mask, CausalMask):
+        first_visible, mask = mask.first_visible, None
+    return AttentionQuery(
+        query=query,
+        past=tokens - query.shape[2],
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        first_visible=first_visible,
+        mask=mask,
+        softcap=softcap,
+        bias=bias,
+        sinks=sinks,
+    )
+
+
+def tile_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """As `sdpa_mask`; a causal mask with nothing but left padding stays a `CausalMask`."""
+    dense = partial(
+        sdpa_mask,
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset,
+        kv_offset,
+        mask_function,
+        attention_mask,
+        device=device,
+        **kwargs,
+    )
+    if mask_function is not causal_mask_function or kv_offset or q_offset + q_length != kv_length:
+        return dense()
+    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    starts = None
+    if padding is not None and not padding.all():
+        starts = _left_padding(padding[:, :kv_length].bool())
+        if starts is None:
+            return dense()
+    if starts is None and (q_length == 1 or q_length == kv_length):
+        return dense()  # None: attention knows what is seen
+    shape = (batch_size, 1, q_length, kv_length)
+
+    def real() -> torch.Tensor:
+        mask = dense()
+        assert mask is not None, "what may be left out is left out above"
+        return mask
+
+    mask: CausalMask = LazyTensor.standing_for(
+        CausalMask, shape, torch.bool, torch.device(device), real
+    )
+    mask.first_visible = starts
+    return mask
+
+
+def _left_padding(padding: torch.Tensor) -> torch.Tensor | None:
+    """First true column of each row [batch] int64 on the CPU; None when a row has false ones after
+    it, or no true one."""
+    count = padding.sum(dim=1)
+    starts = padding.shape[1] - count
+    columns = torch.arange(padding.shape[1], device=padding.device)
+    is_left = bool(((columns >= starts[:, None]) == padding).all()) and bool((count > 0).all())
+    return starts.to("cpu", torch.int64).contiguous() if is_left else None
+
+
+AttentionInterface.register(NAME, tile_attention)
+AttentionMaskInterface.register(NAME, tile_mask)

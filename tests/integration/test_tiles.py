@@ -1,0 +1,212 @@
+"""Attention over tiles inside real models: close to the model's own, the same on every path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+import dualblade
+from dualblade import DualBladeCache, EngineConfig
+from tests.integration.tiny_models import EAGER_ONLY, FAMILIES, prompt, tiny_model
+
+PATHS = ("memory", "page-cache", "direct", "dual")
+NEW_TOKENS = 70  # crosses a tile's edge at least once
+
+
+def generate(model: PreTrainedModel, cache: Any, inputs: dict[str, Any], **options: Any) -> Any:
+    torch.manual_seed(3)  # for sampling
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **options}
+    return model.generate(
+        **inputs,
+        past_key_values=cache,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **settings,
+    )
+
+
+def tiles(model: PreTrainedModel, path: str = "direct", **settings: Any) -> DualBladeCache:
+    return DualBladeCache.for_model(
+        model, **{"memory_budget": "16MiB", "path": path, "attention": "tiles", **settings}
+    )
+
+
+def run(model: PreTrainedModel, path: str, inputs: dict[str, Any], **options: Any) -> Any:
+    with tiles(model, path) as cache:
+        out = generate(model, cache, inputs, **options)
+        stats = cache.stats()
+    assert stats.attention == "tiles", stats.attention_reason
+    assert stats.seconds.attention > 0, "attention never saw a tile"
+    return out
+
+
+CASES = [
+    pytest.param(family, "eager" if family in EAGER_ONLY else "sdpa", id=family)
+    for family in FAMILIES
+]
+
+
+@pytest.mark.parametrize(("family", "attention"), CASES)
+def test_greedy_tokens_are_those_of_the_models_own_attention(family: str, attention: str) -> None:
+    """In fp32 nothing is near enough to a tie for the rounding to show."""
+    model, inputs = tiny_model(family, attention=attention), prompt(batch=3, pad=7)
+    expected = generate(model, DynamicCache(config=model.config), inputs)
+    actual = run(model, "direct", inputs)
+    assert torch.equal(actual.sequences, expected.sequences)
+    for ours, theirs in zip(actual.logits, expected.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize(("family", "attention"), CASES)
+def test_bfloat16_is_as_close_as_sdpa(family: str, attention: str) -> None:
+    """One step after a prompt, against the same weights in fp32."""
+    model, inputs = tiny_model(family, torch.bfloat16, attention), prompt(batch=2, pad=9)
+    wide = tiny_model(family, torch.bfloat16, attention).float()
+
+    def step(one: PreTrainedModel, cache: Any) -> torch.Tensor:
+        with torch.no_grad():
+            one(**inputs, past_key_values=cache)
+            ones = torch.ones((2, 1), dtype=torch.int64)
+            mask = torch.cat([inputs["attention_mask"], ones], dim=1)
+            out = one(input_ids=5 * ones, attention_mask=mask, past_key_values=cache)
+        return out.logits[:, -1].float()
+
+    true = step(wide, DynamicCache(config=wide.config))
+    theirs = (step(model, DynamicCache(config=model.config)) - true).abs().max()
+    with tiles(model) as cache:
+        ours = (step(model, cache) - true).abs().max()
+    assert ours <= 1.5 * theirs
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "sampling": {"do_sample": True, "temperature": 0.8},
+    "prompt lookup": {"prompt_lookup_num_tokens": 6},
+    "chunks": {"prefill_chunk_size": 90},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_path_has_the_same_bits(options: dict[str, Any], dtype: torch.dtype) -> None:
+    model = tiny_model(dtype=dtype)
+    inputs = prompt(batch=1 if "prompt_lookup_num_tokens" in options else 2, tokens=300)
+    first = run(model, "memory", inputs, **options)
+    for path in PATHS[1:]:
+        other = run(model, path, inputs, **options)
+        assert torch.equal(other.sequences, first.sequences), path
+        for ours, theirs in zip(other.logits, first.logits, strict=True):
+            assert torch.equal(ours, theirs), path
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"config": EngineConfig(io_engine="posix")},
+        {"config": EngineConfig(staging_bytes=2 << 20, chunk_bytes=4096)},
+        {"config": EngineConfig(tile_tokens=16)},
+        {"config": EngineConfig(tile_tokens=128)},
+        {"memory_budget": "64MiB"},
+        {"max_tokens": 400},
+    ],
+    ids=["posix", "small-io", "16-row-tiles", "128-row-tiles", "budget", "one-extent"],
+)
+def test_bits_do_not_depend_on_how_tiles_come(settings: dict[str, Any]) -> None:
+    model, inputs = tiny_model(), prompt(batch=2, tokens=300, pad=20)
+    first = run(model, "direct", inputs, prefill_chunk_size=128)
+    with tiles(model, **settings) as cache:
+        other = generate(model, cache, inputs, prefill_chunk_size=128)
+    for ours, theirs in zip(other.logits, first.logits, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_assisted_by_a_smaller_model(path: str) -> None:
+    model, assistant, inputs = tiny_model(), tiny_model("qwen2"), prompt()
+    expected = generate(model, DynamicCache(config=model.config), inputs)
+    actual = run(model, path, inputs, assistant_model=assistant)
+    assert torch.equal(actual.sequences, expected.sequences)
+
+
+def test_a_model_that_touches_its_keys_falls_to_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its attention scales the keys that the cache gave it, as some models do."""
+    model, inputs = tiny_model(), prompt(batch=2, pad=4)
+    update = DualBladeCache.update
+
+    def touched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        keys, values = update(self, *args, **kwargs)
+        return keys * 0.5, values
+
+    class Halving(DynamicCache):
+        update = lambda self, *a, **k: (lambda kv: (kv[0] * 0.5, kv[1]))(  # noqa: E731
+            DynamicCache.update(self, *a, **k)
+        )
+
+    expected = generate(model, Halving(config=model.config), inputs)
+    monkeypatch.setattr(DualBladeCache, "update", touched)
+    with tiles(model) as cache:
+        actual = generate(model, cache, inputs)
+        stats = cache.stats()
+    assert (stats.attention, stats.attention_reason) == (
+        "exact",
+        "the model's code touches keys or values before attention",
+    )
+    assert torch.equal(actual.sequences, expected.sequences)
+    for ours, theirs in zip(actual.logits, expected.logits, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_two_caches_on_one_model_and_its_attention_given_back() -> None:
+    model, inputs = tiny_model(), prompt()
+    plain = generate(model, DynamicCache(config=model.config), inputs)
+    with tiles(model) as first:
+        with tiles(model, "memory") as second:
+            one = generate(model, first, inputs)
+            two = generate(model, second, inputs)
+            # Plain tensors: as sdpa.
+            third = generate(model, DynamicCache(config=model.config), inputs)
+        assert model.config._attn_implementation == "dualblade"
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(one.sequences, two.sequences)
+    for ours, theirs in zip(third.logits, plain.logits, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "dtype", "word", "reason"),
+    [
+        ("llama", "sdpa", torch.float32, "tiles", "faster on a CPU"),
+        ("llama", "eager", torch.float32, "exact", "loaded with eager attention"),
+        ("llama", "sdpa", torch.float16, "exact", "the kernel does not do torch.float16"),
+        ("gemma2", "eager", torch.float32, "exact", "eager"),
+    ],
+)
+def test_auto_says_what_it_took_and_why(
+    family: str, attention: str, dtype: torch.dtype, word: str, reason: str
+) -> None:
+    model = tiny_model(family, dtype, attention)
+    with DualBladeCache.for_model(model, memory_budget="16MiB") as cache:
+        stats = cache.stats()
+    assert stats.attention == word
+    assert reason in stats.attention_reason
+
+
+def test_rows_that_nobody_attends_to_are_taken_in_all_the_same() -> None:
+    model = tiny_model()
+    with tiles(model) as cache, torch.no_grad():
+        model(**prompt(tokens=80), past_key_values=cache)
+        for index in range(3):
+            cache.update(torch.ones(1, 2, 1, 16), torch.ones(1, 2, 1, 16), index)
+        assert cache.get_seq_length() == 81
+        cache.crop(-1)
+        assert cache.get_seq_length() == 80
+
+
+def test_unknown_attention_is_refused() -> None:
+    with pytest.raises(dualblade.ConfigError, match="auto, exact, tiles"):
+        DualBladeCache.for_model(tiny_model(), attention="tile")
