@@ -154,3 +154,38 @@ def test_v2_files_are_read_and_written(tmp_path: Path) -> None:
     (tmp_path / "memory.peak").unlink()
     assert limit.peak_bytes() is None
     assert not limit.reset_peak()
+
+
+MAP = """
+import mmap, os, sys
+from dualblade.host.memory import available_memory
+path, size = sys.argv[1], int(sys.argv[2])
+before = available_memory()
+file = os.open(path, os.O_RDONLY)
+mapped = mmap.mmap(file, size, prot=mmap.PROT_READ)
+sum(mapped[i] for i in range(0, size, mmap.PAGESIZE))
+after = available_memory()
+spare = sum(limit.reclaimable_bytes for limit in after.limits)
+print(before.available_bytes, after.available_bytes, spare, flush=True)
+"""
+
+
+@needs_cgroup
+def test_a_mapped_file_of_twice_the_limit_is_not_spare(tmp_path: Path) -> None:
+    """Its pages fill the group to the limit, and none of them is there for us."""
+    limit, size = 128 * MIB, 256 * MIB
+    weights = tmp_path / "weights"
+    with weights.open("wb") as file:
+        for _ in range(size // MIB):
+            file.write(os.urandom(MIB))
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, size, os.POSIX_FADV_DONTNEED)
+    with MemoryCgroup(limit) as group:
+        command = [sys.executable, "-c", MAP, str(weights), str(size)]
+        process = group.popen(command, stdout=subprocess.PIPE, text=True)
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+    before, after, spare = (int(word) for word in out.split())
+    assert 64 * MIB < before <= limit
+    assert after <= 16 * MIB
+    assert spare <= 16 * MIB
