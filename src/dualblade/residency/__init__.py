@@ -1,5 +1,7 @@
 """Pure decisions: budget, geometry and measured speeds in, a residency plan out."""
 
+from dualblade.residency.controller import Controller, ControlPolicy
+from dualblade.residency.events import Cause, Event, Observation, after
 from dualblade.residency.plan import (
     BudgetShares,
     Placement,
@@ -14,12 +16,18 @@ from dualblade.residency.speeds import DoorSpeeds, StepTime
 
 __all__ = [
     "BudgetShares",
+    "Cause",
+    "ControlPolicy",
+    "Controller",
     "DoorSpeeds",
+    "Event",
+    "Observation",
     "Placement",
     "PlanInputs",
     "ResidencyPlan",
     "StepTime",
     "UnitDemand",
+    "after",
     "decide",
     "plan_by_size",
     "plan_fixed",
