@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dualblade.errors import Unsupported
+from dualblade.host import groups
 from dualblade.host.memory import (
     AUTO_RESERVE_BYTES,
     MemoryBudget,
@@ -268,14 +269,14 @@ def test_unreadable_files_are_left_out_and_said(
 ) -> None:
     tree.v2("/app")
     tree.v2_group("/app", GIB)
-    real = Path.read_text
+    real = groups.read_file
 
-    def refuse(self: Path, *args: str, **kwargs: str) -> str:
-        if self.name == "memory.current":  # root may read everything: a mode would not do
-            raise PermissionError(13, "Permission denied", str(self))
-        return real(self, *args, **kwargs)
+    def refuse(path: Path) -> str:
+        if path.name == "memory.current":  # root may read everything: a mode would not do
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(groups, "read_file", refuse)
     memory = tree.probe()
     assert memory.available_bytes == 8 * GIB
     assert "Permission denied" in memory.warnings[0]

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from dualblade.host.groups import read_file
+
 _LINE = re.compile(r"^(some|full) avg10=([\d.]+) .*total=(\d+)$", re.MULTILINE)
 
 
@@ -28,7 +30,7 @@ def read_pressure(path: Path) -> Pressure | None:
     Source: Documentation/accounting/psi.rst. Reading it fails (EOPNOTSUPP) when it is off.
     """
     try:
-        text = path.read_text()
+        text = read_file(path)
     except OSError:
         return None
     found = {kind: (float(avg10), int(total)) for kind, avg10, total in _LINE.findall(text)}
