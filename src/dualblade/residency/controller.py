@@ -137,7 +137,6 @@ class Controller:
             words = f"{hits:.0%} hits; about {format_size(room)} are kept"
             return self._learn(seen, room, Cause.EVICTED, words)
         if stalled:
-            self._stalls.restart()
             room = self._planned_bytes - self._planned_bytes // _PRESSURE_SHARE - 1
             return self._learn(seen, room, Cause.PRESSURE, "tasks wait for memory")
         return None
@@ -262,6 +261,7 @@ class Controller:
         self._planned_bytes -= sum(unit.size_bytes for unit in down)
         self._moved_at, self._steps_since_move = seen.time_seconds, 0
         self._room_since = self._excess_since = None
+        self._stalls.restart()  # what was lost before says nothing of the memory there is now
         return Event(
             time_seconds=seen.time_seconds,
             cause=cause,
@@ -296,5 +296,5 @@ class _StallWindow:
         return self._share
 
     def restart(self) -> None:
-        """Forget what was measured before units moved."""
+        """Measure anew."""
         self._began, self._share = None, 0.0
