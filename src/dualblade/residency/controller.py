@@ -150,15 +150,23 @@ class Controller:
         return min(1.0, max(0.5, seen.resident_bytes / stored))
 
     def _learn(self, seen: Observation, room: int, cause: Cause, words: str) -> Event | None:
-        self._overstated_bytes = max(0, seen.page_cache_bytes - room)
-        self._learned_at_bytes = seen.page_cache_bytes
+        event = self._move(seen, cause, words, down=self._beyond(room))
+        told = seen.page_cache_bytes
+        self._overstated_bytes = self._beyond_use(told, self._planned_bytes)
+        self._learned_at_bytes = told
         if seen.time_seconds - self._learned_at > self._policy.retry_seconds:  # a new incident
             self._wait = self._next_wait
             self._next_wait = min(2 * self._next_wait, self._policy.retry_seconds_max)
         self._learned_at = seen.time_seconds
         self._retry_at = seen.time_seconds + self._wait
         self._retry_units = 1
-        return self._move(seen, cause, words, down=self._beyond(room))
+        return event
+
+    def _beyond_use(self, told: int, used: int) -> int:
+        """Of the room told, what is beyond that used and half a unit: the next reading is a few
+        pages off, which is no reason to move one."""
+        slack = self._total_bytes // (2 * len(self._ordered))
+        return max(0, told - used - slack)
 
     def _shortage(self, seen: Observation, grew: bool) -> Event | None:
         room = self._room(seen)
@@ -209,7 +217,7 @@ class Controller:
             return None
         self._retry_units = min(2 * self._retry_units, self._policy.units_max)
         taken = self._planned_bytes + sum(unit.size_bytes for unit in units)
-        self._overstated_bytes = min(self._overstated_bytes, max(0, told - taken))
+        self._overstated_bytes = min(self._overstated_bytes, self._beyond_use(told, taken))
         words = f"room for {format_size(taken)} of {format_size(told)} told"
         return self._move(seen, Cause.RETRY, words, up=units)
 
