@@ -398,6 +398,8 @@ def test_pressure_is_that_of_the_limit_that_binds(tree: Tree) -> None:
     tree.v2("/app")
     tree.v2_group("/app", 2 * GIB)
     tree.write("sys/fs/cgroup/app/memory.pressure", PSI.format(avg="0.00", some=7_000_000))
+    assert tree.probe().group_pressure is None  # without cgroup.events it is the root
+    tree.write("sys/fs/cgroup/app/cgroup.events", "populated 1\nfrozen 0\n")
     memory = tree.probe()
     assert memory.pressure is memory.group_pressure
     assert memory.pressure is not None

@@ -174,9 +174,16 @@ class MemoryProbe:
         return _auto_reserve_bytes(whole_bytes)
 
     def _group_pressure(self) -> Pressure | None:
-        """v1 has none; where both are mounted, the v2 tree has it without the controller."""
+        """v1 has none; where both are mounted, the v2 tree has it without the controller.
+
+        The root's is the machine's, and the root alone has no cgroup.events.
+        """
         for group in self._groups:
-            if group.version == 2 and group.is_ours:
+            if (
+                group.version == 2
+                and group.is_ours
+                and (group.directory / "cgroup.events").exists()
+            ):
                 return read_pressure(group.directory / "memory.pressure")
         return None
 
