@@ -30,7 +30,7 @@ class ControlPolicy:
     """How eager the controller is.
 
     dwell_seconds       room must have been there this long, and no unit moved, before a promotion.
-    units_max           promoted at once. Eight fill a half of 48 units in 3 s.
+    units_max           promoted at once; with eight, a half of 48 units is back in 5 s.
     hit_fraction_min    fewer hits mean evictions: a sweep over too much gets none at all, one
                         over what fits gets nearly all.
     settle_steps        hits are not judged before: the sweep after a move reads cold pages.
@@ -52,7 +52,7 @@ class ControlPolicy:
 class Controller:
     """Decides at each step boundary; the caller moves the units of the event before the step.
 
-    Costs about 5 us when nothing moves (docs/decisions/0004).
+    Costs about 10 us when nothing moves (docs/decisions/0004).
     """
 
     def __init__(self, cached: Collection[UnitId], policy: ControlPolicy | None = None) -> None:
