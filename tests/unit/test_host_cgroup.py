@@ -154,3 +154,78 @@ def test_v2_files_are_read_and_written(tmp_path: Path) -> None:
     (tmp_path / "memory.peak").unlink()
     assert limit.peak_bytes() is None
     assert not limit.reset_peak()
+
+
+MAP = """
+import mmap, os, sys
+from dualblade.host.memory import available_memory
+path, size = sys.argv[1], int(sys.argv[2])
+before = available_memory()
+file = os.open(path, os.O_RDONLY)
+mapped = mmap.mmap(file, size, prot=mmap.PROT_READ)
+sum(mapped[i] for i in range(0, size, mmap.PAGESIZE))
+after = available_memory()
+spare = sum(limit.reclaimable_bytes for limit in after.limits)
+print(before.available_bytes, after.available_bytes, spare, flush=True)
+"""
+
+
+@needs_cgroup
+def test_a_mapped_file_of_twice_the_limit_is_not_spare(tmp_path: Path) -> None:
+    """Its pages fill the group to the limit, and none of them is there for us."""
+    limit, size = 128 * MIB, 256 * MIB
+    weights = tmp_path / "weights"
+    with weights.open("wb") as file:
+        for _ in range(size // MIB):
+            file.write(os.urandom(MIB))
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, size, os.POSIX_FADV_DONTNEED)
+    with MemoryCgroup(limit) as group:
+        command = [sys.executable, "-c", MAP, str(weights), str(size)]
+        process = group.popen(command, stdout=subprocess.PIPE, text=True)
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+    before, after, spare = (int(word) for word in out.split())
+    assert 64 * MIB < before <= limit
+    assert after <= 16 * MIB
+    assert spare <= 16 * MIB
+
+
+READ = """
+import os, sys
+from dualblade.host.memory import MemoryProbe, OwnMemory
+from dualblade.host.page_cache import cached_bytes
+path, size = sys.argv[1], int(sys.argv[2])
+probe = MemoryProbe()
+before = probe.read()
+file = os.open(path, os.O_RDONLY)
+os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
+for offset in range(0, size, 1 << 20):
+    os.pread(file, 1 << 20, offset)
+own = OwnMemory(page_cache_bytes=cached_bytes(file, 0, size).cached_bytes)
+after = probe.read(own)
+print(before.available_bytes, after.available_bytes, after.binding.ours_bytes, flush=True)
+input()
+print(probe.read(own).available_bytes)
+"""
+
+
+@needs_cgroup
+def test_our_page_cache_is_ours_and_a_new_limit_is_seen(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    with store.open("wb") as file:
+        file.write(os.urandom(MIB) * 100)
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 100 * MIB, os.POSIX_FADV_DONTNEED)
+    with MemoryCgroup(256 * MIB) as group:
+        command = [sys.executable, "-uc", READ, str(store), str(100 * MIB)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        process = group.popen(command, **pipes)
+        assert process.stdout is not None
+        before, after, ours = (int(word) for word in process.stdout.readline().split())
+        assert 99 * MIB <= ours <= 100 * MIB  # the newest pages are on no list yet
+        assert abs(after - before) <= 8 * MIB
+        group.limit.set(192 * MIB)
+        out, _ = process.communicate("\n", timeout=60)
+        assert process.returncode == 0
+        assert abs(after - 64 * MIB - int(out)) <= 8 * MIB

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from dualblade.errors import Unsupported
+from dualblade.host import groups
 from dualblade.host.memory import (
     AUTO_RESERVE_BYTES,
     MemoryBudget,
+    MemoryProbe,
+    OwnMemory,
     auto_budget_bytes,
     available_memory,
     find_memory_groups,
@@ -64,6 +68,7 @@ class Tree:
         active: int = 0,
         inactive: int = 0,
         mapped: int = 0,
+        shared: int = 0,
         use_hierarchy: int = 1,
     ) -> None:
         base = f"sys/fs/cgroup/memory{path.rstrip('/')}"
@@ -75,7 +80,7 @@ class Tree:
             "cache 0\nactive_file 7\ninactive_file 7\n"
             f"hierarchical_memory_limit {min(hierarchical, limit)}\n"
             f"total_active_file {active}\ntotal_inactive_file {inactive}\n"
-            f"total_mapped_file {mapped}\n",
+            f"total_mapped_file {mapped}\ntotal_shmem {shared}\n",
         )
 
     def v2_group(
@@ -88,6 +93,7 @@ class Tree:
         active: int = 0,
         inactive: int = 0,
         mapped: int = 0,
+        shared: int = 0,
     ) -> None:
         base = f"sys/fs/cgroup{path.rstrip('/')}"
         self.write(f"{base}/memory.max", f"{limit}\n")
@@ -95,7 +101,8 @@ class Tree:
         self.write(f"{base}/memory.current", f"{usage}\n")
         self.write(
             f"{base}/memory.stat",
-            f"anon 1\nactive_file {active}\ninactive_file {inactive}\nfile_mapped {mapped}\n",
+            f"anon 1\nshmem {shared}\nfile_mapped {mapped}\n"
+            f"active_file {active}\ninactive_file {inactive}\n",
         )
 
     def probe(self) -> MemoryBudget:
@@ -262,14 +269,14 @@ def test_unreadable_files_are_left_out_and_said(
 ) -> None:
     tree.v2("/app")
     tree.v2_group("/app", GIB)
-    real = Path.read_text
+    real = groups.read_file
 
-    def refuse(self: Path, *args: str, **kwargs: str) -> str:
-        if self.name == "memory.current":  # root may read everything: a mode would not do
-            raise PermissionError(13, "Permission denied", str(self))
-        return real(self, *args, **kwargs)
+    def refuse(path: Path) -> str:
+        if path.name == "memory.current":  # root may read everything: a mode would not do
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(groups, "read_file", refuse)
     memory = tree.probe()
     assert memory.available_bytes == 8 * GIB
     assert "Permission denied" in memory.warnings[0]
@@ -281,15 +288,125 @@ def test_garbage_is_left_out_and_said(tree: Tree) -> None:
     assert "left out" in tree.probe().warnings[0]
 
 
-def test_groups_found_once_may_be_read_again(tree: Tree) -> None:
+def test_a_probe_sees_limits_change_and_go(tree: Tree) -> None:
     tree.v2("/app")
     tree.v2_group("/app", 2 * GIB)
-    groups = find_memory_groups(tree.root)
+    probe = MemoryProbe(tree.root)
+    assert probe.read().available_bytes == 2 * GIB
     tree.v2_group("/app", GIB)
-    assert available_memory(tree.root, groups).available_bytes == GIB
+    assert probe.read().available_bytes == GIB
     for name in ("memory.max", "memory.high"):  # the controller was taken away
         (tree.root / "sys/fs/cgroup/app" / name).unlink()
-    assert available_memory(tree.root, groups).available_bytes == 8 * GIB
+    assert probe.read().available_bytes == 8 * GIB
+
+
+def test_a_probe_follows_a_process_that_was_moved(tree: Tree) -> None:
+    tree.v1("/a")
+    tree.v1_group("/a", 2 * GIB)
+    tree.v1_group("/b", GIB)
+    probe = MemoryProbe(tree.root)
+    assert probe.read().available_bytes == 2 * GIB
+    tree.v1("/b")
+    assert probe.read().available_bytes == GIB
+
+
+def test_a_group_that_vanishes_is_said_once_and_looked_for_again(tree: Tree) -> None:
+    tree.v1("/a")
+    tree.v1_group("/", 3 * GIB)
+    tree.v1_group("/a", GIB)
+    probe = MemoryProbe(tree.root)
+    assert probe.read().available_bytes == GIB
+    shutil.rmtree(tree.root / "sys/fs/cgroup/memory/a")
+    gone = probe.read()
+    assert (gone.available_bytes, len(gone.warnings)) == (3 * GIB, 1)
+    again = probe.read()
+    assert (again.available_bytes, again.warnings) == (3 * GIB, ())
+
+
+def test_our_page_cache_counts_once(tree: Tree) -> None:
+    tree.v2("/app")
+    tree.v2_group("/app", 2 * GIB, 2 * GIB, inactive=GIB, mapped=100 * MIB)
+    alone = tree.probe()
+    ours = MemoryProbe(tree.root).read(OwnMemory(page_cache_bytes=512 * MIB))
+    assert ours.available_bytes == alone.available_bytes == GIB - 100 * MIB
+    assert ours.binding is not None
+    assert ours.binding.ours_bytes == 512 * MIB
+    assert "512 MiB of that our store's" in ours.source
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_mapped_shared_memory_does_not_hide_our_page_cache(tree: Tree, version: int) -> None:
+    """'Mapped' counts shared memory, which is no file page: 1000 - 800 would be 200."""
+    figures = {"active": 400 * MIB, "inactive": 600 * MIB, "mapped": 800 * MIB}
+    if version == 1:
+        tree.v1("/app")
+        tree.v1_group("/app", 2 * GIB, 2 * GIB, shared=800 * MIB, **figures)
+    else:
+        tree.v2("/app")
+        tree.v2_group("/app", 2 * GIB, 2 * GIB, shared=800 * MIB, **figures)
+    probe = MemoryProbe(tree.root)
+    assert probe.read().available_bytes == 200 * MIB
+    assert probe.read(OwnMemory(page_cache_bytes=600 * MIB)).available_bytes == 600 * MIB
+
+
+def test_mapped_weights_are_never_taken_for_our_page_cache(tree: Tree) -> None:
+    """A store whose pages another group is charged for adds nothing here."""
+    tree.v2("/app")
+    tree.v2_group("/app", 2 * GIB, 2 * GIB, active=GIB, mapped=GIB)
+    own = OwnMemory(page_cache_bytes=512 * MIB)
+    assert MemoryProbe(tree.root).read(own).available_bytes == 0
+
+
+def test_our_staging_is_ours_and_the_reserve_is_not(tree: Tree) -> None:
+    tree.v2("/app")
+    tree.v2_group("/app", 2 * GIB, GIB)
+    probe = MemoryProbe(tree.root, reserve_bytes=100 * MIB)
+    memory = probe.read(OwnMemory(fixed_bytes=300 * MIB))
+    assert memory.available_bytes == GIB
+    assert memory.budget_bytes == GIB + 300 * MIB - 100 * MIB
+    assert "100 MiB left to others; bound by memory.max" in memory.explain()
+    usual = MemoryProbe(tree.root).read()
+    assert usual.reserve_bytes == AUTO_RESERVE_BYTES
+    tree.v2_group("/app", 2 * GIB, 2 * GIB - 200 * MIB)
+    assert MemoryProbe(tree.root).read().reserve_bytes == 50 * MIB
+    assert MemoryProbe(tree.root, reserve_bytes=GIB).read().budget_bytes == 0
+
+
+def test_swap_and_huge_pages_set_aside_are_not_memory_to_use(tree: Tree) -> None:
+    """The kernel keeps huge pages out of MemAvailable; swap is in none of the figures."""
+    tree.meminfo(MemTotal=16 * GIB, MemFree=9 * GIB, MemAvailable=GIB, Hugetlb=8 * GIB)
+    tree.v1("/a")
+    tree.v1_group("/a", 2 * GIB)
+    tree.write("sys/fs/cgroup/memory/a/memory.memsw.limit_in_bytes", f"{8 * GIB}")
+    tree.write("proc/swaps", "Filename Type Size Used Priority\n/swap file 8388604 0 -2\n")
+    memory = tree.probe()
+    assert (memory.available_bytes, memory.binding) == (GIB, None)
+
+
+PSI = "some avg10={avg} avg60=0.00 avg300=0.00 total={some}\nfull avg10=0.00 avg60=0 total=1\n"
+
+
+def test_pressure_is_that_of_the_limit_that_binds(tree: Tree) -> None:
+    assert tree.probe().pressure is None
+    tree.write("proc/pressure/memory", PSI.format(avg="1.50", some=2_500_000))
+    machine = tree.probe().pressure
+    assert machine is not None
+    assert (machine.some_seconds, machine.full_seconds, machine.some_percent) == (2.5, 1e-6, 1.5)
+    tree.v1("/a")
+    tree.v1_group("/a", GIB)
+    assert tree.probe().pressure is None  # v1 has none, and the machine's is not about our limit
+    tree.v2("/app")
+    tree.v2_group("/app", 2 * GIB)
+    tree.write("sys/fs/cgroup/app/memory.pressure", PSI.format(avg="0.00", some=7_000_000))
+    assert tree.probe().group_pressure is None  # without cgroup.events it is the root
+    tree.write("sys/fs/cgroup/app/cgroup.events", "populated 1\nfrozen 0\n")
+    memory = tree.probe()
+    assert memory.pressure is memory.group_pressure
+    assert memory.pressure is not None
+    assert memory.pressure.some_seconds == 7.0
+    assert memory.machine_pressure is not None
+    tree.write("sys/fs/cgroup/app/memory.pressure", "off")
+    assert tree.probe().group_pressure is None
 
 
 def test_no_proc_is_unsupported(tmp_path: Path) -> None:

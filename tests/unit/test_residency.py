@@ -1,14 +1,27 @@
-"""Plans by size: never over the share, evenly spread, and demoting only as they shrink."""
+"""Plans: never over the share, evenly spread, nested, and honest about what they gain."""
+
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dualblade.config import Path
-from dualblade.errors import BudgetError
+from dualblade.errors import BudgetError, ConfigError
 from dualblade.geometry import Part, UnitId
-from dualblade.residency import BudgetShares, UnitDemand, plan_by_size, plan_fixed
-from dualblade.units import MIB
+from dualblade.residency import (
+    BudgetShares,
+    DoorSpeeds,
+    PlanInputs,
+    UnitDemand,
+    decide,
+    plan_by_size,
+    plan_fixed,
+)
+from dualblade.residency.plan import spread_order
+from dualblade.residency.speeds import GAIN_FRACTION, predict
+from dualblade.units import GIB, MIB
 
 sizes = st.lists(st.integers(1, 1 << 32), min_size=1, max_size=80)
 
@@ -26,18 +39,31 @@ def test_the_share_is_never_passed(sizes: list[int], share: int) -> None:
     assert [p.unit for p in plan.placements] == [d.unit for d in demands(sizes)]
 
 
-@given(st.integers(1, 1 << 32), st.integers(1, 80), st.integers(0, 1 << 40))
+@given(st.integers(1, 1 << 32), st.integers(1, 160), st.integers(0, 1 << 40))
 def test_equal_units_fill_the_share_and_are_spread_evenly(
     size: int, count: int, share: int
 ) -> None:
     plan = plan_by_size(demands([size] * count), share)
     fit = min(count, share // size)
     places = [i for i, p in enumerate(plan.placements) if p.path is Path.PAGE_CACHE]
-    assert len(places) in (fit, min(count, fit))
+    assert len(places) == fit
     for start in range(0, count, 8):
         here = sum(start <= place < start + 8 for place in places)
-        length = min(8, count - start)
-        assert abs(here - length * min(share, size * count) / (size * count)) <= 1.0
+        assert abs(here - min(8, count - start) * fit / count) < 1.6
+    for before, after in pairwise([-1, *places, count]):
+        assert (after - before - 1) * fit <= 1.75 * count  # no long run without a cached unit
+
+
+@given(sizes, st.integers(0, 1 << 38), st.integers(0, 1 << 38))
+def test_more_memory_only_adds_to_a_plan(sizes: list[int], share: int, more: int) -> None:
+    small = plan_by_size(demands(sizes), share)
+    large = plan_by_size(demands(sizes), share + more)
+    assert small.cached_units <= large.cached_units
+
+
+@given(st.integers(0, 300))
+def test_the_order_names_each_unit_once(count: int) -> None:
+    assert sorted(spread_order(count)) == list(range(count))
 
 
 @given(sizes, st.integers(0, 1 << 36), st.integers(0, 1 << 36))
@@ -57,6 +83,122 @@ def test_all_fits_when_the_share_is_enough(sizes: list[int]) -> None:
 def test_a_fixed_path_is_for_every_unit() -> None:
     plan = plan_fixed(demands([1, 2, 3]), Path.DIRECT)
     assert {p.path for p in plan.placements} == {Path.DIRECT}
+
+
+rates = st.floats(1e6, 1e11)
+speeds = st.builds(
+    DoorSpeeds,
+    direct_bytes_per_s=rates,
+    cache_hit_bytes_per_s=rates,
+    cache_miss_bytes_per_s=rates,
+    compute_seconds=st.floats(0, 10),
+)
+LAB = DoorSpeeds(
+    direct_bytes_per_s=3 * GIB, cache_hit_bytes_per_s=12 * GIB, cache_miss_bytes_per_s=2 * GIB
+)
+"""Huge-page O_DIRECT, and buffered reads that hit and miss, on the machine of the benchmarks."""
+
+
+@given(sizes, st.integers(0, 1 << 38), st.integers(0, 1 << 38), speeds)
+def test_with_speeds_too_more_memory_only_adds(
+    sizes: list[int], share: int, more: int, speeds: DoorSpeeds
+) -> None:
+    inputs = PlanInputs(demands=tuple(demands(sizes)), page_cache_bytes=share, speeds=speeds)
+    small, large = decide(inputs), decide(replace(inputs, page_cache_bytes=share + more))
+    assert small.bytes_on(Path.PAGE_CACHE) <= share
+    assert small.cached_units <= large.cached_units
+    assert small == decide(inputs)
+
+
+@given(sizes, st.integers(0, 1 << 38), speeds)
+def test_a_plan_is_never_predicted_to_lose_to_all_direct(
+    sizes: list[int], share: int, speeds: DoorSpeeds
+) -> None:
+    plan = decide(PlanInputs(demands=tuple(demands(sizes)), page_cache_bytes=share, speeds=speeds))
+    assert plan.expected is not None
+    alone = predict(sum(sizes), 0, 0, speeds).seconds
+    assert plan.expected.seconds <= alone * (1 + 2 * GAIN_FRACTION)
+
+
+def planned(share: int, speeds: DoorSpeeds, percent: int | None = None) -> PlanInputs:
+    return PlanInputs(
+        demands=tuple(demands([32 * MIB] * 48)),
+        page_cache_bytes=share,
+        speeds=speeds,
+        cache_percent=percent,
+    )
+
+
+def test_the_step_time_is_that_of_the_slowest_part() -> None:
+    plan = decide(planned(768 * MIB, LAB))
+    assert plan.bytes_on(Path.PAGE_CACHE) == 768 * MIB
+    assert plan.expected is not None
+    assert plan.expected.seconds == pytest.approx(0.25)  # 768 MiB at 3 GiB/s
+    assert plan.expected.bound == "the drive"
+    slow = decide(planned(768 * MIB, replace(LAB, compute_seconds=0.4)))
+    assert slow.expected is not None
+    assert (slow.expected.seconds, slow.expected.bound) == (0.4, "compute")
+
+
+def test_a_drive_as_fast_as_the_page_cache_gets_everything() -> None:
+    plan = decide(planned(2 * GIB, replace(LAB, direct_bytes_per_s=11.9 * GIB)))
+    assert plan.bytes_on(Path.PAGE_CACHE) == 0
+    assert "as fast as the page cache (12.0 GiB/s)" in plan.placements[0].reason
+
+
+def test_memory_is_left_alone_where_the_drive_keeps_up() -> None:
+    plan = decide(planned(2 * GIB, replace(LAB, compute_seconds=0.5)))
+    assert plan.bytes_on(Path.PAGE_CACHE) == 0
+    assert "keeps up with compute" in plan.placements[0].reason
+
+
+def test_so_little_memory_that_it_gains_nothing_is_left_alone() -> None:
+    plan = decide(planned(20 * MIB, LAB))
+    assert plan.bytes_on(Path.PAGE_CACHE) == 0
+    assert "gain too little" in plan.placements[0].reason
+
+
+def test_no_more_is_cached_than_copies_can_serve() -> None:
+    """With hits at 6 GiB/s and the drive at 3 two thirds are the best split, whatever fits."""
+    plan = decide(planned(2 * GIB, replace(LAB, cache_hit_bytes_per_s=6 * GIB)))
+    assert plan.bytes_on(Path.PAGE_CACHE) == pytest.approx(1024 * MIB, rel=0.03)
+    direct = [p for p in plan.placements if p.path is Path.DIRECT]
+    assert "would be slower" in direct[0].reason
+
+
+@given(st.integers(0, 100), st.integers(0, 2 * GIB))
+def test_a_split_by_hand_is_kept_whether_it_fits_or_not(percent: int, share: int) -> None:
+    plan = decide(planned(share, LAB, percent))
+    cached = plan.bytes_on(Path.PAGE_CACHE)
+    assert 0 <= 48 * 32 * MIB * percent / 100 - cached < 32 * MIB
+    kept = [p.reason for p in plan.placements if p.path is Path.PAGE_CACHE]
+    assert all(("fit" in reason) == (cached > share) for reason in kept)
+
+
+def test_the_cliff_is_predicted() -> None:
+    under, over = (decide(planned(800 * MIB, LAB, percent)).expected for percent in (50, 60))
+    assert under is not None
+    assert over is not None
+    assert over.seconds > 2 * under.seconds
+    with pytest.raises(ConfigError, match="percentage"):
+        planned(0, LAB, 101)
+
+
+def test_growth_is_planned_for_and_both_times_are_told() -> None:
+    grown = tuple(replace(d, stored_bytes=d.size_bytes // 2) for d in demands([32 * MIB] * 48))
+    plan = decide(PlanInputs(demands=grown, page_cache_bytes=768 * MIB, speeds=LAB))
+    assert plan.bytes_on(Path.PAGE_CACHE) == 768 * MIB
+    assert plan.now is not None
+    assert plan.expected is not None
+    assert plan.now.seconds == pytest.approx(plan.expected.seconds / 2)
+
+
+@given(st.floats(0.0, 1.0))
+def test_hits_show_in_the_speed_of_reads(hits: float) -> None:
+    seconds = hits / LAB.cache_hit_bytes_per_s + (1 - hits) / LAB.cache_miss_bytes_per_s
+    assert LAB.hit_fraction(1 / seconds) == pytest.approx(hits)
+    alike = replace(LAB, cache_miss_bytes_per_s=10 * GIB)
+    assert alike.hit_fraction(1 / seconds) is None
 
 
 def shares(budget: int, fixed: int) -> BudgetShares:

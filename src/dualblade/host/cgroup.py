@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from dualblade.errors import BudgetError, Unsupported
-from dualblade.host.memory import MemoryGroup, find_memory_groups, reclaimable_bytes
+from dualblade.host.groups import MemoryGroup, file_pages, find_memory_groups
 from dualblade.units import format_size
 
 _NAME = re.compile(r"^dualblade-(\d+)-\d+$")
@@ -69,7 +69,7 @@ class MemoryLimit:
 
     def needed_bytes(self) -> int:
         """What is charged less the file pages that could be dropped: a limit below this kills."""
-        return max(0, self.used_bytes() - reclaimable_bytes(self._group()))
+        return max(0, self.used_bytes() - file_pages(self._group()).reclaimable())
 
     def peak_bytes(self) -> int | None:
         """Most that was charged since the start or `reset_peak`; None before kernel 5.19 (v2)."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dualblade.errors import Unsupported
-from dualblade.host.memory import ROOT
+from dualblade.host.groups import ROOT
 
 _PR_SET_PDEATHSIG = 1
 _RESET_PEAK = "5"

@@ -1,14 +1,23 @@
-"""Which unit goes through which path, from sizes alone. Pure: no torch, no I/O, no clock."""
+"""Which unit goes through which path, and why. Pure: no torch, no I/O, no clock.
+
+Units are cached in one fixed order in which every beginning is spread evenly over the sweep. So
+a plan for less memory is part of the plan for more, and a change of plan moves only what differs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from dualblade.config import Path
-from dualblade.errors import BudgetError
+from dualblade.errors import BudgetError, ConfigError
 from dualblade.geometry import UnitId
+from dualblade.residency.speeds import DoorSpeeds, StepTime, predict, worth_caching
 from dualblade.units import MIB, format_size
+
+_GOLDEN = 0x9E3779B97F4A7C15
+"""2**64 over the golden ratio: its multiples fill the circle evenly, however many they are."""
 
 MARGIN_FRACTION = 0.05
 """Left free under the budget: one step above it, a cyclic sweep of the page cache hits nothing
@@ -17,10 +26,17 @@ MARGIN_FRACTION = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitDemand:
-    """Bytes that `unit` is expected to have stored."""
+    """Bytes that `unit` is expected to have stored when the plan has done its time, and those
+    that it has now (None: the same)."""
 
     unit: UnitId
     size_bytes: int
+    stored_bytes: int | None = None
+
+    @property
+    def now_bytes(self) -> int:
+        """Bytes stored now."""
+        return self.size_bytes if self.stored_bytes is None else self.stored_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,10 +90,16 @@ class Placement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResidencyPlan:
-    """The path of every unit, in the order of the sweep."""
+    """The path of every unit, in the order of the sweep.
+
+    `now` and `expected` predict a step with the bytes stored now and with those planned for;
+    None where speeds are not known.
+    """
 
     placements: tuple[Placement, ...]
     page_cache_bytes_max: int
+    now: StepTime | None = None
+    expected: StepTime | None = None
 
     @property
     def cached_units(self) -> frozenset[UnitId]:
@@ -87,6 +109,77 @@ class ResidencyPlan:
     def bytes_on(self, path: Path) -> int:
         """Bytes of all units on `path`."""
         return sum(p.size_bytes for p in self.placements if p.path is path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanInputs:
+    """What a plan follows from. Staging, tails and the margin are not in `page_cache_bytes`
+    (see BudgetShares).
+
+    speeds         None: not measured; what fits is cached.
+    cache_percent  this part of the bytes goes through the page cache, whether it fits or not.
+    among          only these units may be cached, so that a plan demotes and promotes none.
+    """
+
+    demands: tuple[UnitDemand, ...]
+    page_cache_bytes: int
+    speeds: DoorSpeeds | None = None
+    cache_percent: int | None = None
+    among: Collection[UnitId] | None = None
+
+    def __post_init__(self) -> None:
+        assert self.page_cache_bytes >= 0, "negative page cache"
+        if self.cache_percent is not None and not 0 <= self.cache_percent <= 100:
+            raise ConfigError(f"the cache percentage must be from 0 to 100: {self.cache_percent}")
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all units when the plan has done its time."""
+        return sum(demand.size_bytes for demand in self.demands)
+
+
+@lru_cache(maxsize=16)
+def spread_order(count: int) -> tuple[int, ...]:
+    """Indices below `count` such that each beginning of the list is spread evenly over them.
+
+    Of index i + 1, the part after the point of its multiple of the golden ratio decides: those
+    below any threshold lie at two or three distances from each other (the three-gap theorem).
+    """
+    return tuple(sorted(range(count), key=lambda i: (i + 1) * _GOLDEN % (1 << 64)))
+
+
+def decide(inputs: PlanInputs) -> ResidencyPlan:
+    """Keep in the page cache what fits and is worth it, spread evenly; the rest goes direct.
+
+    So the drive always has a direct unit to stream while cached ones are served.
+    """
+    total, room = inputs.total_bytes, inputs.page_cache_bytes
+    if inputs.cache_percent is None:
+        worth = worth_caching(total, room, inputs.speeds)
+        cached = _first_fitting(inputs, worth.cache_bytes)
+        whole = len(cached) == len(inputs.demands)
+        within = f"the page cache's {format_size(room)}"
+        kept = "all KV fits the page cache's share" if whole else f"in {within}"
+        left = worth.reason or f"beyond {within}"
+    else:
+        cached = _first_fitting(inputs, total * inputs.cache_percent // 100)
+        kept = left = f"{inputs.cache_percent} % through the page cache was asked for"
+        if sum(d.size_bytes for d in inputs.demands if d.unit in cached) > room:
+            kept += f"; only {format_size(room)} fit"
+    return ResidencyPlan(
+        placements=tuple(
+            Placement(
+                unit=demand.unit,
+                path=Path.PAGE_CACHE if demand.unit in cached else Path.DIRECT,
+                size_bytes=demand.size_bytes,
+                reason=kept if demand.unit in cached else left,
+            )
+            for demand in inputs.demands
+        ),
+        page_cache_bytes_max=room,
+        now=_predicted([(d.unit, d.now_bytes) for d in inputs.demands], cached, inputs),
+        expected=_predicted([(d.unit, d.size_bytes) for d in inputs.demands], cached, inputs),
+    )
 
 
 def plan_fixed(demands: Sequence[UnitDemand], path: Path) -> ResidencyPlan:
@@ -104,34 +197,32 @@ def plan_by_size(
     *,
     among: Collection[UnitId] | None = None,
 ) -> ResidencyPlan:
-    """Keep in the page cache what fits in `page_cache_bytes`, spread evenly; the rest direct.
-
-    With `among`, only those units may stay cached: a plan that shrinks as the KV grows then
-    demotes a few units and promotes none, because a promotion costs a cold read.
-
-    Spreading is by bytes: walking the sweep, each unit earns its share of the allowance and is
-    cached once the credit covers it. So the sum never passes the allowance, and the drive always
-    has a direct unit to stream while cached ones are served.
-    """
-    candidates = [d for d in demands if among is None or d.unit in among]
-    total = sum(d.size_bytes for d in candidates)
-    cached: set[UnitId] = set()
-    credit = 0  # in units of bytes x total, so that integers stay exact
-    for demand in candidates:
-        credit += min(page_cache_bytes, total) * demand.size_bytes
-        if credit >= demand.size_bytes * total:
-            credit -= demand.size_bytes * total
-            cached.add(demand.unit)
-    whole = len(cached) == len(demands)
-    room = format_size(page_cache_bytes)
-    kept = "all KV fits the page cache's share" if whole else f"in the page cache's {room}"
-    placements = tuple(
-        Placement(
-            unit=d.unit,
-            path=Path.PAGE_CACHE if d.unit in cached else Path.DIRECT,
-            size_bytes=d.size_bytes,
-            reason=kept if d.unit in cached else f"beyond the page cache's {room}",
-        )
-        for d in demands
+    """`decide` without speeds: what fits in `page_cache_bytes` is cached."""
+    return decide(
+        PlanInputs(demands=tuple(demands), page_cache_bytes=page_cache_bytes, among=among)
     )
-    return ResidencyPlan(placements=placements, page_cache_bytes_max=page_cache_bytes)
+
+
+def _first_fitting(inputs: PlanInputs, cache_bytes: int) -> frozenset[UnitId]:
+    """Units in spread order up to the first that does not fit: skipping it would break the
+    order, and with it that more memory never demotes."""
+    cached = []
+    for index in spread_order(len(inputs.demands)):
+        demand = inputs.demands[index]
+        if inputs.among is not None and demand.unit not in inputs.among:
+            continue
+        cache_bytes -= demand.size_bytes
+        if cache_bytes < 0:
+            break
+        cached.append(demand.unit)
+    return frozenset(cached)
+
+
+def _predicted(
+    sizes: Sequence[tuple[UnitId, int]], cached: Collection[UnitId], inputs: PlanInputs
+) -> StepTime | None:
+    if inputs.speeds is None:
+        return None
+    through_cache = sum(size for unit, size in sizes if unit in cached)
+    total = sum(size for _, size in sizes)
+    return predict(total, through_cache, inputs.page_cache_bytes, inputs.speeds)

@@ -1,0 +1,308 @@
+"""Follows the memory that is there: which units to move at a step boundary. Pure: time and all
+observations are passed in.
+
+Down at once: when the room that the probe tells falls below what is planned, when cached pages
+turn out to be evicted, or when the machine stalls for want of memory. Up slowly: a few units, of
+room that has been there for a while, and never more than half of it.
+
+The probe cannot see everything: to another process our page cache is reclaimable, as is its own
+to us. So evictions and stalls teach by how much the room is overstated. That is tried again
+after a wait, which doubles each time it fails: two of us on one machine come to rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from dualblade.geometry import UnitId
+from dualblade.residency.events import Cause, Event, Observation
+from dualblade.residency.plan import MARGIN_FRACTION, UnitDemand, spread_order
+from dualblade.residency.speeds import worth_caching
+from dualblade.units import format_size
+
+_PRESSURE_SHARE = 8
+"""Under pressure an eighth of what is cached goes, twice a second at most."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlPolicy:
+    """How eager the controller is.
+
+    dwell_seconds       room must have been there this long, and no unit moved, before a promotion.
+    units_max           promoted at once; with eight, a half of 48 units is back in 5 s.
+    hit_fraction_min    fewer hits mean evictions: a sweep over too much gets none at all, one
+                        over what fits gets nearly all.
+    settle_steps        hits are not judged before: the sweep after a move reads cold pages.
+    stall_fraction_max  of wall time, in which some task waits for memory.
+    retry_seconds       first wait before room that was found overstated is tried again, with one
+                        unit, then two, four ...; doubles with each failure to retry_seconds_max.
+    """
+
+    dwell_seconds: float = 1.0
+    units_max: int = 8
+    hit_fraction_min: float = 0.8
+    settle_steps: int = 2
+    stall_fraction_max: float = 0.1
+    stall_window_seconds: float = 0.5
+    retry_seconds: float = 10.0
+    retry_seconds_max: float = 300.0
+
+
+class Controller:
+    """Decides at each step boundary; the caller moves the units of the event before the step.
+
+    Costs about 10 us when nothing moves (docs/decisions/0004).
+    """
+
+    def __init__(self, cached: Collection[UnitId], policy: ControlPolicy | None = None) -> None:
+        self._policy = policy or ControlPolicy()
+        self._cached = set(cached)
+        self._demands: tuple[UnitDemand, ...] = ()
+        self._ordered: tuple[UnitDemand, ...] = ()
+        self._total_bytes = 0
+        self._planned_bytes = 0
+        self._told_bytes = 0
+        self._overstated_bytes = 0
+        self._learned_at_bytes = 0
+        self._moved_at = float("-inf")
+        self._steps_since_move = 0
+        self._room_since: float | None = None
+        self._excess_since: float | None = None
+        self._learned_at = float("-inf")
+        self._wait = self._next_wait = self._policy.retry_seconds
+        self._retry_at = float("inf")
+        self._retry_units = 1
+        self._stalls = _StallWindow(self._policy.stall_window_seconds)
+
+    @property
+    def cached_units(self) -> frozenset[UnitId]:
+        """Units on the page-cache path once the last event is carried out."""
+        return frozenset(self._cached)
+
+    @property
+    def planned_bytes(self) -> int:
+        """Bytes of those units, as the last demands have them."""
+        return self._planned_bytes
+
+    def decide(self, seen: Observation) -> Event | None:
+        """What to move before the next step; None: nothing. Call once at each step boundary."""
+        grew = self._take_demands(seen.demands)
+        fell = seen.page_cache_bytes < self._told_bytes
+        self._steps_since_move += 1
+        self._hear_news(seen)
+        stalled = self._stalls.share(seen) > self._policy.stall_fraction_max
+        # What the probe tells comes first: hits of the sweep before a squeeze teach nothing.
+        event = self._shortage(seen, grew and not fell) or self._distress(seen, stalled)
+        if event is None and not stalled:
+            event = self._waste(seen) or self._promotion(seen)
+        self._told_bytes = seen.page_cache_bytes
+        return event
+
+    def _take_demands(self, demands: tuple[UnitDemand, ...]) -> bool:
+        """Whether what is planned has grown. Free while the demands stay the same object."""
+        if demands is self._demands:
+            return False
+        before = self._planned_bytes
+        self._demands = demands
+        self._ordered = tuple(demands[index] for index in spread_order(len(demands)))
+        self._total_bytes = sum(demand.size_bytes for demand in demands)
+        self._cached &= {demand.unit for demand in demands}
+        self._planned_bytes = sum(d.size_bytes for d in demands if d.unit in self._cached)
+        return self._planned_bytes > before
+
+    def _hear_news(self, seen: Observation) -> None:
+        """Clearly more room than when we learned: what was learned may be tried again soon."""
+        clearly = self._learned_at_bytes + self._learned_at_bytes // 10
+        if self._overstated_bytes and seen.page_cache_bytes > clearly:
+            self._next_wait = self._policy.retry_seconds
+            self._retry_at = min(self._retry_at, seen.time_seconds + self._next_wait)
+            self._learned_at_bytes = seen.page_cache_bytes
+
+    @property
+    def _settled(self) -> bool:
+        return self._steps_since_move > self._policy.settle_steps
+
+    def _room(self, seen: Observation) -> int:
+        return max(0, seen.page_cache_bytes - self._overstated_bytes)
+
+    def _distress(self, seen: Observation, stalled: bool) -> Event | None:
+        """Evictions and stalls: the room is less than it is told to be."""
+        if not self._planned_bytes:
+            return None
+        hits = seen.hit_fraction
+        if hits is not None and hits < self._policy.hit_fraction_min and self._settled:
+            holds = self._resident_fraction(seen)
+            room = int(self._planned_bytes * holds * (1 - MARGIN_FRACTION))
+            words = f"{hits:.0%} hits; about {format_size(room)} are kept"
+            return self._learn(seen, room, Cause.EVICTED, words)
+        if stalled:
+            room = self._planned_bytes - self._planned_bytes // _PRESSURE_SHARE - 1
+            return self._learn(seen, room, Cause.PRESSURE, "tasks wait for memory")
+        return None
+
+    def _resident_fraction(self, seen: Observation) -> float:
+        """How much of the cached units is held. A sweep over too much hits nothing, while what
+        it left behind shows the room. At least a half, so that one bad reading is no disaster."""
+        stored = sum(d.now_bytes for d in self._ordered if d.unit in self._cached)
+        if seen.resident_bytes is None or not stored:
+            return max(0.5, seen.hit_fraction or 0.0)
+        return min(1.0, max(0.5, seen.resident_bytes / stored))
+
+    def _learn(self, seen: Observation, room: int, cause: Cause, words: str) -> Event | None:
+        event = self._move(seen, cause, words, down=self._beyond(room))
+        told = seen.page_cache_bytes
+        self._overstated_bytes = self._beyond_use(told, self._planned_bytes)
+        self._learned_at_bytes = told
+        if seen.time_seconds - self._learned_at > self._policy.retry_seconds:  # a new incident
+            self._wait = self._next_wait
+            self._next_wait = min(2 * self._next_wait, self._policy.retry_seconds_max)
+        self._learned_at = seen.time_seconds
+        self._retry_at = seen.time_seconds + self._wait
+        self._retry_units = 1
+        return event
+
+    def _beyond_use(self, told: int, used: int) -> int:
+        """Of the room told, what is beyond that used and half a unit: the next reading is a few
+        pages off, which is no reason to move one."""
+        slack = self._total_bytes // (2 * len(self._ordered))
+        return max(0, told - used - slack)
+
+    def _shortage(self, seen: Observation, grew: bool) -> Event | None:
+        room = self._room(seen)
+        if self._planned_bytes <= room:
+            return None
+        cause = Cause.KV_GREW if grew else Cause.BUDGET_FELL
+        words = f"{format_size(self._planned_bytes)} planned, room for {format_size(room)}"
+        return self._move(seen, cause, words, down=self._beyond(room))
+
+    def _waste(self, seen: Observation) -> Event | None:
+        """More is cached than is worth it: no hurry."""
+        worth = worth_caching(self._total_bytes, self._room(seen), seen.speeds)
+        excess = self._beyond(worth.cache_bytes)[: self._policy.units_max]
+        if not excess or worth.reason is None:
+            self._excess_since = None
+            return None
+        if self._excess_since is None:
+            self._excess_since = seen.time_seconds
+        if not self._dwelt(seen, self._excess_since):
+            return None
+        return self._move(seen, Cause.SPEEDS, worth.reason, down=excess)
+
+    def _promotion(self, seen: Observation) -> Event | None:
+        if len(self._cached) == len(self._ordered):
+            return None
+        room = self._room(seen)
+        worth = worth_caching(self._total_bytes, room, seen.speeds).cache_bytes
+        units = self._next_units(room, worth, self._policy.units_max)
+        if units:
+            if self._room_since is None:
+                self._room_since = seen.time_seconds
+            if not self._dwelt(seen, self._room_since):
+                return None
+            words = f"{format_size(self._planned_bytes)} planned, room for {format_size(room)}"
+            return self._move(seen, Cause.ROOM_ROSE, words, up=units)
+        self._room_since = None
+        return self._retry(seen)
+
+    def _retry(self, seen: Observation) -> Event | None:
+        """Try units in room that was found overstated; evictions or stalls would teach again."""
+        if not self._overstated_bytes or seen.time_seconds < self._retry_at or not self._settled:
+            return None
+        told = seen.page_cache_bytes
+        worth = worth_caching(self._total_bytes, told, seen.speeds).cache_bytes
+        units = self._next_units(told, worth, self._retry_units)
+        self._retry_at = seen.time_seconds + self._policy.retry_seconds
+        if not units:
+            return None
+        self._retry_units = min(2 * self._retry_units, self._policy.units_max)
+        taken = self._planned_bytes + sum(unit.size_bytes for unit in units)
+        self._overstated_bytes = min(self._overstated_bytes, self._beyond_use(told, taken))
+        words = f"room for {format_size(taken)} of {format_size(told)} told"
+        return self._move(seen, Cause.RETRY, words, up=units)
+
+    def _dwelt(self, seen: Observation, since: float) -> bool:
+        """Whether nothing changed for the dwell, and the last move was judged by its hits."""
+        calm_seconds = seen.time_seconds - max(since, self._moved_at)
+        return calm_seconds >= self._policy.dwell_seconds and self._settled
+
+    def _beyond(self, room_bytes: int) -> list[UnitDemand]:
+        """Cached units that have to go for the rest to fit, last in the order first."""
+        over, units = self._planned_bytes - room_bytes, []
+        for demand in reversed(self._ordered):
+            if over <= 0:
+                break
+            if demand.unit in self._cached:
+                units.append(demand)
+                over -= demand.size_bytes
+        return units
+
+    def _next_units(self, room: int, worth: int, count_max: int) -> list[UnitDemand]:
+        """The next few units in the order: at most half of the free room, so that two of us who
+        take it at once do not take too much."""
+        left = min((room - self._planned_bytes) // 2, worth - self._planned_bytes)
+        units: list[UnitDemand] = []
+        for demand in self._ordered:
+            if demand.unit in self._cached:
+                continue
+            left -= demand.size_bytes
+            if left < 0 or len(units) == count_max:
+                break
+            units.append(demand)
+        return units
+
+    def _move(
+        self,
+        seen: Observation,
+        cause: Cause,
+        reason: str,
+        *,
+        down: Sequence[UnitDemand] = (),
+        up: Sequence[UnitDemand] = (),
+    ) -> Event | None:
+        if not down and not up:
+            return None
+        before = self._planned_bytes
+        self._cached.difference_update(unit.unit for unit in down)
+        self._cached.update(unit.unit for unit in up)
+        self._planned_bytes += sum(unit.size_bytes for unit in up)
+        self._planned_bytes -= sum(unit.size_bytes for unit in down)
+        self._moved_at, self._steps_since_move = seen.time_seconds, 0
+        self._room_since = self._excess_since = None
+        self._stalls.restart()  # what was lost before says nothing of the memory there is now
+        return Event(
+            time_seconds=seen.time_seconds,
+            cause=cause,
+            from_bytes=before,
+            to_bytes=self._planned_bytes,
+            moved_bytes=sum(unit.now_bytes for unit in (*down, *up)),
+            demoted=tuple(unit.unit for unit in down),
+            promoted=tuple(unit.unit for unit in up),
+            reason=reason,
+        )
+
+
+class _StallWindow:
+    """The share of wall time lost to stalls, over windows long enough to mean something."""
+
+    def __init__(self, window_seconds: float) -> None:
+        self._window_seconds = window_seconds
+        self._began: tuple[float, float] | None = None
+        self._share = 0.0
+
+    def share(self, seen: Observation) -> float:
+        """Of the last whole window; 0 before there is one."""
+        if seen.stall_seconds is None:
+            self.restart()
+            return 0.0
+        if self._began is None:
+            self._began = (seen.time_seconds, seen.stall_seconds)
+        elapsed = seen.time_seconds - self._began[0]
+        if elapsed >= self._window_seconds:
+            self._share = (seen.stall_seconds - self._began[1]) / elapsed
+            self._began = (seen.time_seconds, seen.stall_seconds)
+        return self._share
+
+    def restart(self) -> None:
+        """Measure anew."""
+        self._began, self._share = None, 0.0

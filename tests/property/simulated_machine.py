@@ -1,0 +1,110 @@
+"""A machine in arithmetic: memory, a hog, and caches that sweep through one page cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from dualblade.config import Path
+from dualblade.geometry import Part, UnitId
+from dualblade.residency import Controller, DoorSpeeds, Event, Observation, UnitDemand, plan_by_size
+
+MARGIN = 0.95
+"""What BudgetShares leaves of a room."""
+
+
+def units(sizes: Sequence[int]) -> tuple[UnitDemand, ...]:
+    """Demands of these sizes, keys and values in turn."""
+    return tuple(
+        UnitDemand(unit=UnitId(i // 2, list(Part)[i % 2]), size_bytes=size)
+        for i, size in enumerate(sizes)
+    )
+
+
+@dataclass
+class Cache:
+    """One dualblade process; `warm` are units whose pages were filled by a sweep."""
+
+    demands: tuple[UnitDemand, ...]
+    controller: Controller
+    warm: frozenset[UnitId] = frozenset()
+    hits: float | None = None
+    resident: int | None = None
+    events: list[Event] = field(default_factory=list)
+    missed_steps: int = 0
+
+    @classmethod
+    def start(cls, demands: tuple[UnitDemand, ...], room: int) -> Cache:
+        plan = plan_by_size(demands, room)
+        return cls(demands, Controller(plan.cached_units))
+
+    @property
+    def planned(self) -> int:
+        cached = self.controller.cached_units
+        return sum(d.size_bytes for d in self.demands if d.unit in cached)
+
+
+@dataclass
+class Machine:
+    """All file pages are reclaimable to everyone, so each cache is told the same room. Caches
+    that want more than there is in all hit nothing: a cyclic sweep under least-recently-used."""
+
+    memory: int
+    caches: list[Cache]
+    hog: int = 0
+    polluted: int = 0
+    time: float = 0.0
+    stall_seconds: float = 0.0
+    speeds: DoorSpeeds | None = None
+    measures_hits: bool = True
+
+    @property
+    def told(self) -> int:
+        return int((self.memory - self.hog) * MARGIN)
+
+    def step(self, seconds: float) -> None:
+        """A boundary with a decision of each cache, then a sweep of each."""
+        self.time += seconds
+        for cache in self.caches:
+            self._decide(cache)
+        wanted = sum(cache.planned for cache in self.caches)
+        there = max(0, self.memory - self.hog - self.polluted)
+        for cache in self.caches:
+            self._sweep(cache, fits=wanted <= there, share=min(1.0, there / max(wanted, 1)))
+
+    def run(self, seconds: float, step: float) -> None:
+        for _ in range(int(seconds / step)):
+            self.step(step)
+
+    def _decide(self, cache: Cache) -> None:
+        event = cache.controller.decide(
+            Observation(
+                time_seconds=self.time,
+                demands=cache.demands,
+                page_cache_bytes=self.told,
+                speeds=self.speeds,
+                hit_fraction=cache.hits if self.measures_hits else None,
+                resident_bytes=cache.resident if self.measures_hits else None,
+                stall_seconds=self.stall_seconds,
+            )
+        )
+        if event is not None:
+            cache.events.append(event)
+            cache.hits = cache.resident = None
+            cache.warm -= set(event.demoted)
+
+    @staticmethod
+    def _sweep(cache: Cache, *, fits: bool, share: float) -> None:
+        cached = cache.controller.cached_units
+        if not cached:
+            cache.hits = None
+            return
+        cache.hits = len(cached & cache.warm) / len(cached) if fits else 0.0
+        cache.warm = cached if fits else frozenset()
+        cache.resident = int(cache.planned * share)
+        cache.missed_steps += cache.hits < 0.8
+
+
+def fresh(demands: tuple[UnitDemand, ...], room: int) -> int:
+    """Bytes that a plan made now would cache."""
+    return plan_by_size(demands, room).bytes_on(Path.PAGE_CACHE)
