@@ -35,6 +35,7 @@ from dualblade import (
 from dualblade.units import MIB
 from tests.fault.disks import disk_with_failing_writeback, ext4_disk, needs_root
 from tests.integration.tiny_models import prompt, tiny_model
+from tests.stepping import take_turn
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
 
@@ -47,7 +48,7 @@ def rows(tokens: int, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def step(cache: DualBladeCache, tokens: int, **changes: Any) -> None:
     for layer in range(3):
-        cache.update(*rows(tokens, **changes), layer)
+        take_turn(cache, *rows(tokens, **changes), layer)
 
 
 @pytest.mark.parametrize(
@@ -166,15 +167,22 @@ def test_use_after_close_and_closing_twice() -> None:
     assert cache.stats().path == "dual"
 
 
+@pytest.mark.parametrize(
+    ("attention", "inner"),
+    [
+        ("exact", "dualblade.pipeline.kv.scatter"),
+        ("tiles", "dualblade.attention.kernel.KernelAttention.values"),
+    ],
+)
 def test_an_interrupt_in_the_middle_of_a_step_spoils_the_cache(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, attention: Any, inner: str
 ) -> None:
-    with DualBladeCache.for_model(tiny_model(), memory_budget="16MiB") as cache:
+    with DualBladeCache.for_model(
+        tiny_model(), memory_budget="16MiB", attention=attention
+    ) as cache:
         step(cache, 70)
         with monkeypatch.context() as patch:
-            patch.setattr(
-                "dualblade.pipeline.kv.scatter", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-            )
+            patch.setattr(inner, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 step(cache, 1)
         with pytest.raises(Closed, match="failed earlier"):

@@ -18,9 +18,13 @@ from dualblade.io import Op, open_engine
 from dualblade.testing import Fault, FaultyEngine
 from dualblade.units import KIB
 from tests.integration.tiny_models import tiny_model
+from tests.stepping import take_turn
 
 LAYERS, HEADS, DIM = 3, 2, 16
-CONFIG = EngineConfig(staging_bytes=512 * KIB)
+SETTINGS: dict[str, Any] = {
+    "memory_budget": "16MiB",
+    "config": EngineConfig(staging_bytes=512 * KIB),
+}
 
 
 def rows(tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,8 +46,14 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> list[FaultyEngine]:
     return opened
 
 
+@pytest.fixture(params=["exact", "tiles"], autouse=True)
+def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either way into attention, for all caches of a test."""
+    monkeypatch.setitem(SETTINGS, "attention", request.param)
+
+
 def cache_on(path: str) -> DualBladeCache:
-    return DualBladeCache.for_model(tiny_model(), path=path, memory_budget="16MiB", config=CONFIG)
+    return DualBladeCache.for_model(tiny_model(), path=path, **SETTINGS)
 
 
 def fill(cache: DualBladeCache, tokens: int = 1000) -> None:
@@ -74,9 +84,9 @@ def test_a_read_that_fails_ahead_is_raised_at_its_layer(
     offsets = range(at.offset, at.end)
     faulty[0].inject(Fault(op=Op.READ, offsets=offsets, errno=number))
     for index in range(layer_of_fault):
-        cache.update(*rows(1, index), index)
+        take_turn(cache, *rows(1, index), index)
     with pytest.raises(DeviceError) as caught:
-        cache.update(*rows(1, 0), layer_of_fault)
+        take_turn(cache, *rows(1, 0), layer_of_fault)
     assert caught.value.errno == number
     assert caught.value.operation == "read"
     assert caught.value.offset in offsets
@@ -95,7 +105,7 @@ def test_a_write_that_fails_behind_is_raised_before_its_bytes_are_needed(
     with pytest.raises(DeviceError) as caught:
         for step in range(200):
             for layer in range(LAYERS):
-                cache.update(*rows(1, step), layer)
+                take_turn(cache, *rows(1, step), layer)
     assert caught.value.errno == errno.EIO
     assert step <= 65, "the tile that failed was asked for and not missed"
     assert_spoiled(cache)
@@ -107,7 +117,7 @@ def test_a_fault_nobody_waits_for_does_not_hinder_reset_and_close(
     cache = cache_on("direct")
     fill(cache)
     for layer in range(LAYERS):
-        cache.update(*rows(1, layer), layer)  # reads ahead into the next step
+        take_turn(cache, *rows(1, layer), layer)  # reads ahead into the next step
     faulty[0].inject(Fault(op=Op.READ, errno=errno.EIO, times=None))
     cache.reset()
     fill(cache, 40)
@@ -139,6 +149,6 @@ def test_random_faults_give_an_error_or_the_right_rows(seed: int, rate: float, p
                 assert torch.equal(got[1], want[layer][1])
     except DeviceError:
         with pytest.raises(Closed):
-            cache.update(*rows(1, 0), 0)
+            take_turn(cache, *rows(1, 0), 0)
     finally:
         cache.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from dualblade import DualBladeCache, EngineConfig
 from dualblade.host.process import process_io
 from dualblade.units import KIB, MIB
 from tests.integration.tiny_models import tiny_model
+from tests.stepping import take_turn
 
+CacheOn = Callable[..., DualBladeCache]
 LAYERS, HEADS, DIM = 3, 2, 16
 TILE_BYTES = HEADS * 64 * DIM * 4
 CONTEXT = 2000
@@ -32,19 +35,31 @@ def device_bytes(cache: DualBladeCache) -> int:
 
 def step(cache: DualBladeCache, tokens: int = 1) -> None:
     for layer in range(LAYERS):
-        cache.update(*rows(tokens, layer), layer)
+        take_turn(cache, *rows(tokens, layer), layer)
 
 
-def filled(path: str, tmp_path: Path, **options: Any) -> DualBladeCache:
-    settings = {"memory_budget": "16MiB", "store": tmp_path / "kv.store", **options}
-    cache = DualBladeCache.for_model(tiny_model(), path=path, **settings)
+@pytest.fixture(params=["exact", "tiles"], autouse=True)
+def cache_on(request: pytest.FixtureRequest, tmp_path: Path) -> CacheOn:
+    """A cache with either way into attention."""
+
+    def opened(path: str, **options: Any) -> DualBladeCache:
+        settings = {"memory_budget": "16MiB", "store": tmp_path / "kv.store", **options}
+        return DualBladeCache.for_model(
+            tiny_model(), path=path, attention=request.param, **settings
+        )
+
+    return opened
+
+
+def filled(cache_on: CacheOn, path: str, **options: Any) -> DualBladeCache:
+    cache = cache_on(path, **options)
     for layer in range(LAYERS):
         cache.append(*rows(CONTEXT, layer), layer)
     return cache
 
 
-def test_a_direct_step_reads_each_stored_byte_once_and_caches_nothing(tmp_path: Path) -> None:
-    with filled("direct", tmp_path) as cache:
+def test_a_direct_step_reads_each_stored_byte_once_and_caches_nothing(cache_on: CacheOn) -> None:
+    with filled(cache_on, "direct") as cache:
         step(cache)
         stored = cache.stats().stored_bytes
         assert stored == 2 * LAYERS * (CONTEXT // 64) * TILE_BYTES
@@ -56,8 +71,8 @@ def test_a_direct_step_reads_each_stored_byte_once_and_caches_nothing(tmp_path: 
             assert cache.stats().memory.page_cache_bytes == 0
 
 
-def test_a_warm_page_cache_step_reads_nothing_from_the_device(tmp_path: Path) -> None:
-    with filled("page-cache", tmp_path) as cache:
+def test_a_warm_page_cache_step_reads_nothing_from_the_device(cache_on: CacheOn) -> None:
+    with filled(cache_on, "page-cache") as cache:
         step(cache)
         stored = cache.stats().stored_bytes
         for _ in range(3):
@@ -68,10 +83,10 @@ def test_a_warm_page_cache_step_reads_nothing_from_the_device(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("budget_mib", [7, 8, 9, 64])
-def test_a_dual_step_reads_the_planned_direct_bytes(tmp_path: Path, budget_mib: int) -> None:
+def test_a_dual_step_reads_the_planned_direct_bytes(cache_on: CacheOn, budget_mib: int) -> None:
     config = EngineConfig(staging_bytes=512 * KIB)
     budget = budget_mib * MIB
-    with filled("dual", tmp_path, memory_budget=budget, config=config) as cache:
+    with filled(cache_on, "dual", memory_budget=budget, config=config) as cache:
         step(cache)
         stats = cache.stats()
         direct = sum(unit.path == "direct" for unit in stats.plan)
@@ -87,20 +102,16 @@ def test_a_dual_step_reads_the_planned_direct_bytes(tmp_path: Path, budget_mib: 
             assert direct == 0
 
 
-def test_each_tile_is_written_once(tmp_path: Path) -> None:
-    with DualBladeCache.for_model(
-        tiny_model(), store=tmp_path / "kv.store", path="direct", memory_budget="16MiB"
-    ) as cache:
+def test_each_tile_is_written_once(cache_on: CacheOn) -> None:
+    with cache_on("direct") as cache:
         for tokens in (63, 1, 1, 63, 200, 128, 1):
             step(cache, tokens)
         tiles = (63 + 1 + 1 + 63 + 200 + 128 + 1) // 64
         assert cache.stats().io.written_bytes == 2 * LAYERS * tiles * TILE_BYTES
 
 
-def test_reordering_beams_moves_no_stored_byte(tmp_path: Path) -> None:
-    with DualBladeCache.for_model(
-        tiny_model(), store=tmp_path / "kv.store", path="direct", memory_budget="16MiB"
-    ) as cache:
+def test_reordering_beams_moves_no_stored_byte(cache_on: CacheOn) -> None:
+    with cache_on("direct") as cache:
         for layer in range(LAYERS):
             pair = [tensor.expand(4, -1, -1, -1) for tensor in rows(640, layer)]
             cache.append(pair[0], pair[1], layer)
@@ -112,18 +123,18 @@ def test_reordering_beams_moves_no_stored_byte(tmp_path: Path) -> None:
         assert stats.io.direct_read_bytes == 0
         for layer in range(LAYERS):
             pair = [tensor.expand(4, -1, -1, -1) for tensor in rows(1, layer)]
-            cache.update(pair[0], pair[1], layer)
+            take_turn(cache, pair[0], pair[1], layer)
         assert cache.stats().io.dead_read_bytes > 0
 
 
-def test_a_crop_into_a_stored_tile_reads_that_tile_alone(tmp_path: Path) -> None:
-    with filled("direct", tmp_path) as cache:
+def test_a_crop_into_a_stored_tile_reads_that_tile_alone(cache_on: CacheOn) -> None:
+    with filled(cache_on, "direct") as cache:
         cache.crop(-(CONTEXT % 64 + 10))
         assert cache.stats().io.direct_read_bytes == 2 * LAYERS * TILE_BYTES
 
 
-def test_candidates_that_are_taken_back_meet_no_stored_tile(tmp_path: Path) -> None:
-    with filled("direct", tmp_path) as cache:
+def test_candidates_that_are_taken_back_meet_no_stored_tile(cache_on: CacheOn) -> None:
+    with filled(cache_on, "direct") as cache:
         cache.activate_past_recording()
         step(cache, 1)
         for _ in range(60):
@@ -136,11 +147,9 @@ def test_candidates_that_are_taken_back_meet_no_stored_tile(tmp_path: Path) -> N
         assert cache.stats().io.written_bytes <= 2 * LAYERS * (whole + 1) * TILE_BYTES
 
 
-def test_demotion_as_the_context_grows_moves_only_dirty_bytes(tmp_path: Path) -> None:
+def test_demotion_as_the_context_grows_moves_only_dirty_bytes(cache_on: CacheOn) -> None:
     config = EngineConfig(staging_bytes=512 * KIB)
-    with DualBladeCache.for_model(
-        tiny_model(), store=tmp_path / "kv.store", memory_budget="8MiB", config=config
-    ) as cache:
+    with cache_on("dual", memory_budget="8MiB", config=config) as cache:
         step(cache, 500)
         assert {unit.path for unit in cache.stats().plan} == {"page-cache"}
         while cache.stats().io.demotions == 0:
