@@ -115,7 +115,7 @@ def bench_decode(
     memory_limit: MemoryLimits = None,
     memory_budget: options.MemoryBudget = "auto",
     dtype: Dtype = "bfloat16",
-    attention: options.Attention = "exact",
+    attention: options.Attention = "auto",
     store: options.Store = None,
     io_engine: options.IOEngine = "auto",
     queue_depth: options.QueueDepth = None,
@@ -201,7 +201,10 @@ def _show_decode(result: dict[str, Any]) -> None:
         table.add_row(*_decode_row(run))
     console = result_console()
     console.print(table)
-    agree = {True: "all runs gave the same tokens", False: "[red]the tokens differ[/red]"}
+    agree = {
+        True: "runs with the same attention gave the same tokens",
+        False: "[red]the tokens differ[/red]",
+    }
     if result["tokens_agree"] is not None:
         console.print(agree[result["tokens_agree"]])
 

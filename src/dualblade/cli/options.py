@@ -52,7 +52,8 @@ Attention = Annotated[
     typer.Option(
         "--attention",
         metavar="WAY",
-        help="auto or exact: the model's own attention over gathered KV.",
+        help="tiles (ours, on tiles where they lie), exact (the model's own, on gathered KV), or "
+        "auto: the faster one that holds for the model.",
     ),
 ]
 DiskCapacity = Annotated[
