@@ -79,7 +79,7 @@ PromptLookup = Annotated[
         min=0,
         metavar="N",
         help="Guess up to N tokens from earlier text and verify them in one sweep of the KV: "
-        "quotes come several tokens at a time. The text stays the same (in bfloat16 but for near-ties).",
+        "quotes come several at a time. The text stays the same but for near-ties in bfloat16.",
     ),
 ]
 Stats = Annotated[
