@@ -1,4 +1,4 @@
-"""A store: extents in one file, each reached through one of two doors."""
+"""A store: extents in one file or on one device, each reached through one of two doors."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from dualblade.errors import Closed, NoSpace, StorageError
 from dualblade.host.page_cache import cached_bytes, drop
 from dualblade.io import Engine, Op, Ticket, Transfer
-from dualblade.store.backing import Backing, open_backing
+from dualblade.store.backing import open_backing
 from dualblade.store.doors import LEGAL_MOVES, Door
 from dualblade.store.extents import ExtentAllocator, Range
 from dualblade.store.fiemap import contiguous_pieces, file_extents
 from dualblade.store.format import DATA_OFFSET
+from dualblade.store.place import Backing
 from dualblade.units import BLOCK_BYTES
 
 log = logging.getLogger("dualblade.store")
@@ -49,7 +50,7 @@ class DoorCounters:
 
 
 class Store:
-    """Extents in one file. Used by one thread; transfers end on the engine's.
+    """Extents in one place. Used by one thread; transfers end on the engine's.
 
     A write through the page-cache door counts as stored only when its ticket has ended: it
     carries a sync_file_range that waits for writeback on the descriptor that wrote, so that a
@@ -60,7 +61,7 @@ class Store:
         self._backing = backing
         self._engine = engine
         self._keep_blocks = keep_blocks
-        self._allocator = ExtentAllocator(DATA_OFFSET, backing.superblock.capacity_bytes)
+        self._allocator = ExtentAllocator(DATA_OFFSET, backing.capacity_bytes)
         self._end = DATA_OFFSET
         self._live: set[Extent] = set()
         self._closed = False
@@ -113,7 +114,7 @@ class Store:
         self._check_open()
         taken = self._allocator.allocate(size_bytes)
         try:
-            os.posix_fallocate(self._backing.buffered_fd, taken.offset, taken.size_bytes)
+            self._backing.allocate(taken.offset, taken.size_bytes)
         except OSError as exc:
             self._allocator.free(taken)
             kind = NoSpace if exc.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
@@ -212,7 +213,7 @@ class Store:
         for fd in (self._backing.direct_fd, self._backing.buffered_fd):
             if fd is not None:
                 self._engine.unregister_file(fd)
-        self._backing.close(keep_blocks=self._keep_blocks)
+        self._backing.close(keep_blocks=self._keep_blocks, end=self._end)
 
     def __enter__(self) -> Store:
         return self
