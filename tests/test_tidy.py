@@ -124,7 +124,9 @@ def test_native_core_stays_small() -> None:
     root = SOURCE.parents[1] / "native"
     if not root.is_dir():
         pytest.skip("installed without the sources")
+    # 1,500 for the two engines, and 300 for NVMe passthrough: the encoder, its registration, and
+    # what the ring needs to carry commands.
     sources = [
         p for p in root.rglob("*") if p.suffix in (".cpp", ".hpp") and "tests" not in p.parts
     ]
-    assert sum(len(p.read_text().splitlines()) for p in sources) <= 1500
+    assert sum(len(p.read_text().splitlines()) for p in sources) <= 1800

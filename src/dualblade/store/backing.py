@@ -19,6 +19,7 @@ from pathlib import Path
 
 from dualblade.errors import DualBladeError, NoSpace, NotAStore, StorageError, Unsupported
 from dualblade.host.devices import device_facts
+from dualblade.io import Engine
 from dualblade.store.device import open_device
 from dualblade.store.format import DATA_OFFSET, Superblock
 from dualblade.store.place import Backing, read_superblock, storage_error, write_superblock
@@ -43,6 +44,10 @@ class FileBacking:
     @property
     def capacity_bytes(self) -> int:
         return self.superblock.capacity_bytes
+
+    @property
+    def coherent(self) -> bool:
+        return True
 
     def allocate(self, offset: int, size_bytes: int) -> None:
         os.posix_fallocate(self.buffered_fd, offset, size_bytes)
@@ -78,7 +83,11 @@ def cache_directory() -> Path:
 
 
 def open_backing(
-    path: str | os.PathLike[str] | None, *, direct: bool, capacity_bytes: int | None
+    path: str | os.PathLike[str] | None,
+    engine: Engine,
+    *,
+    direct: bool,
+    capacity_bytes: int | None,
 ) -> Backing:
     """Open what is at `path`: the store on a device, a store file, or for None a private one.
 
@@ -87,7 +96,7 @@ def open_backing(
     Raises: NotAStore, NoSpace, StorageError, Unsupported; nothing is left behind.
     """
     if path is not None and is_device(path):
-        return open_device(path, direct=direct, capacity_bytes=capacity_bytes)
+        return open_device(path, engine, direct=direct, capacity_bytes=capacity_bytes)
     return open_file(path, direct=direct, capacity_bytes=capacity_bytes)
 
 

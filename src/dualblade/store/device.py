@@ -12,9 +12,11 @@ import os
 import struct
 from dataclasses import dataclass, replace
 
-from dualblade.errors import DualBladeError, NoSpace, NotAStore, Unsupported
+from dualblade.errors import DualBladeError, NoSpace, NotAStore, StorageError, Unsupported
 from dualblade.host.drives import Drive, find_drive, signatures
+from dualblade.host.nvme import nvme_facts
 from dualblade.host.page_cache import drop
+from dualblade.io import Engine, Namespace
 from dualblade.store.format import (
     DATA_OFFSET,
     DeviceSection,
@@ -23,7 +25,7 @@ from dualblade.store.format import (
     second_copy_offset,
 )
 from dualblade.store.place import read_superblock, storage_error, write_superblock
-from dualblade.units import EXTENT_ALIGN_BYTES, format_size
+from dualblade.units import BLOCK_BYTES, EXTENT_ALIGN_BYTES, format_size
 
 _BLKDISCARD = 0x1277
 _BLKZEROOUT = 0x127F
@@ -41,6 +43,7 @@ class DeviceBacking:
     capacity_bytes: int
     superblock: Superblock
     was_unclean: bool
+    coherent: bool
 
     def allocate(self, offset: int, size_bytes: int) -> None:
         """A device has all its blocks."""
@@ -59,10 +62,12 @@ class DeviceBacking:
 
 
 def open_device(
-    path: str | os.PathLike[str], *, direct: bool, capacity_bytes: int | None
+    path: str | os.PathLike[str], engine: Engine, *, direct: bool, capacity_bytes: int | None
 ) -> DeviceBacking:
     """Open the store on the device at `path`.
 
+    Its direct door is NVMe passthrough for a namespace's character device, where `engine` can;
+    else O_DIRECT on the block device, and `engine.reason` says why.
     Raises: NotAStore (foreign, damaged, in use, another device), NoSpace, StorageError,
     Unsupported; nothing is left behind, and nothing was written.
     """
@@ -73,9 +78,9 @@ def open_device(
         opened.append(fd)
         old = recognise(fd, drive)
         capacity = _capacity(drive, old, capacity_bytes)
-        direct_fd = None
+        direct_fd, coherent = None, True
         if direct:
-            direct_fd = os.open(drive.block_path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+            direct_fd, coherent = _open_direct(drive, engine, old.capacity_bytes)
             opened.append(direct_fd)
         superblock = replace(old, generation=old.generation + 1, in_use=True)
         write_superblocks(fd, superblock)
@@ -86,6 +91,7 @@ def open_device(
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
     except (OSError, DualBladeError) as exc:
         for descriptor in opened:
+            engine.unregister_file(descriptor)
             os.close(descriptor)
         if isinstance(exc, OSError):
             raise storage_error("open", drive.path, exc) from exc
@@ -98,7 +104,53 @@ def open_device(
         capacity_bytes=capacity,
         superblock=superblock,
         was_unclean=old.in_use,
+        coherent=coherent,
     )
+
+
+def _open_direct(drive: Drive, engine: Engine, capacity_bytes: int) -> tuple[int, bool]:
+    """(descriptor of the direct door, whether the page cache stays coherent with it).
+
+    Raises: OSError.
+    """
+    if drive.is_ng:
+        try:
+            return _open_passthrough(drive, engine, capacity_bytes), False
+        except (Unsupported, StorageError) as problem:
+            engine.fall_back(f"{problem.message}: O_DIRECT on {drive.block_path}")
+    return os.open(drive.block_path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC), True
+
+
+def _open_passthrough(drive: Drive, engine: Engine, capacity_bytes: int) -> int:
+    """A namespace's character device that `engine` sends NVMe commands to.
+
+    Raises: Unsupported, StorageError, OSError.
+    """
+    fd = os.open(drive.path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        facts = nvme_facts(fd, drive.path)
+        if (facts.block_bytes, facts.metadata_bytes) != (drive.block_bytes, 0):
+            raise Unsupported(
+                f"{drive.path} says {facts.block_bytes} + {facts.metadata_bytes} bytes a block, "
+                f"its block device {drive.block_bytes}"
+            )
+        most = min(drive.command_bytes_max, facts.mdts_bytes or drive.command_bytes_max)
+        most = min(most, facts.block_bytes << 16)  # the block count of a command is 16 bits
+        # A page of memory is a segment; of a buffer that starts inside a page, one is lost.
+        scattered = min(most, (drive.segments_max - 1) * BLOCK_BYTES)
+        namespace = Namespace(
+            namespace_id=facts.namespace_id,
+            block_bytes=facts.block_bytes,
+            begin=DATA_OFFSET,
+            end=DATA_OFFSET + capacity_bytes,
+            command_bytes_max=most // BLOCK_BYTES * BLOCK_BYTES,
+            scattered_bytes_max=max(scattered // BLOCK_BYTES * BLOCK_BYTES, BLOCK_BYTES),
+        )
+        engine.register_namespace(fd, namespace)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def hold_device(drive: Drive) -> int:

@@ -17,6 +17,7 @@ class Backing(Protocol):
     direct_fd       the direct door; None when none was asked for.
     buffered_fd     the page-cache door, and the descriptor whose writeback errors count.
     capacity_bytes  most that extents may occupy, from DATA_OFFSET on.
+    coherent        direct writes leave no stale page behind: true but for NVMe passthrough.
     """
 
     @property
@@ -29,6 +30,8 @@ class Backing(Protocol):
     def capacity_bytes(self) -> int: ...
     @property
     def was_unclean(self) -> bool: ...
+    @property
+    def coherent(self) -> bool: ...
 
     def allocate(self, offset: int, size_bytes: int) -> None:
         """Have blocks for a range before its first write. Raises: OSError."""

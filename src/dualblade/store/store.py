@@ -87,7 +87,7 @@ class Store:
         `direct`: the direct door will be used, so the file system must do O_DIRECT.
         Raises: NotAStore, NoSpace, StorageError, Unsupported.
         """
-        backing = open_backing(path, direct=direct, capacity_bytes=capacity_bytes)
+        backing = open_backing(path, engine, direct=direct, capacity_bytes=capacity_bytes)
         return cls(backing, engine, keep_blocks=keep_blocks)
 
     @property
@@ -128,6 +128,12 @@ class Store:
             ) from exc
         self._end = max(self._end, taken.end)
         extent = Extent(range=taken)
+        if door is Door.PAGE_CACHE:
+            try:
+                self._drop_stale(extent)
+            except StorageError:
+                self._allocator.free(taken)
+                raise
         self._live.add(extent)
         self._move(extent, door)
         return extent
@@ -183,8 +189,7 @@ class Store:
             self._write_back_and_drop(extent)
             self.counters.demotions += 1
         else:
-            # A page cached by a stray reader would be stale after direct writes.
-            drop(self._backing.buffered_fd, extent.range.offset, extent.range.size_bytes)
+            self._drop_stale(extent)
             self.counters.promotions += 1
         self._move(extent, door)
 
@@ -253,6 +258,24 @@ class Store:
                 return
         # Clean pages that another reader holds: O_DIRECT on a file stays coherent with them.
         log.warning("%d bytes at %d of %s stay cached after demotion", left, at, self.path)
+
+    def _drop_stale(self, extent: Extent) -> None:
+        """No page from before may be cached when the page-cache door opens: a stray reader's, or
+        another program's, would be stale after direct writes. Raises: StorageError.
+        """
+        fd, at, size = self._backing.buffered_fd, extent.range.offset, extent.range.size_bytes
+        for _ in range(_DROP_TRIES):
+            drop(fd, at, size)
+            if self._backing.coherent or cached_bytes(fd, at, size).cached_bytes == 0:
+                return
+        raise StorageError(
+            f"pages of {self.path} cannot be dropped: another program holds them",
+            operation="drop",
+            path=self.path,
+            offset=at,
+            size_bytes=size,
+            hint="close what maps or reads the block device, or use path direct",
+        )
 
     @staticmethod
     def _settle(extent: Extent) -> None:
