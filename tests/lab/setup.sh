@@ -11,10 +11,14 @@ flock 9
 if [[ ! -f $lab/vmlinux ]]; then
   work=$(mktemp -d)
   trap 'rm -rf "$work"' EXIT
-  for meta in linux-image-6.12-cloud-amd64 linux-image-cloud-amd64; do
-    package=$(apt-cache depends "$meta" 2>/dev/null | awk '/Depends: linux-image/ {print $2; exit}')
-    [[ -z $package ]] || break
-  done
+  find_package() {
+    for meta in linux-image-6.12-cloud-amd64 linux-image-cloud-amd64; do
+      package=$(apt-cache depends "$meta" 2>/dev/null | awk '/Depends: linux-image/ {print $2; exit}')
+      [[ -z $package ]] || return 0
+    done
+    return 1
+  }
+  find_package || { apt-get update -qq && find_package; }
   (cd "$work" && apt-get -qq -o APT::Sandbox::User=root download "$package" && dpkg -x ./*.deb kernel)
   # Uncompressed, it boots by PVH and need not unpack itself under emulation.
   python3 tests/lab/unpack_kernel.py "$work"/kernel/boot/vmlinuz-* "$lab/vmlinux.new"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -9,17 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.machine import ROOT, boot, missing
+from tests.lab.machine import DRIVE_BYTES, ROOT, boot, missing
 
-_DRIVE_BYTES = 256 << 20
 _BAD_SECTOR = (16 << 20) // 512  # of LABBAD: 16 MiB from its start
 
 
 def drive_arguments(folder: Path) -> list[str]:
-    """Six drives with seven namespaces; the guest knows them by serial and namespace id."""
-    for name in ("small", "four", "three", "bad", "slow", "gone", "meta"):
+    """Seven drives with eight namespaces; the guest knows them by serial and namespace id."""
+    for name in ("small", "four", "three", "bad", "gone", "lost", "meta"):
         with (folder / name).open("wb") as image:
-            image.truncate(_DRIVE_BYTES)
+            image.truncate(DRIVE_BYTES)
 
     def file(name: str) -> list[str]:
         at = f"driver=file,filename={folder / name},cache.direct=off,discard=unmap"
@@ -30,10 +30,7 @@ def drive_arguments(folder: Path) -> list[str]:
         "inject-error.0.event=none,inject-error.0.iotype=read,inject-error.0.errno=5,"
         f"inject-error.0.sector={_BAD_SECTOR}"
     )
-    slow = (
-        f"driver=throttle,throttle-group=brake,node-name=slow,"
-        f"file.driver=file,file.filename={folder}/slow"
-    )
+    slow = f"driver=nbd,node-name=slow,server.type=unix,server.path={folder.parent}/slow.socket"
     return [
         # 512-byte blocks, commands of at most 128 KiB.
         *file("small"),
@@ -46,11 +43,14 @@ def drive_arguments(folder: Path) -> list[str]:
         *file("three"),
         *("-device", "nvme-ns,drive=three,bus=two,nsid=3"),
         *("-blockdev", bad, "-device", "nvme,serial=LABBAD,drive=bad"),
-        *("-object", "throttle-group,id=brake"),
-        *("-blockdev", slow, "-device", "nvme,serial=LABSLOW,drive=slow"),
+        *("-blockdev", slow + ",export=slow", "-device", "nvme,serial=LABSLOW,drive=slow"),
+        # Two that can be unplugged.
         *("-device", "pcie-root-port,id=root1,chassis=1"),
         *file("gone"),
         *("-device", "nvme,id=gone-drive,bus=root1,serial=LABGONE,drive=gone"),
+        *("-device", "pcie-root-port,id=root2,chassis=2"),
+        *file("lost"),
+        *("-device", "nvme,id=lost-drive,bus=root2,serial=LABLOST,drive=lost"),
         # Blocks of 512 bytes that carry 8 bytes of metadata each.
         *("-device", "nvme,id=withmeta,serial=LABMETA"),
         *file("meta"),
@@ -64,6 +64,7 @@ def test_devices_in_a_guest(tmp_path: Path) -> None:
     if absent:
         assert not os.environ.get("CI"), f"the lab needs {absent}: scripts/system_packages"
         pytest.skip(f"the lab needs {', '.join(absent)}: scripts/system_packages installs them")
+    faulthandler.cancel_dump_traceback_later()  # minutes here are no deadlock; the guest has its own
     share, drives = tmp_path / "share", tmp_path / "drives"
     share.mkdir()
     drives.mkdir()
@@ -72,8 +73,9 @@ def test_devices_in_a_guest(tmp_path: Path) -> None:
 export HOME=/run TMPDIR=/run XDG_CACHE_HOME=/run/cache PYTHONDONTWRITEBYTECODE=1
 export OMP_NUM_THREADS=1 DUALBLADE_LAB_GUEST=/mnt HYPOTHESIS_STORAGE_DIRECTORY=/run/hypothesis
 cd {ROOT}
-{sys.executable} -m pytest -p no:cacheprovider -o timeout=300 -o faulthandler_timeout=240 -q \\
-  --basetemp=/run/pytest --junitxml=/mnt/results.xml --durations=15 {chosen} >/mnt/told 2>&1
+{sys.executable} -m pytest -p no:cacheprovider -o timeout=180 -o faulthandler_timeout=120 \\
+  -v --tb=short --durations=15 --basetemp=/run/pytest --junitxml=/mnt/results.xml \\
+  {chosen} >/mnt/told 2>&1
 """
     log = tmp_path / "console"
     status = boot(command, drive_arguments(drives), share, log)
