@@ -64,7 +64,7 @@ def test_devices_in_a_guest(tmp_path: Path) -> None:
     if absent:
         assert not os.environ.get("CI"), f"the lab needs {absent}: scripts/system_packages"
         pytest.skip(f"the lab needs {', '.join(absent)}: scripts/system_packages installs them")
-    faulthandler.cancel_dump_traceback_later()  # minutes here are no deadlock; the guest has its own
+    faulthandler.cancel_dump_traceback_later()  # minutes here are no deadlock
     share, drives = tmp_path / "share", tmp_path / "drives"
     share.mkdir()
     drives.mkdir()
