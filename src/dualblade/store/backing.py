@@ -21,6 +21,7 @@ from dualblade.errors import DualBladeError, NoSpace, NotAStore, StorageError, U
 from dualblade.host.devices import device_facts
 from dualblade.io import Engine
 from dualblade.store.device import open_device
+from dualblade.store.fiemap import contiguous_pieces, file_extents
 from dualblade.store.format import DATA_OFFSET, Superblock
 from dualblade.store.place import Backing, read_superblock, storage_error, write_superblock
 from dualblade.units import EXTENT_ALIGN_BYTES, GIB, format_size
@@ -51,6 +52,13 @@ class FileBacking:
 
     def allocate(self, offset: int, size_bytes: int) -> None:
         os.posix_fallocate(self.buffered_fd, offset, size_bytes)
+
+    def pieces(self) -> int | None:
+        try:
+            extents = file_extents(self.buffered_fd)
+        except OSError:
+            return None
+        return contiguous_pieces([e for e in extents if e.logical_offset >= DATA_OFFSET])
 
     def close(self, *, keep_blocks: bool, end: int) -> None:  # noqa: ARG002 - the file knows its end
         try:

@@ -48,6 +48,9 @@ class DeviceBacking:
     def allocate(self, offset: int, size_bytes: int) -> None:
         """A device has all its blocks."""
 
+    def pieces(self) -> int:
+        return 1
+
     def close(self, *, keep_blocks: bool, end: int) -> None:
         try:
             if not keep_blocks and end > DATA_OFFSET:
@@ -94,7 +97,7 @@ def open_device(
             engine.unregister_file(descriptor)
             os.close(descriptor)
         if isinstance(exc, OSError):
-            raise storage_error("open", drive.path, exc) from exc
+            raise _device_error("open", drive.path, exc) from exc
         raise
     return DeviceBacking(
         path=drive.path,
@@ -168,7 +171,7 @@ def hold_device(drive: Drive) -> int:
                 path=drive.path,
                 hint=f"see dualblade doctor {drive.path}",
             ) from exc
-        raise storage_error("open", drive.path, exc) from exc
+        raise _device_error("open", drive.block_path, exc) from exc
 
 
 def recognise(fd: int, drive: Drive) -> Superblock:
@@ -237,6 +240,17 @@ def discard(fd: int, drive: Drive, offset: int, size_bytes: int) -> bool:
 def zero(fd: int, offset: int, size_bytes: int) -> None:
     """Write zeros over a range, by the kernel. Raises: OSError."""
     fcntl.ioctl(fd, _BLKZEROOUT, struct.pack("=QQ", offset, size_bytes))
+
+
+def _device_error(operation: str, node: str, exc: OSError) -> StorageError:
+    if exc.errno not in (errno.EACCES, errno.EPERM):
+        return storage_error(operation, node, exc)
+    return StorageError(
+        f"cannot {operation} {node}: {exc.strerror}",
+        operation=operation,
+        path=node,
+        hint="give your user or group read and write permission on it: docs/raw-devices.md",
+    )
 
 
 def _capacity(drive: Drive, superblock: Superblock, wanted: int | None) -> int:

@@ -37,6 +37,10 @@ class Backing(Protocol):
         """Have blocks for a range before its first write. Raises: OSError."""
         ...
 
+    def pieces(self) -> int | None:
+        """Contiguous pieces on the device; None where the file system cannot tell."""
+        ...
+
     def close(self, *, keep_blocks: bool, end: int) -> None:
         """Discard the content up to `end` (or keep it), mark it clean, and let go.
 

@@ -13,7 +13,6 @@ from dualblade.io import Engine, Op, Ticket, Transfer
 from dualblade.store.backing import open_backing
 from dualblade.store.doors import LEGAL_MOVES, Door
 from dualblade.store.extents import ExtentAllocator, Range
-from dualblade.store.fiemap import contiguous_pieces, file_extents
 from dualblade.store.format import DATA_OFFSET
 from dualblade.store.place import Backing
 from dualblade.units import BLOCK_BYTES
@@ -198,12 +197,8 @@ class Store:
         return cached_bytes(self._backing.buffered_fd, 0, self._end).cached_bytes
 
     def file_pieces(self) -> int | None:
-        """Contiguous pieces of the file on its device; None where the file system cannot tell."""
-        try:
-            extents = file_extents(self._backing.buffered_fd)
-        except OSError:
-            return None
-        return contiguous_pieces([e for e in extents if e.logical_offset >= DATA_OFFSET])
+        """Contiguous pieces of the store on its device; None where the file system cannot tell."""
+        return self._backing.pieces()
 
     def close(self) -> None:
         """Wait for transfers, discard the content, unlock. Twice is once.

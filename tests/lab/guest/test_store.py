@@ -9,7 +9,8 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -307,3 +308,64 @@ def test_a_drive_that_is_unplugged(engine: Engine, arena: Arena) -> None:
     store.close()
     with contextlib.suppress(OSError):
         assert not os.path.exists(path)
+
+
+def test_without_root() -> None:
+    """Permission on both nodes is all that it takes; without it the message says so."""
+    path = formatted(find_namespace("LABTWO", 3))
+    nodes = (path, block_of(path))
+    modes = [os.stat(node).st_mode & 0o777 for node in nodes]
+
+    def as_nobody(wanted: Callable[[], None]) -> None:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                os.setgroups([])
+                os.setresgid(65534, 65534, 65534)
+                os.setresuid(65534, 65534, 65534)
+                wanted()
+                status = 0
+            except BaseException:  # noqa: BLE001 - the parent fails the test
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    def use() -> None:
+        with open_engine(queue_depth=4) as engine, Store.open(path, engine) as store:
+            assert (engine.name, engine.reason) == ("uring-cmd", None)
+            with Arena(2 * MIB) as arena:
+                extent = store.allocate(2 * MIB, Door.DIRECT)
+                data = pattern(2 * MIB, seed=1)
+                fill(store, extent, arena, data)
+                assert read_back(store, extent, arena, len(data)) == data
+                store.move(extent, Door.PAGE_CACHE)
+                assert read_back(store, extent, arena, len(data)) == data
+
+    def be_refused() -> None:
+        with open_engine() as engine, pytest.raises(StorageError, match="Permission denied"):
+            Store.open(path, engine)
+
+    as_nobody(be_refused)
+    try:
+        for node in nodes:
+            os.chmod(node, 0o666)
+        as_nobody(use)
+        os.chmod(path, 0o600)  # the block device alone: the next best, said openly
+        as_nobody(use_without_passthrough(path))
+    finally:
+        for node, mode in zip(nodes, modes, strict=True):
+            os.chmod(node, mode)
+    carry_out_wipe(plan_wipe(path), lambda _: None)
+
+
+def use_without_passthrough(path: str) -> Callable[[], None]:
+    def use() -> None:
+        with open_engine() as engine, pytest.raises(StorageError, match="Permission denied"):
+            Store.open(path, engine)
+        with open_engine() as engine, Store.open(block_of(path), engine):
+            assert engine.name == "io_uring"
+
+    return use
