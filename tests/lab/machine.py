@@ -32,8 +32,9 @@ _GUEST_SECONDS_MAX = 600
 
 
 def missing() -> list[str]:
-    """The programs that the lab needs and this machine lacks."""
-    return [name for name in NEEDED if shutil.which(name) is None]
+    """What the lab needs and this machine lacks: programs, and root to share its root."""
+    root = [] if os.geteuid() == 0 else ["root"]
+    return root + [name for name in NEEDED if shutil.which(name) is None]
 
 
 def boot(command: str, drives: Sequence[str], share: Path, log: Path) -> int:

@@ -6,11 +6,13 @@ import os
 from dataclasses import asdict
 from typing import Any
 
-from dualblade.errors import DualBladeError, NotAStore
+from dualblade.errors import DualBladeError, NotAStore, Unsupported
 from dualblade.host.drives import Drive, find_drive, findings
 from dualblade.host.nvme import nvme_facts
+from dualblade.io import Namespace, open_engine
 from dualblade.store.format import Superblock
 from dualblade.store.inspect import inspect_store
+from dualblade.units import BLOCK_BYTES
 
 
 def examine(path: str) -> dict[str, Any] | None:
@@ -30,7 +32,7 @@ def examine(path: str) -> dict[str, Any] | None:
         "store_problem": None,
         "in_use_now": None,
         "pieces": None,
-        "drive": {**asdict(drive), **_nvme(drive)},
+        "drive": {**asdict(drive), **_nvme(drive), "passthrough": _passthrough(drive)},
     }
     try:
         report = inspect_store(path)
@@ -67,3 +69,25 @@ def _nvme(drive: Drive) -> dict[str, Any]:
             os.close(fd)
     except (OSError, DualBladeError) as exc:
         return {"nvme": None, "nvme_problem": str(exc)}
+
+
+def _passthrough(drive: Drive) -> str | None:
+    """Whether NVMe commands could go to the drive, or why not; None for what is no namespace.
+
+    The engine is only asked: no command is made.
+    """
+    if not drive.is_ng:
+        return None
+    space = Namespace(1, BLOCK_BYTES, 0, BLOCK_BYTES, BLOCK_BYTES, BLOCK_BYTES)
+    try:
+        fd = os.open(drive.path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as exc:
+        return f"{drive.path}: {exc.strerror}"
+    try:
+        with open_engine() as engine:
+            engine.register_namespace(fd, space)
+    except Unsupported as exc:
+        return exc.message
+    finally:
+        os.close(fd)
+    return "possible"

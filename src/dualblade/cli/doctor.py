@@ -168,6 +168,10 @@ def _drive_rows(facts: dict[str, Any]) -> _Rows:
         rows.append((_mark(not metadata), "namespace", text))
     elif drive["nvme_problem"] is not None:
         rows.append((_POOR, "namespace", drive["nvme_problem"]))
+    if drive["passthrough"] is not None:
+        possible = drive["passthrough"] == "possible"
+        text = "possible: engine uring-cmd" if possible else f"no: {drive['passthrough']}"
+        rows.append((_mark(possible), "passthrough", text))
     for finding in found or ():
         free = f"; to free it: {finding['free_with']}" if finding["free_with"] else ""
         rows.append((_POOR, "not free", finding["what"] + free))
