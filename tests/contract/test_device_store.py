@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -220,6 +221,20 @@ def test_planning_writes_nothing(blank: str) -> None:
     with pytest.raises(NotAStore, match="store wipe"):
         plan_format(blank)
     assert contents(blank) == before
+
+
+def test_a_name_that_went_to_another_device_is_refused(blank: str) -> None:
+    """Between looking and writing people type a serial; names are given anew meanwhile."""
+    plan = plan_format(blank)
+    assert plan.drive is not None
+    swapped = replace(plan, drive=replace(plan.drive, serial="0THER"))
+    with pytest.raises(NotAStore, match="not the device any more"):
+        carry_out_format(swapped)
+    assert not any(contents(blank))
+    carry_out_format(plan)
+    with pytest.raises(NotAStore, match="not the device any more"):
+        carry_out_wipe(swapped, lambda _: None)
+    assert inspect_store(blank).problem is None
 
 
 def test_every_block_can_be_read(device: str) -> None:

@@ -159,10 +159,10 @@ def _open_passthrough(drive: Drive, engine: Engine, capacity_bytes: int) -> int:
 def hold_device(drive: Drive) -> int:
     """A descriptor that has the block device for itself (O_EXCL) until it is closed.
 
-    Raises: NotAStore when somebody else has it, StorageError.
+    Raises: NotAStore when somebody else has it, or `drive` is another device by now; StorageError.
     """
     try:
-        return os.open(drive.block_path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
+        fd = os.open(drive.block_path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
     except OSError as exc:
         if exc.errno == errno.EBUSY:
             raise NotAStore(
@@ -172,6 +172,26 @@ def hold_device(drive: Drive) -> int:
                 hint=f"see dualblade doctor {drive.path}",
             ) from exc
         raise _device_error("open", drive.block_path, exc) from exc
+    try:
+        _check_unchanged(fd, drive)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_unchanged(fd: int, drive: Drive) -> None:
+    """The name may belong to another device by now: people take time to type a serial, and names
+    are given anew as drives come and go. Raises: NotAStore, StorageError.
+    """
+    same_node = os.fstat(fd).st_rdev == os.stat(drive.block_path).st_rdev
+    if not same_node or find_drive(drive.path) != drive:
+        raise NotAStore(
+            f"{drive.path} is not the device any more that was looked at",
+            operation="open",
+            path=drive.path,
+            hint=f"see dualblade doctor {drive.path}",
+        )
 
 
 def recognise(fd: int, drive: Drive) -> Superblock:
