@@ -66,6 +66,18 @@ def formatted(path: str) -> str:
     return path
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _emulated_drives_are_reset_early() -> None:
+    """Ten seconds, not thirty, until the kernel asks what became of a command.
+
+    Now and then the emulated drive loses all commands in flight (seen in the kernel's log: all of
+    the queue's tags time out at once). They end in a reset then and are tried again well before
+    the contract's patience does; a wake-up that our engine lost would not, and fails the test.
+    """
+    for limit in Path("/sys/block").glob("nvme*/queue/io_timeout"):
+        limit.write_text("10000")
+
+
 @pytest.fixture
 def engine() -> Iterator[Engine]:
     with open_engine(queue_depth=4) as opened:
