@@ -129,5 +129,6 @@ def test_native_core_stays_small() -> None:
     sources = [
         p for p in root.rglob("*") if p.suffix in (".cpp", ".hpp") and "tests" not in p.parts
     ]
-    # The engine is to stay under 1,500; attention's kernel, one for all machines, came to 1,000.
-    assert sum(len(p.read_text().splitlines()) for p in sources) <= 2500
+    # 1,500 for the two engines; 300 for NVMe passthrough: the encoder, its registration, and what
+    # the ring needs to carry commands; 1,000 for attention, written once for all instruction sets.
+    assert sum(len(p.read_text().splitlines()) for p in sources) <= 2800

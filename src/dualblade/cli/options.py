@@ -26,9 +26,9 @@ Store = Annotated[
     Path | None,
     typer.Option(
         "--store",
-        metavar="FILE",
-        help="Store file for the KV; made if missing. Without it: a private file in "
-        "~/.cache/dualblade, gone at the end.",
+        metavar="STORE",
+        help="Store for the KV: a file, made if missing; or a device that was formatted (dualblade "
+        "store format). Without it: a private file in ~/.cache/dualblade, gone at the end.",
     ),
 ]
 MemoryBudget = Annotated[
