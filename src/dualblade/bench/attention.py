@@ -5,7 +5,8 @@ Workload: one layer's keys and values of seeded random numbers, one decode step 
 tiles in memory; `exact`, what the other way costs: tiles gathered into one buffer, then sdpa as
 transformers calls it; `sdpa_contiguous`, the same on keys and values that were contiguous from the
 start. Beside them the memory's read bandwidth, from summing a large array: what no way can pass for
-long. Two layers take turns, so that caches help as little as in a decode step.
+long. All in huge pages, as in use; two layers take turns, so that caches help as little as in a
+decode step.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from dualblade.attention import (
 from dualblade.errors import ConfigError
 from dualblade.geometry import TILE_ROWS_DEFAULT
 from dualblade.host.machine import command_line, machine_facts
+from dualblade.io import Arena
 from dualblade.pipeline.copies import HostCopies
-from dualblade.units import GIB, MIB
+from dualblade.units import EXTENT_ALIGN_BYTES, GIB, MIB, round_up
 
 Progress = Callable[[str], None]
 
@@ -155,6 +157,14 @@ def _seconds(call: Callable[[int], object]) -> float:
     return passed / count
 
 
+def _in_huge_pages(rows: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy, in memory as staging, gather buffers and the memory path have it."""
+    size = rows.numel() * rows.element_size()
+    arena = Arena(round_up(size, EXTENT_ALIGN_BYTES))
+    memory = torch.frombuffer(arena.buffer, dtype=torch.uint8)[:size]
+    return memory.view(rows.dtype).view(rows.shape).copy_(rows)
+
+
 class _Layer:
     """The same KV as tiles and as contiguous tensors."""
 
@@ -162,7 +172,9 @@ class _Layer:
         if shape.tokens % TILE_ROWS_DEFAULT:
             raise ConfigError(f"tokens must be a multiple of {TILE_ROWS_DEFAULT}")
         keys, values = (
-            torch.randn(shape.batch, shape.kv_heads, shape.tokens, shape.dim, dtype=dtype)
+            _in_huge_pages(
+                torch.randn(shape.batch, shape.kv_heads, shape.tokens, shape.dim).to(dtype)
+            )
             for _ in range(2)
         )
         self.query = torch.randn(
@@ -170,9 +182,9 @@ class _Layer:
         )
         self.kv_bytes = keys.nbytes + values.nbytes
         self._together = (keys, values)
-        self._gathered = (torch.empty_like(keys), torch.empty_like(values))
+        self._gathered = (_in_huge_pages(keys), _in_huge_pages(values))
         self._tiles = tuple(
-            rows.unflatten(2, (-1, TILE_ROWS_DEFAULT)).permute(2, 0, 1, 3, 4).contiguous()
+            _in_huge_pages(rows.unflatten(2, (-1, TILE_ROWS_DEFAULT)).permute(2, 0, 1, 3, 4))
             for rows in self._together
         )
         self._piece_tiles = max(1, _PIECE_BYTES // self._tiles[0][0].nbytes)
