@@ -135,7 +135,7 @@ def decode() -> str:
         first = data["runs"][0]
         blocks.append(
             f"**{title}**, batch {first['batch']}, context {first['context']}, {first['dtype']}, "
-            f"KV {next(r['kv_bytes'] for r in data['runs'] if r['kv_bytes']) / GIB:.2f} GiB; "
+            f"attention {data['runs'][0]['attention']}, KV {next(r['kv_bytes'] for r in data['runs'] if r['kv_bytes']) / GIB:.2f} GiB; "
             f"`{data['command']}`\n\n{table(head, rows)}"
         )
     note = (
@@ -164,7 +164,91 @@ def decode_row(item: dict[str, Any], run: dict[str, Any]) -> list[str]:
     ]
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo, "io": io, "decode": decode}
+def attention() -> str:
+    data = load("attention")
+    rows = []
+    for run in data["runs"]:
+        dims = (run[name] for name in ("batch", "query_heads", "kv_heads", "tokens", "dim"))
+        ways = ("tiles", "exact", "sdpa_contiguous", "memory_read")
+        rows.append(
+            [
+                f"{', '.join(map(str, dims))}; {run['dtype']}",
+                *(f"{run[f'{way}_gib_per_second']:.1f}" for way in ways),
+                f"{run['tiles_to_exact']:.1f}",
+            ]
+        )
+    head = [
+        "sequences, query heads, KV heads, tokens, dim",
+        "tiles",
+        "exact (gather + sdpa)",
+        "sdpa, contiguous",
+        "reading memory",
+        "tiles / exact",
+    ]
+    return (
+        f"{table(head, rows)}\n\nGiB of KV per second, one query row; medians of 7; "
+        f"{data['kernel']} kernel, {data['threads']} threads. `{data['command']}`; file: "
+        "`results/attention.json`."
+    )
+
+
+def smollm2() -> str:
+    rows = []
+    for way in ("exact", "tiles"):
+        for item in load(f"decode-smollm2-{way}")["summary"]:
+            low, high = item["step_seconds_spread"]
+            rows.append(
+                [
+                    f"{item['mode']}, {way}",
+                    f"{1000 * item['step_seconds_median']:.0f}",
+                    f"{1000 * low:.0f}-{1000 * high:.0f}",
+                ]
+            )
+    run = load("decode-smollm2-tiles")["runs"][0]
+    return (
+        f"{table(['path, attention', 'ms/token', 'spread'], rows)}\n\nSmolLM2-135M, "
+        f"{run['context']} tokens, {run['dtype']}, KV {run['kv_bytes'] / MIB:.0f} MiB; "
+        f"`{load('decode-smollm2-tiles')['command']}`; files: `results/decode-smollm2-*.json`."
+    )
+
+
+def context() -> str:
+    rows = []
+    for tokens in (1000, 8000, 64000, 256000):
+        run = load(f"context-{tokens}")["runs"][0]
+        beyond = run["peak_memory_bytes"] - run["base_memory_bytes"]
+        rows.append(
+            [
+                f"{tokens}",
+                f"{run['kv_bytes'] / MIB:.0f}",
+                f"{run['cache']['memory']['used_bytes'] / MIB:.0f}",
+                f"{beyond / MIB:.0f}",
+                f"{run['cache']['memory']['page_cache_bytes'] / MIB:.0f}",
+                f"{1000 * run['step_seconds_median']:.0f}",
+            ]
+        )
+    head = [
+        "tokens",
+        "KV MiB",
+        "cache MiB in all",
+        "peak MiB beyond the model",
+        "page cache MiB",
+        "ms/step",
+    ]
+    return (
+        f"{table(head, rows)}\n\nDirect path, tiles, budget 64 MiB; "
+        f"`{load('context-256000')['command']}`; files: `results/context-*.json`."
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "io": io,
+    "decode": decode,
+    "attention": attention,
+    "smollm2": smollm2,
+    "context": context,
+}
 
 
 def render(text: str) -> str:
