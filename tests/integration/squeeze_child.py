@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from dualblade import DualBladeCache, EngineConfig
 from dualblade.units import MIB
 
-LAYERS, HEADS, DIM, CONTEXT = 8, 8, 64, 8192
+LAYERS, HEADS, DIM, CONTEXT = 16, 4, 64, 8192
 KV_BYTES = 2 * LAYERS * HEADS * DIM * CONTEXT * 4  # 256 MiB
 _CHUNK = 512
 _WAIT_SECONDS = 60.0
@@ -94,7 +94,8 @@ def main() -> None:
             tell(planned=planned, steps=len(decode.tokens))
             went_down = decode.until(lambda now: now < planned * 3 // 4)
             tell(went_down=went_down, planned=cache.stats().memory.page_cache_planned_bytes)
-            came_back = decode.until(lambda now: now >= planned * 9 // 10)
+            # Promotions take half of the free room at a time: the last two units may stay out.
+            came_back = decode.until(lambda now: now >= planned * 4 // 5)
             tell(came_back=came_back)
             for _ in range(4):
                 decode.step()
