@@ -14,6 +14,7 @@ from dualblade.cli.demo import demo
 from dualblade.cli.doctor import doctor
 from dualblade.cli.generate import generate
 from dualblade.cli.plan import plan
+from dualblade.cli.tune import tune
 
 app = typer.Typer(
     name="dualblade",
@@ -46,7 +47,7 @@ def _root(
     """
 
 
-for function in (demo, generate, plan, doctor):
+for function in (demo, generate, plan, tune, doctor):
     app.command(cls=Command)(function)
 app.add_typer(bench_app, name="bench")
 
