@@ -16,6 +16,7 @@ from dualblade.geometry import TILE_ROWS_DEFAULT
 from dualblade.hf.choice import AttentionChoice, check_word, choose, give_back, lend
 from dualblade.hf.geometry import item_bytes, layer_shapes, memory_layers, offloadable
 from dualblade.hf.layer import MemoryLayer, StoredLayer
+from dualblade.hf.speeds import door_speeds
 from dualblade.host.memory import MemoryProbe
 from dualblade.io import open_engine
 from dualblade.metrics import CacheStats, MemoryUse, StageSeconds, TransferTotals
@@ -119,6 +120,7 @@ class DualBladeCache(Cache):
                 config=settings,
                 over_tiles=choice.over_tiles,
                 memory=source,
+                speeds=door_speeds(store),
             ),
         )
         _replace(layers, stored, lambda i: StoredLayer(stored_kv, i, max_tokens, choice))
