@@ -4,6 +4,7 @@
 #   make test           all tests
 #   make check          formatting, lints, types, fast tests (about a minute)
 #   make check-native   the native engine's tests under sanitizers
+#   make lab            device tests in a guest with emulated NVMe drives (about 4 minutes)
 
 SHELL := /bin/bash
 PYTHON ?= python3.11
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(shell find native -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
 
-.PHONY: demo test check check-native venv clean
+.PHONY: demo test check check-native lab venv clean
 
 demo: venv
 	$(BIN)/dualblade demo
@@ -28,6 +29,9 @@ check: venv
 
 check-native: venv
 	bash native/check.sh
+
+lab: venv
+	$(BIN)/python -m pytest tests/lab
 
 venv: $(VENV)/.installed
 

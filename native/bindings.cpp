@@ -93,6 +93,22 @@ Transfer transfer_from(nb::handle item) {
     return transfer;
 }
 
+NvmeNamespace namespace_from(const nb::tuple& fields) {
+    if (fields.size() != 6) throw nb::value_error("limits of a namespace have 6 fields");
+    const auto number = [&](int i) { return nb::cast<std::uint64_t>(fields[i]); };
+    const auto space = NvmeNamespace::make({nb::cast<std::uint32_t>(fields[0]), number(1),
+                                            number(2), number(3), number(4), number(5)});
+    if (!space) throw nb::value_error("limits that no namespace can have");
+    return *space;
+}
+
+// The encoder by itself, for tests: the command's bytes, or None.
+nb::object nvme_command(const nb::tuple& limits, nb::handle transfer) {
+    const auto command = namespace_from(limits).command(transfer_from(transfer));
+    if (!command) return nb::none();
+    return nb::bytes(reinterpret_cast<const char*>(command->bytes().data()), NvmeCommand::kBytes);
+}
+
 class PyEngine {
   public:
     PyEngine(const std::string& kind, std::uint32_t queue_depth, std::uint64_t chunk_bytes)
@@ -134,8 +150,12 @@ class PyEngine {
                               c.depth_seconds, c.backlog_seconds, c.backlog_depth_seconds,
                               c.thread_cpu_seconds);
     }
-    int register_buffer(std::uint64_t address, std::uint64_t size_bytes) {
-        return on_engine([&] { return engine_->register_buffer(address, size_bytes); });
+    int register_buffer(std::uint64_t address, std::uint64_t size_bytes, bool huge) {
+        return on_engine([&] { return engine_->register_buffer(address, size_bytes, huge); });
+    }
+    int register_namespace(int fd, const nb::tuple& limits) {
+        const NvmeNamespace space = namespace_from(limits);
+        return on_engine([&] { return engine_->register_namespace(fd, space); });
     }
     int register_file(int fd) {
         return on_engine([&] { return engine_->register_file(fd); });
@@ -187,6 +207,7 @@ NB_MODULE(_native, module) {
 #else
     module.attr("HAVE_URING") = false;
 #endif
+    module.def("nvme_command", &nvme_command, nb::arg("limits"), nb::arg("transfer"));
     nb::class_<PyTicket>(module, "Ticket")
         .def_prop_ro("size_bytes", [](const PyTicket& self) { return self.ticket->size_bytes(); })
         .def_prop_ro("done", [](const PyTicket& self) { return self.ticket->done(); })
@@ -200,7 +221,8 @@ NB_MODULE(_native, module) {
         .def("submit", &PyEngine::submit, nb::arg("transfers"))
         .def("counters", &PyEngine::counters)
         .def("register_buffer", &PyEngine::register_buffer, nb::arg("address"),
-             nb::arg("size_bytes"))
+             nb::arg("size_bytes"), nb::arg("huge"))
+        .def("register_namespace", &PyEngine::register_namespace, nb::arg("fd"), nb::arg("limits"))
         .def("register_file", &PyEngine::register_file, nb::arg("fd"))
         .def("unregister_file", &PyEngine::unregister_file, nb::arg("fd"))
         .def("drain", &PyEngine::drain, nb::arg("timeout_seconds"))

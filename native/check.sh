@@ -1,8 +1,8 @@
 #!/bin/bash
-# The engine's contract tests under AddressSanitizer + UndefinedBehaviorSanitizer, and under
-# ThreadSanitizer. No suppressions: what the kernel hands over (a completion means that it wrote to
-# the memory) is invisible to ThreadSanitizer but happens under no lock of ours, and every access
-# of ours to a ticket is ordered by its scheduler's lock or by its atomics.
+# The contract tests of the engine and of attention under AddressSanitizer + UndefinedBehavior-
+# Sanitizer, and under ThreadSanitizer. No suppressions: what the kernel hands over (a completion
+# means that it wrote to the memory) is invisible to ThreadSanitizer but happens under no lock of
+# ours, and every access of ours to a ticket is ordered by its scheduler's lock or by its atomics.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=.venv/bin
@@ -16,6 +16,7 @@ check() {
     cmake --build "$build"
     # Fixed addresses: older ThreadSanitizers cannot map their shadow beside randomised ones.
     setarch "$(uname -m)" -R "$build/engine_test"
+    setarch "$(uname -m)" -R "$build/attention_test"
     echo "$name: clean"
 }
 

@@ -31,7 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline": BASE | {"io", "store", "residency", "host", "attention"},
     "hf": BASE | {"io", "store", "residency", "host", "attention", "pipeline"},
     "testing": BASE | {"io"},
-    "bench": BASE | {"io", "host", "store", "hf", "__init__"},
+    # bench times parts of the way, too: attention and the copies.
+    "bench": BASE | {"io", "host", "store", "attention", "pipeline", "hf", "__init__"},
     "cli": BASE | {"io", "host", "store", "residency", "hf", "bench", "__init__"},
     "__init__": BASE | {"hf"},
     "__main__": {"cli"},
@@ -128,5 +129,6 @@ def test_native_core_stays_small() -> None:
     sources = [
         p for p in root.rglob("*") if p.suffix in (".cpp", ".hpp") and "tests" not in p.parts
     ]
-    # The engine is to stay under 1,500; attention's kernel, one for all machines, came to 1,000.
-    assert sum(len(p.read_text().splitlines()) for p in sources) <= 2500
+    # 1,500 for the two engines; 300 for NVMe passthrough: the encoder, its registration, and what
+    # the ring needs to carry commands; 1,000 for attention, written once for all instruction sets.
+    assert sum(len(p.read_text().splitlines()) for p in sources) <= 2800

@@ -5,7 +5,8 @@
 namespace dualblade {
 
 std::shared_ptr<Ticket> Engine::submit(std::vector<Transfer> transfers) {
-    auto ticket = std::make_shared<Ticket>(std::move(transfers), options_.chunk_bytes);
+    const std::uint64_t piece_bytes = piece_bytes_max(transfers);
+    auto ticket = std::make_shared<Ticket>(std::move(transfers), piece_bytes);
     const auto submitted = scheduler_.submit(ticket);
     if (submitted == Scheduler::Submitted::Closed) return nullptr;
     if (submitted == Scheduler::Submitted::Asleep) wake();

@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "nvme.hpp"
 #include "scheduler.hpp"
 #include "ticket.hpp"
 #include "types.hpp"
@@ -35,12 +36,16 @@ class Engine {
     // Waits for what is in flight and joins the threads. Idempotent; any thread.
     void close();
 
-    // 0 or a positive errno. Registered memory must stay mapped until the engine is closed.
-    virtual int register_buffer(std::uint64_t address, std::uint64_t size_bytes) = 0;
+    // 0 or a positive errno. Registered memory must stay mapped until the engine is closed. `huge`:
+    // it is in huge pages, so that a command may carry more of it than of scattered pages.
+    virtual int register_buffer(std::uint64_t address, std::uint64_t size_bytes, bool huge) = 0;
     // 0 or a positive errno. A registered descriptor must be unregistered before it is closed:
     // a new file under the same number would be taken for the old one.
     virtual int register_file(int fd) = 0;
     virtual int unregister_file(int fd) = 0;
+    // 0 or a positive errno; EOPNOTSUPP: this engine has no passthrough. From then on transfers on
+    // `fd`, a namespace's character device, are NVMe commands; unregister_file() ends it.
+    virtual int register_namespace(int fd, const NvmeNamespace& space) = 0;
     // In a forked child, instead of destruction: lets go of inherited descriptors, locks nothing.
     virtual void abandon() = 0;
 
@@ -48,6 +53,10 @@ class Engine {
     virtual void wake() = 0;
     virtual void join() = 0;
     virtual double thread_cpu_seconds() = 0;
+    // The largest piece that each of `transfers` may be cut into.
+    virtual std::uint64_t piece_bytes_max(const std::vector<Transfer>&) {
+        return options_.chunk_bytes;
+    }
 
     const EngineOptions options_;
     Scheduler scheduler_;

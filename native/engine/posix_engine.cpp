@@ -52,9 +52,10 @@ class PosixEngine final : public Engine {
     }
     ~PosixEngine() override { close(); }
 
-    int register_buffer(std::uint64_t, std::uint64_t) override { return EOPNOTSUPP; }
+    int register_buffer(std::uint64_t, std::uint64_t, bool) override { return EOPNOTSUPP; }
     int register_file(int) override { return EOPNOTSUPP; }
     int unregister_file(int) override { return EOPNOTSUPP; }
+    int register_namespace(int, const NvmeNamespace&) override { return EOPNOTSUPP; }
     void abandon() override {}
 
   protected:

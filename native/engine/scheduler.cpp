@@ -9,6 +9,17 @@ namespace {
 // backoff(), 0.2 ms doubling to 12.8 ms, a piece gives up after about 140 ms of refusals.
 constexpr std::uint32_t kRetriesMax = 16;
 constexpr std::uint32_t kBackoffDoublingsMax = 7;
+// What a drive refuses without saying "do not retry" is tried this often again: the kernel retries
+// its own commands, never those that pass through. One that timed out took half a minute, and the
+// drive was reset since: once.
+constexpr std::uint32_t kNvmeRetriesMax = 3;
+
+std::uint32_t retries_max(int error_number) {
+    if (error_number == EINTR || error_number == EAGAIN) return kRetriesMax;
+    if (error_number == ETIMEDOUT) return 1;
+    const bool nvme = error_number >= kNvmeStatus;
+    return nvme && !((error_number - kNvmeStatus) & kNvmeDoNotRetry) ? kNvmeRetriesMax : 0;
+}
 }  // namespace
 
 std::chrono::microseconds Scheduler::backoff(const Request& request) {
@@ -105,7 +116,7 @@ Scheduler::Verdict Scheduler::finish(Lock&, Request& request, std::int64_t resul
 }
 
 Scheduler::Verdict Scheduler::retry_or_fail(Request& request, int error_number) {
-    if ((error_number == EINTR || error_number == EAGAIN) && request.retries < kRetriesMax) {
+    if (request.retries < retries_max(error_number)) {
         ++request.retries;
         ++counters_.retries;
         return error_number == EINTR ? Verdict::Again : Verdict::AgainLater;

@@ -24,7 +24,13 @@ struct Transfer {
     std::uint64_t offset;
 };
 
-// The piece that failed. `error_number` is a positive errno, 0 for a read beyond the end of file.
+// An error number of this or more is an NVMe status field (with its "do not retry" bit) added to
+// it: what a command that passed through to a drive ended with.
+constexpr int kNvmeStatus = 0x10000;
+constexpr int kNvmeDoNotRetry = 0x4000;
+
+// The piece that failed. `error_number` is a positive errno, kNvmeStatus + a status, or 0 for a
+// read beyond the end of file.
 struct Failure {
     int error_number;
     Op op;

@@ -10,9 +10,11 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <future>
 #include <system_error>
+#include <utility>
 #include <vector>
 
 #include "engine.hpp"
@@ -27,15 +29,21 @@ constexpr std::uint64_t kWakeTag = UINT64_MAX;
 // doors of a store; 64 buffers of at most 1 GiB are 64 GiB of staging.
 constexpr unsigned kFilesMax = 64;
 constexpr unsigned kBuffersMax = 64;
+#ifndef IORING_URING_CMD_FIXED
+#define IORING_URING_CMD_FIXED (1U << 0)  // liburing 2.2 does not name it yet
+#endif
 constexpr unsigned kUnpluggedMax = 2;  // IO_PLUG_THRESHOLD in the kernel's io_uring
 constexpr unsigned kSyncFlags =
     SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
 
+// What NVMe commands need (5.19): room for one in a submission entry, and for its result. Always
+// asked for: a ring serves both doors of a store, and 64 bytes more an entry cost nothing seen.
+constexpr unsigned kWideFlags = IORING_SETUP_SQE128 | IORING_SETUP_CQE32;
 // Best first. SINGLE_ISSUER + DEFER_TASKRUN (6.1): completions are worked off when this thread
 // asks, never by interrupting it. COOP_TASKRUN (5.19) is the next best.
 constexpr unsigned kSetupFlags[] = {
-    IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_SUBMIT_ALL,
-    IORING_SETUP_COOP_TASKRUN | IORING_SETUP_SUBMIT_ALL,
+    IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_SUBMIT_ALL | kWideFlags,
+    IORING_SETUP_COOP_TASKRUN | IORING_SETUP_SUBMIT_ALL | kWideFlags,
     0,
 };
 
@@ -46,6 +54,14 @@ int setup_ring(unsigned entries, io_uring& ring) {
         if (error != EINVAL) break;
     }
     return error;
+}
+
+bool ring_carries_nvme(io_uring& ring) {
+    if ((ring.flags & kWideFlags) != kWideFlags) return false;
+    io_uring_probe* probe = io_uring_get_probe_ring(&ring);
+    const bool known = probe != nullptr && io_uring_opcode_supported(probe, IORING_OP_URING_CMD);
+    io_uring_free_probe(probe);
+    return known;
 }
 
 // Setup alone does not prove that the ring can be used: the operations are younger (5.6), and
@@ -94,12 +110,30 @@ class Event {
 struct BufferSlot {
     std::uint64_t begin = 0;
     std::uint64_t end = 0;  // 0: free
+    bool huge = false;
+};
+
+// What a completion's number means for the piece in a slot.
+struct Carried {
+    enum class As { Kernel, Nvme, Refused } as = As::Kernel;
+    std::int64_t value = 0;  // Nvme: bytes of the command; Refused: the result
+
+    std::int64_t result(std::int32_t told) const {
+        if (as == As::Refused) return value;
+        if (as == As::Kernel) return told;
+        if (told == 0) return value;
+        if (told > 0) return -(std::int64_t{kNvmeStatus} + told);
+        return told == -EINTR ? -ETIMEDOUT : told;  // the kernel gave the command up
+    }
 };
 
 class UringEngine final : public Engine {
   public:
     explicit UringEngine(EngineOptions options)
-        : Engine(options), requests_(options.queue_depth), results_(options.queue_depth) {
+        : Engine(options),
+          requests_(options.queue_depth),
+          results_(options.queue_depth),
+          carried_(options.queue_depth) {
         for (std::uint32_t i = 0; i < options.queue_depth; ++i) free_slots_.push_back(i);
         std::promise<int> ready;
         // The thread that makes a SINGLE_ISSUER ring is the only one that may use it.
@@ -112,14 +146,17 @@ class UringEngine final : public Engine {
 
     ~UringEngine() override { close(); }
 
-    int register_buffer(std::uint64_t address, std::uint64_t size_bytes) override {
-        return on_engine_thread([=, this] { return add_buffer(address, size_bytes); });
+    int register_buffer(std::uint64_t address, std::uint64_t size_bytes, bool huge) override {
+        return on_engine_thread([=, this] { return add_buffer(address, size_bytes, huge); });
     }
     int register_file(int fd) override {
         return on_engine_thread([=, this] { return add_file(fd); });
     }
     int unregister_file(int fd) override {
         return on_engine_thread([=, this] { return remove_file(fd); });
+    }
+    int register_namespace(int fd, const NvmeNamespace& space) override {
+        return on_engine_thread([=, this] { return add_namespace(fd, space); });
     }
     // A child that kept the descriptor would keep the parent's ring, and the memory registered
     // with it, alive after the parent closed it.
@@ -133,6 +170,22 @@ class UringEngine final : public Engine {
     void join() override { threads_.join(); }
     double thread_cpu_seconds() override { return threads_.cpu_seconds(); }
 
+    std::uint64_t piece_bytes_max(const std::vector<Transfer>& transfers) override {
+        std::uint64_t most = options_.chunk_bytes;
+        // Without the lock the engine's thread could change both tables underneath.
+        auto lock = scheduler_.lock();
+        if (spaces_.empty()) return most;
+        for (const Transfer& transfer : transfers) {
+            const NvmeNamespace* space = space_of(transfer.fd);
+            if (space == nullptr) continue;
+            const int buffer = buffer_of(transfer);
+            const bool huge = buffer >= 0 && buffers_[static_cast<unsigned>(buffer)].huge;
+            const NamespaceLimits& limits = space->limits();
+            most = std::min(most, huge ? limits.command_bytes_max : limits.scattered_bytes_max);
+        }
+        return most;
+    }
+
   private:
     void run(std::promise<int>& ready) {
         // One entry per piece and one for the poll of the eventfd.
@@ -142,6 +195,7 @@ class UringEngine final : public Engine {
             io_uring_ring_dontfork(&ring_);
             have_files_ = io_uring_register_files_sparse(&ring_, kFilesMax) == 0;
             have_buffers_ = io_uring_register_buffers_sparse(&ring_, kBuffersMax) == 0;
+            have_nvme_ = ring_carries_nvme(ring_);
             arm_wake();
         }
         ready.set_value(error);
@@ -212,6 +266,24 @@ class UringEngine final : public Engine {
         const Request& request = requests_[slot];
         const Transfer& piece = request.rest;
         io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
+        carried_[slot] = {};
+        if (const NvmeNamespace* space = space_of(piece.fd)) {
+            carried_[slot] = prepare_nvme(sqe, *space, piece);
+        } else {
+            prepare_plain(sqe, piece);
+        }
+        for (unsigned i = 0; i < files_.size(); ++i) {
+            if (files_[i] != piece.fd || carried_[slot].as == Carried::As::Refused) continue;
+            sqe->fd = static_cast<int>(i);
+            io_uring_sqe_set_flags(sqe, IOSQE_FIXED_FILE);
+            break;
+        }
+        // A refused piece goes to a kernel worker, which may block where this thread may not.
+        if (request.retries > 0) sqe->flags |= IOSQE_ASYNC;
+        io_uring_sqe_set_data64(sqe, slot);
+    }
+
+    void prepare_plain(io_uring_sqe* sqe, const Transfer& piece) {
         void* memory = reinterpret_cast<void*>(piece.address);
         const auto length = static_cast<unsigned>(piece.size_bytes);
         const int buffer = buffer_of(piece);
@@ -228,15 +300,40 @@ class UringEngine final : public Engine {
         } else {
             io_uring_prep_fsync(sqe, piece.fd, IORING_FSYNC_DATASYNC);
         }
-        for (unsigned i = 0; i < files_.size(); ++i) {
-            if (files_[i] != piece.fd) continue;
-            sqe->fd = static_cast<int>(i);
-            io_uring_sqe_set_flags(sqe, IOSQE_FIXED_FILE);
-            break;
+    }
+
+    // What no command can say is completed by a no-op, with the errno that a block device gives.
+    Carried prepare_nvme(io_uring_sqe* sqe, const NvmeNamespace& space, Transfer piece) {
+        const std::uint64_t end = space.limits().end;
+        if (moves_bytes(piece.op) && piece.offset >= end) {
+            io_uring_prep_nop(sqe);
+            return {Carried::As::Refused, piece.op == Op::Read ? 0 : -ENOSPC};
         }
-        // A refused piece goes to a kernel worker, which may block where this thread may not.
-        if (request.retries > 0) sqe->flags |= IOSQE_ASYNC;
-        io_uring_sqe_set_data64(sqe, slot);
+        piece.size_bytes = std::min(piece.size_bytes, end - piece.offset);
+        const auto command = space.command(piece);
+        if (!command) {
+            io_uring_prep_nop(sqe);
+            return {Carried::As::Refused, -EINVAL};
+        }
+        std::memset(sqe, 0, 2 * sizeof *sqe);
+        sqe->opcode = IORING_OP_URING_CMD;
+        sqe->fd = piece.fd;
+        sqe->cmd_op = NvmeCommand::kUringOperation;
+        std::memcpy(sqe->cmd, command->bytes().data(), NvmeCommand::kBytes);
+        // Fixed buffers for commands are of the same age (6.1) as DEFER_TASKRUN.
+        const int buffer = moves_bytes(piece.op) ? buffer_of(piece) : -1;
+        if (buffer >= 0 && (ring_.flags & IORING_SETUP_DEFER_TASKRUN)) {
+            sqe->uring_cmd_flags = IORING_URING_CMD_FIXED;
+            sqe->buf_index = static_cast<std::uint16_t>(buffer);
+        }
+        return {Carried::As::Nvme, static_cast<std::int64_t>(command->size_bytes())};
+    }
+
+    const NvmeNamespace* space_of(int fd) const {
+        for (const auto& [known, space] : spaces_) {
+            if (known == fd) return &space;
+        }
+        return nullptr;
     }
 
     int buffer_of(const Transfer& piece) const {
@@ -278,7 +375,7 @@ class UringEngine final : public Engine {
                 continue;
             }
             const auto slot = static_cast<std::uint32_t>(cqe->user_data);
-            results_[slot] = cqe->res;
+            results_[slot] = carried_[slot].result(cqe->res);
             completed_.push_back(slot);
         }
         io_uring_cq_advance(&ring_, seen);
@@ -305,15 +402,16 @@ class UringEngine final : public Engine {
         return answer.get_future().get();
     }
 
-    int add_buffer(std::uint64_t address, std::uint64_t size_bytes) {
+    int add_buffer(std::uint64_t address, std::uint64_t size_bytes, bool huge) {
         if (!have_buffers_) return EOPNOTSUPP;
         for (unsigned i = 0; i < kBuffersMax; ++i) {
             if (i < buffers_.size() && buffers_[i].end != 0) continue;
             const iovec memory{reinterpret_cast<void*>(address), size_bytes};
             const int result = io_uring_register_buffers_update_tag(&ring_, i, &memory, nullptr, 1);
             if (result < 0) return -result;
+            auto lock = scheduler_.lock();
             if (i == buffers_.size()) buffers_.emplace_back();
-            buffers_[i] = {address, address + size_bytes};
+            buffers_[i] = {address, address + size_bytes, huge};
             return 0;
         }
         return ENOSPC;
@@ -336,7 +434,19 @@ class UringEngine final : public Engine {
         return ENOSPC;
     }
 
+    int add_namespace(int fd, const NvmeNamespace& space) {
+        if (!have_nvme_) return EOPNOTSUPP;
+        auto lock = scheduler_.lock();
+        std::erase_if(spaces_, [fd](const auto& known) { return known.first == fd; });
+        spaces_.emplace_back(fd, space);
+        return 0;
+    }
+
     int remove_file(int fd) {
+        {
+            auto lock = scheduler_.lock();
+            std::erase_if(spaces_, [fd](const auto& known) { return known.first == fd; });
+        }
         for (unsigned i = 0; i < files_.size(); ++i) {
             if (files_[i] != fd) continue;
             files_[i] = -1;
@@ -352,10 +462,14 @@ class UringEngine final : public Engine {
     std::vector<Request> requests_;
     std::vector<std::int64_t> results_;
     std::vector<std::uint32_t> free_slots_, completed_, starting_;
+    std::vector<Carried> carried_;
+    // Changed by the engine's thread under the scheduler's lock, which others need to read them.
     std::vector<BufferSlot> buffers_;
+    std::vector<std::pair<int, NvmeNamespace>> spaces_;
     std::vector<int> files_;  // descriptor per slot, -1: free
     bool have_files_ = false;
     bool have_buffers_ = false;
+    bool have_nvme_ = false;
 
     const Event event_;
     // Under the scheduler's lock.

@@ -30,6 +30,18 @@ class Path(StrEnum):
             raise ConfigError(f"unknown path {word!r}", hint=f"use one of: {words}") from None
 
 
+ATTENTIONS = ("auto", "exact", "tiles")
+"""Ways into attention, in the words that users see."""
+
+
+def check_attention(word: str) -> None:
+    """Raises: ConfigError for a word that names no way into attention."""
+    if word not in ATTENTIONS:
+        raise ConfigError(
+            f"unknown attention {word!r}", hint=f"use one of: {', '.join(ATTENTIONS)}"
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """How bytes are moved. Every default is the one that the benchmarks chose.

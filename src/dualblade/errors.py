@@ -77,10 +77,49 @@ class StorageError(DualBladeError):
         self.size_bytes = size_bytes
 
 
-class DeviceError(StorageError):
-    """The device or kernel refused a transfer; `errno` is positive, 0 for a short transfer."""
+_NVME_DO_NOT_RETRY = 0x4000
+# Status code type and code, from NVM Express base specification 2.0 (figures 93 to 96), in words.
+_NVME_WORDS = {
+    0x001: "invalid opcode",
+    0x002: "invalid field in the command",
+    0x004: "data transfer error",
+    0x005: "aborted for a power loss",
+    0x006: "internal error of the drive",
+    0x007: "aborted on request",
+    0x00B: "invalid namespace or format",
+    0x020: "the namespace is write-protected",
+    0x080: "block address out of range",
+    0x081: "capacity exceeded",
+    0x082: "the namespace is not ready",
+    0x084: "format in progress",
+    0x180: "conflicting attributes",
+    0x182: "write to a read-only range",
+    0x280: "write fault",
+    0x281: "unrecovered read error",
+    0x282: "guard check failed",
+    0x286: "access denied",
+    0x287: "read of a block that was deallocated or never written",
+    0x370: "host path error",
+    0x371: "command aborted by the host",
+}
 
-    _RETRYABLE = frozenset({errno_module.EINTR, errno_module.EAGAIN, errno_module.EBUSY})
+
+def nvme_status_words(status: int) -> str:
+    """`unrecovered read error (NVMe status 0x281)`; the bits beside type and code are left out."""
+    code = status & 0x7FF
+    return f"{_NVME_WORDS.get(code, 'refused by the drive')} (NVMe status {code:#x})"
+
+
+class DeviceError(StorageError):
+    """The device or kernel refused a transfer.
+
+    errno        positive, 0 for a short transfer; EIO where the drive itself said why:
+    nvme_status  its status field, of a command that passed through; else None.
+    """
+
+    _RETRYABLE = frozenset(
+        {errno_module.EINTR, errno_module.EAGAIN, errno_module.EBUSY, errno_module.ETIMEDOUT}
+    )
 
     def __init__(
         self,
@@ -90,9 +129,12 @@ class DeviceError(StorageError):
         path: str | None = None,
         offset: int,
         size_bytes: int,
+        nvme_status: int | None = None,
         hint: str | None = None,
     ) -> None:
         cause = os.strerror(errno) if errno else "end of file reached"
+        if nvme_status is not None:
+            cause = nvme_status_words(nvme_status)
         super().__init__(
             f"{operation} of {size_bytes} bytes at offset {offset} of {path or 'the store'} "
             f"failed: {cause}",
@@ -103,9 +145,12 @@ class DeviceError(StorageError):
             hint=hint,
         )
         self.errno = errno
+        self.nvme_status = nvme_status
 
     @property
     def retryable(self) -> bool:  # type: ignore[override]
+        if self.nvme_status is not None:
+            return not self.nvme_status & _NVME_DO_NOT_RETRY
         return self.errno in self._RETRYABLE
 
 

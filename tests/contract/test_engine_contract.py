@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from dualblade.errors import Unsupported
 from dualblade.io import Engine, EngineChoice, open_engine
 from dualblade.testing.contract import CHUNK_BYTES, QUEUE_DEPTH, DeviceContract, Target
 from dualblade.units import MIB
+from tests.devices import loop_device
 
 SIZE_BYTES = 8 * MIB
 
@@ -46,27 +46,14 @@ class FileContract(DeviceContract):
 
 
 class BlockDeviceContract(FileContract):
-    """A loop device with 4096-byte sectors: refuses what is not whole sectors."""
+    """A loop device: refuses what is not whole sectors."""
 
     direct = True
 
-    @pytest.fixture
-    def target(self, tmp_path: Path) -> Iterator[Target]:
-        backing = tmp_path / "backing"
-        backing.write_bytes(bytes(SIZE_BYTES))
-        made = subprocess.run(
-            ["losetup", "-f", "--show", "--direct-io=on", "-b", "4096", backing],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if made.returncode:
-            pytest.skip(f"no loop device: {made.stderr.strip()}")
-        device = made.stdout.strip()
-        try:
-            yield from self.opened(Path(device), block_bytes=4096)
-        finally:
-            subprocess.run(["losetup", "-d", device], check=True)
+    @pytest.fixture(params=[512, 4096])
+    def target(self, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Target]:
+        with loop_device(tmp_path / "backing", SIZE_BYTES, request.param) as device:
+            yield from self.opened(Path(device), block_bytes=request.param)
 
 
 class TestUringDirect(FileContract):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 
 from dualblade.io import Arena, EngineChoice, Op, Transfer, open_engine
 from dualblade.units import KIB, MIB
+from tests.devices import loop_device
 
 SIZE_BYTES = 16 * MIB
 CHUNK_BYTES = 128 * KIB
@@ -20,17 +20,8 @@ CHUNK_BYTES = 128 * KIB
 def loop(tmp_path: Path) -> Iterator[str]:
     backing = tmp_path / "backing"
     backing.write_bytes(os.urandom(SIZE_BYTES))
-    made = subprocess.run(
-        ["losetup", "-f", "--show", "--direct-io=on", "-b", "4096", backing],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if made.returncode:
-        pytest.skip(f"no loop device: {made.stderr.strip()}")
-    device = made.stdout.strip()
-    yield device
-    subprocess.run(["losetup", "-d", device], check=True)
+    with loop_device(backing, SIZE_BYTES) as device:
+        yield device
 
 
 def requests(device: str) -> tuple[int, int, int]:

@@ -103,7 +103,7 @@ def test_another_version_and_a_truncated_store_are_refused(tmp_path: Path, engin
 def test_directories_and_devices_are_refused(tmp_path: Path, engine: Engine) -> None:
     with pytest.raises(NotAStore, match="is a directory"):
         open_store(tmp_path, engine)
-    with pytest.raises(Unsupported, match="is a device"):
+    with pytest.raises(NotAStore, match="no NVMe namespace"):
         open_store(Path("/dev/null"), engine)
     with pytest.raises(StorageError, match="does not exist"):
         open_store(tmp_path / "no" / "kv.store", engine)

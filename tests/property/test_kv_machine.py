@@ -1,4 +1,5 @@
-"""The pipeline against plain tensors: random appends, crops, reorders and resets, on every path.
+"""The pipeline against plain tensors: random appends, crops, reorders and resets, on every path,
+with late writes; rows are gathered and compared, or attended to where they lie.
 
 Two layers with different heads and dims; slots so small that tiles are moved in several pieces.
 On the dual path the memory that is there changes at random, so units move between steps.
@@ -10,11 +11,13 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from torch.nn.functional import scaled_dot_product_attention
 
+from dualblade.attention import AttentionQuery
 from dualblade.config import EngineConfig, Path
 from dualblade.host.memory import MemoryBudget, OwnMemory
 from dualblade.io import Op, open_engine
-from dualblade.pipeline import KVPipeline, KVSettings
+from dualblade.pipeline import KVPipeline, KVSettings, MemoryKV
 from dualblade.pipeline.residence import MemorySource
 from dualblade.store import Store
 from dualblade.testing import Fault, FaultyEngine
@@ -29,7 +32,7 @@ class KVMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pipeline: KVPipeline | None = None
+        self.pipeline: KVPipeline | MemoryKV | None = None
         self.model: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.generator = torch.Generator().manual_seed(1)
         self.there_bytes = 0
@@ -50,7 +53,8 @@ class KVMachine(RuleBasedStateMachine):
         return self.seconds
 
     @initialize(
-        path=st.sampled_from([Path.DIRECT, Path.PAGE_CACHE, Path.DUAL]),
+        path=st.sampled_from(list(Path)),
+        over_tiles=st.booleans(),
         engine=st.sampled_from(["posix", "auto"]),
         late_writes=st.booleans(),
         tile_tokens=st.sampled_from([None, 4, 16]),
@@ -62,6 +66,7 @@ class KVMachine(RuleBasedStateMachine):
     def open(
         self,
         path: Path,
+        over_tiles: bool,
         engine: str,
         late_writes: bool,
         tile_tokens: int | None,
@@ -70,6 +75,11 @@ class KVMachine(RuleBasedStateMachine):
         lookahead: int,
         batch: int,
     ) -> None:
+        self.batch = batch
+        self.over_tiles = over_tiles
+        if path is Path.MEMORY:
+            self.pipeline = MemoryKV(torch.device("cpu"), tile_tokens, tokens_max)
+            return
         config = EngineConfig(tile_tokens=tile_tokens, staging_bytes=512 * KIB, lookahead=lookahead)
         opened = open_engine(engine, queue_depth=4, chunk_bytes=64 * KIB)
         if late_writes:  # reads that do not wait for them would overtake
@@ -87,11 +97,10 @@ class KVMachine(RuleBasedStateMachine):
                 tokens_max=tokens_max,
                 device=torch.device("cpu"),
                 config=config,
+                over_tiles=over_tiles,
                 memory=MemorySource(asked_bytes=None, read=self.memory, clock=self.clock),
             ),
         )
-        self.batch = batch
-        self.dtype = torch.float32
 
     @property
     def tokens(self) -> int:
@@ -104,23 +113,50 @@ class KVMachine(RuleBasedStateMachine):
         ]
         return made[0], made[1]
 
+    def grown(
+        self, layer: int, new: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's keys and values with `new`, in the model too."""
+        old = self.model.get(layer, tuple(rows[:, :, :0] for rows in new))
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(old, new, strict=True))
+        self.model[layer] = (keys, values)
+        return keys, values
+
     @rule(count=st.one_of(st.integers(1, 5), st.integers(1, 300)))
     def update(self, count: int) -> None:
-        if self.tokens + count > 1500:
+        if self.tokens + count > 1500 or self.over_tiles:
             return
         for layer in range(len(LAYERS)):
             new = self.rows(layer, count)
             got = self.pipeline.update(layer, *new)
-            old = self.model.get(layer)
-            want = (
-                new
-                if old is None
-                else tuple(torch.cat(pair, dim=2) for pair in zip(old, new, strict=True))
-            )
+            want = self.grown(layer, new)
             assert torch.equal(got[0], want[0]), "keys differ"
             assert torch.equal(got[1], want[1]), "values differ"
-            self.model[layer] = (want[0].clone(), want[1].clone())
             assert self.pipeline.tokens(layer) == want[0].shape[2]
+
+    @rule(
+        count=st.one_of(st.integers(1, 5), st.integers(1, 300)),
+        group=st.integers(1, 3),
+        padding=st.lists(st.integers(0, 100), min_size=6, max_size=6),
+    )
+    def attend(self, count: int, group: int, padding: list[int]) -> None:
+        if self.tokens + count > 1500:
+            return
+        starts = torch.tensor(padding[: self.batch]).clamp(max=self.tokens)
+        for layer, (heads, dim, _) in enumerate(LAYERS):
+            new = self.rows(layer, count)
+            shape = (self.batch, heads * group, count, dim)
+            query = AttentionQuery(
+                query=torch.randn(shape, generator=self.generator),
+                past=self.tokens if layer == 0 else self.tokens - count,
+                scaling=dim**-0.5,
+                first_visible=starts if padding[0] % 2 else None,
+            )
+            got = self.pipeline.offer(layer, *new).attend(query)
+            keys, values = (x.repeat_interleave(group, 1) for x in self.grown(layer, new))
+            seen = query.visible(0, keys.shape[2])
+            want = scaled_dot_product_attention(query.query, keys, values, attn_mask=seen)
+            torch.testing.assert_close(got, want.transpose(1, 2), rtol=1e-4, atol=1e-5)
 
     @rule(count=st.integers(1, 200))
     def append(self, count: int) -> None:
@@ -129,12 +165,7 @@ class KVMachine(RuleBasedStateMachine):
         for layer in range(len(LAYERS)):
             new = self.rows(layer, count)
             self.pipeline.append(layer, *new)
-            old = self.model.get(layer)
-            self.model[layer] = (
-                new
-                if old is None
-                else tuple(torch.cat(pair, dim=2) for pair in zip(old, new, strict=True))
-            )
+            self.grown(layer, new)
 
     @precondition(lambda self: self.tokens > 0)
     @rule(data=st.data())
@@ -173,7 +204,7 @@ class KVMachine(RuleBasedStateMachine):
         self.batch = batch
 
     def teardown(self) -> None:
-        if self.pipeline is not None:
+        if isinstance(self.pipeline, KVPipeline):
             use = self.pipeline.memory_use()
             planned = use.page_cache_planned_bytes
             fixed = use.staging_bytes + use.gather_bytes + use.tail_bytes + use.table_bytes
@@ -181,6 +212,7 @@ class KVMachine(RuleBasedStateMachine):
             assert planned == 0 or fixed + planned <= use.budget_bytes
             for event in self.pipeline.events():
                 assert (event.from_bytes > event.to_bytes) == (event.demoted_units > 0)
+        if self.pipeline is not None:
             self.pipeline.close()
 
 

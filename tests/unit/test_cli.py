@@ -43,13 +43,17 @@ def test_help_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [["generate"], ["demo"], ["doctor"], ["plan"], ["bench"], ["bench", "io"], ["bench", "decode"]],
+    [
+        *(["generate"], ["demo"], ["doctor"], ["plan"], ["bench"], ["bench", "io"]),
+        *(["bench", "decode"], ["store"], ["store", "format"], ["store", "inspect"]),
+        *(["store", "verify"], ["store", "wipe"]),
+    ],
 )
 def test_every_command_has_help(command: list[str]) -> None:
     result = invoke(*command, "--help")
     assert result.exit_code == 0
     assert "Usage:" in result.stdout
-    if command != ["bench"]:
+    if command not in (["bench"], ["store"]):
         assert "Examples:" in result.stdout
         assert "--json" in result.stdout
 

@@ -7,7 +7,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dualblade.errors import NotAStore
-from dualblade.store.format import DATA_OFFSET, SUPERBLOCK_BYTES, Superblock
+from dualblade.store.format import (
+    DATA_OFFSET,
+    DEVICE_VERSION,
+    SUPERBLOCK_BYTES,
+    DeviceSection,
+    Superblock,
+    device_capacity,
+)
 from dualblade.units import GIB
 
 BLOCK = Superblock(
@@ -81,3 +88,56 @@ def test_one_changed_byte_is_always_found(at: int, flip: int) -> None:
     raw[at] ^= flip
     with pytest.raises(NotAStore):
         decode(bytes(raw))
+
+
+DEVICE_BLOCK = Superblock(
+    uuid=BLOCK.uuid,
+    capacity_bytes=device_capacity(GIB),
+    generation=7,
+    created_unix_seconds=1_700_000_000,
+    in_use=False,
+    device=DeviceSection(
+        size_bytes=GIB,
+        block_bytes=512,
+        copy=1,
+        serial="S3R1AL",
+        wwid="eui.0123",
+        part_uuid="aa-01",
+    ),
+)
+
+GOLDEN_DEVICE_FIELDS = (
+    bytes.fromhex(
+        "4455414c424c4144"  # DUALBLAD
+        "02000000"  # version
+        "00100000"  # superblock bytes
+        "00112233445566778899aabbccddeeff"
+        "0000200000000000"  # data offset
+        "0000c03f00000000"  # capacity: 1020 MiB
+        "0700000000000000"  # generation
+        "00f1536500000000"  # created
+        "00000000"  # closed cleanly
+    ).ljust(128, b"\0")
+    + bytes.fromhex("00000040000000000002000001000000")  # device bytes, block bytes, copy
+    + b"S3R1AL".ljust(128, b"\0")
+    + b"eui.0123".ljust(128, b"\0")
+    + b"aa-01".ljust(64, b"\0")
+)
+
+
+def test_golden_bytes_on_a_device() -> None:
+    raw = DEVICE_BLOCK.encode()
+    assert len(raw) == SUPERBLOCK_BYTES
+    assert raw[: len(GOLDEN_DEVICE_FIELDS)] == GOLDEN_DEVICE_FIELDS
+    assert not any(raw[len(GOLDEN_DEVICE_FIELDS) : -16])
+    assert raw[-16:].hex() == "02173931138ba54bd7652e237eec07b2"
+    found = Superblock.decode(raw, path="/dev/x", file_bytes=GIB, version=DEVICE_VERSION)
+    assert found == DEVICE_BLOCK
+
+
+def test_a_store_of_the_other_kind_is_refused() -> None:
+    """An image of a device is no store file, and the other way about."""
+    with pytest.raises(NotAStore, match="version 2"):
+        decode(DEVICE_BLOCK.encode(), file_bytes=GIB)
+    with pytest.raises(NotAStore, match="version 1"):
+        Superblock.decode(BLOCK.encode(), path="x", file_bytes=GIB, version=DEVICE_VERSION)

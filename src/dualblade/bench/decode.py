@@ -27,7 +27,7 @@ from typing import Any
 from dualblade import config
 from dualblade.bench.decode_fio import FioYardstick
 from dualblade.bench.decode_process import run_child
-from dualblade.config import EngineConfig
+from dualblade.config import EngineConfig, check_attention
 from dualblade.errors import ConfigError, DualBladeError, Unsupported
 from dualblade.host.cgroup import MemoryCgroup
 from dualblade.host.machine import command_line, machine_facts
@@ -69,7 +69,7 @@ class DecodeBenchOptions:
     memory_limits: Sequence[str] = ()
     memory_budget: str = "auto"
     dtype: str = "bfloat16"
-    attention: str = "exact"
+    attention: str = "auto"
     store: Path | None = None
     repeats: int = 1
     warmup_steps: int = 2
@@ -83,6 +83,7 @@ class DecodeBenchOptions:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.warmup_steps < 0:
             raise ConfigError("warmup_steps cannot be negative")
+        check_attention(self.attention)
         for mode in self.modes:
             if mode not in MODES:
                 raise ConfigError(f"unknown mode {mode!r}", hint=f"use one of: {', '.join(MODES)}")
@@ -318,9 +319,14 @@ def _yardstick(
 
 
 def _tokens_agree(runs: list[dict[str, Any]]) -> bool | None:
-    """Whether all runs that ended gave the same tokens; None when fewer than two did."""
-    hashes = [run["tokens_sha256"] for run in runs if run["tokens_sha256"] is not None]
-    return len(set(hashes)) == 1 if len(hashes) > 1 else None
+    """Whether all runs that ended and had the same way into attention gave the same tokens; None
+    when no two did. Between two ways rounding differs."""
+    hashes: dict[str, list[str]] = {}
+    for run in runs:
+        if run["tokens_sha256"] is not None:
+            hashes.setdefault(run["attention"], []).append(run["tokens_sha256"])
+    compared = [some for some in hashes.values() if len(some) > 1]
+    return all(len(set(some)) == 1 for some in compared) if compared else None
 
 
 def _summaries(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:

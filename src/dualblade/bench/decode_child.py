@@ -51,7 +51,7 @@ class ChildOptions:
     warmup_steps: int
     seed: int
     mode: str = "memory"
-    attention: str = "exact"
+    attention: str = "auto"
     memory_budget: int | str = "auto"
     store: str | None = None
     engine: dict[str, Any] = field(default_factory=dict)

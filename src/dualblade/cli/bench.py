@@ -73,6 +73,60 @@ def bench_io(
         _show_io(result)
 
 
+@app.command("attention", cls=Command)
+def bench_attention(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--shape",
+            metavar="B,H,G,T,D",
+            help="Batch, query heads, KV heads, tokens, dim; may be repeated. By default four.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option("--dtype", help="bfloat16 or float32; may be repeated. By default both."),
+    ] = None,
+    query_tokens: Annotated[
+        int, typer.Option("--query-tokens", min=1, help="Candidates verified together.")
+    ] = 1,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Samples of each way.")] = 7,
+    seed: Annotated[int, typer.Option("--seed", help="Of the random rows.")] = 0,
+    json: options.Json = False,
+    debug: options.Debug = False,  # noqa: ARG001 - read by Command
+) -> None:
+    """Measure attention: GiB of KV per second over tiles, gathered, and contiguous.
+
+    Beside each the memory's read bandwidth, which none can pass for long.
+
+    \b
+    Examples:
+      dualblade bench attention --json
+      dualblade bench attention --shape 1,32,8,32768,128 --dtype bfloat16 --query-tokens 8
+    """
+    from dualblade.bench.attention import (
+        SHAPES,
+        AttentionBenchOptions,
+        AttentionShape,
+        run_attention_bench,
+    )
+    from dualblade.cli.output import Reporter, write_json
+
+    wanted = AttentionBenchOptions(
+        shapes=[AttentionShape.parse(text) for text in shape] if shape else SHAPES,
+        dtypes=dtype or ("bfloat16", "float32"),
+        query_tokens=query_tokens,
+        repeats=repeats,
+        seed=seed,
+    )
+    with Reporter() as reporter:
+        result = run_attention_bench(wanted, reporter.tell)
+    if json:
+        write_json(result)
+    else:
+        _show_attention(result)
+
+
 Modes = Annotated[
     list[str],
     typer.Option(
@@ -115,7 +169,7 @@ def bench_decode(
     memory_limit: MemoryLimits = None,
     memory_budget: options.MemoryBudget = "auto",
     dtype: Dtype = "bfloat16",
-    attention: options.Attention = "exact",
+    attention: options.Attention = "auto",
     store: options.Store = None,
     io_engine: options.IOEngine = "auto",
     queue_depth: options.QueueDepth = None,
@@ -188,6 +242,30 @@ def _show_io(result: dict[str, Any]) -> None:
         )
 
 
+def _show_attention(result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from dualblade.cli.output import result_console
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("B,H,G,T,D")
+    table.add_column("dtype")
+    for name in ("tiles", "exact", "contiguous", "memory read", "tiles / exact"):
+        table.add_column(name, justify="right")
+    ways = ("tiles", "exact", "sdpa_contiguous", "memory_read")
+    for run in result["runs"]:
+        dims = (run[name] for name in ("batch", "query_heads", "kv_heads", "tokens", "dim"))
+        table.add_row(
+            ",".join(map(str, dims)),
+            run["dtype"],
+            *(f"{run[f'{way}_gib_per_second']:.1f}" for way in ways),
+            f"{run['tiles_to_exact']:.1f}",
+        )
+    console = result_console()
+    console.print(table)
+    console.print(f"GiB of KV per second; {result['kernel']} kernel, {result['threads']} threads")
+
+
 def _show_decode(result: dict[str, Any]) -> None:
     from rich.table import Table
 
@@ -201,7 +279,10 @@ def _show_decode(result: dict[str, Any]) -> None:
         table.add_row(*_decode_row(run))
     console = result_console()
     console.print(table)
-    agree = {True: "all runs gave the same tokens", False: "[red]the tokens differ[/red]"}
+    agree = {
+        True: "runs with the same attention gave the same tokens",
+        False: "[red]the tokens differ[/red]",
+    }
     if result["tokens_agree"] is not None:
         console.print(agree[result["tokens_agree"]])
 

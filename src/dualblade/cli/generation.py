@@ -20,20 +20,24 @@ NEW_TOKENS_DEFAULT = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen; temperature 0 takes the likeliest."""
+    """How the next token is chosen; temperature 0 takes the likeliest. `prompt_lookup` candidates
+    are taken from earlier text and verified together; 0: none, a token at a time."""
 
     max_new_tokens: int
     temperature: float
     seed: int
     prefill_chunk_tokens: int
+    prompt_lookup: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
 class Generation:
-    """What was generated, and when: seconds since the start, one entry a token."""
+    """What was generated, and when: seconds since the start, one entry a token. `sweeps` counts
+    the forward passes after the prompt's, each a sweep over the KV."""
 
     tokens: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    sweeps: int = 0
 
     @property
     def prefill_seconds(self) -> float | None:
@@ -46,6 +50,11 @@ class Generation:
         if len(self.seconds) < 2:
             return None
         return (self.seconds[-1] - self.seconds[0]) / (len(self.seconds) - 1)
+
+    @property
+    def tokens_per_sweep(self) -> float | None:
+        """More than one where candidates were accepted."""
+        return (len(self.tokens) - 1) / self.sweeps if self.sweeps else None
 
     def sha256(self) -> str:
         """Over the tokens, as little-endian int64."""
@@ -80,10 +89,12 @@ class TokenStream:
             self._prompt_seen = True
             return
         now = time.perf_counter() - self._began
+        is_first = not self.generation.tokens
+        self.generation.sweeps += not is_first
         for token in value.flatten().tolist():
             self.generation.tokens.append(token)
             self.generation.seconds.append(now)
-        if len(self.generation.tokens) == 1:
+        if is_first:
             self._on_first()
         self._flush(whole=False)
 
@@ -192,6 +203,11 @@ def generate_text(
             max_new_tokens=sampling.max_new_tokens,
             prefill_chunk_size=chunk,
             streamer=stream,
+            **(
+                {"prompt_lookup_num_tokens": sampling.prompt_lookup}
+                if sampling.prompt_lookup
+                else {}
+            ),
             **_choice(sampling.temperature),
         )
     return stream.generation

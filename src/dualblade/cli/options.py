@@ -26,9 +26,9 @@ Store = Annotated[
     Path | None,
     typer.Option(
         "--store",
-        metavar="FILE",
-        help="Store file for the KV; made if missing. Without it: a private file in "
-        "~/.cache/dualblade, gone at the end.",
+        metavar="STORE",
+        help="Store for the KV: a file, made if missing; or a device that was formatted (dualblade "
+        "store format). Without it: a private file in ~/.cache/dualblade, gone at the end.",
     ),
 ]
 MemoryBudget = Annotated[
@@ -52,7 +52,8 @@ Attention = Annotated[
     typer.Option(
         "--attention",
         metavar="WAY",
-        help="auto or exact: the model's own attention over gathered KV.",
+        help="tiles (ours, on tiles where they lie), exact (the model's own, on gathered KV), or "
+        "auto: the faster one that holds for the model.",
     ),
 ]
 DiskCapacity = Annotated[

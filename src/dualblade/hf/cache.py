@@ -10,10 +10,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
-from dualblade.config import EngineConfig, Path
+from dualblade.config import EngineConfig, Path, check_attention
 from dualblade.errors import BudgetError, ConfigError, Unsupported
 from dualblade.geometry import TILE_ROWS_DEFAULT
-from dualblade.hf.choice import AttentionChoice, check_word, choose, give_back, lend
+from dualblade.hf.choice import AttentionChoice, choose, give_back, lend
 from dualblade.hf.geometry import item_bytes, layer_shapes, memory_layers, offloadable
 from dualblade.hf.layer import MemoryLayer, StoredLayer
 from dualblade.hf.speeds import door_speeds
@@ -89,7 +89,7 @@ class DualBladeCache(Cache):
         Raises: ConfigError, Unsupported, BudgetError, NotAStore, NoSpace, StorageError.
         """
         way, settings = Path.parse(path), config or EngineConfig()
-        check_word(attention)
+        check_attention(attention)
         if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
             raise ConfigError(f"max_tokens must be a positive number, not {max_tokens!r}")
         layers = memory_layers(model.config)

@@ -10,10 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from dualblade.attention import kernel_name
-from dualblade.errors import ConfigError, Unsupported
+from dualblade.config import check_attention
+from dualblade.errors import Unsupported
 from dualblade.hf.tile_attention import NAME
-
-WORDS = ("auto", "exact", "tiles")
 
 
 @dataclass(slots=True)
@@ -35,18 +34,12 @@ class AttentionChoice:
             self.reason = "the model's code touches keys or values before attention"
 
 
-def check_word(word: str) -> None:
-    """Raises: ConfigError for a word that is none of ours."""
-    if word not in WORDS:
-        raise ConfigError(f"unknown attention {word!r}", hint=f"use one of: {', '.join(WORDS)}")
-
-
 def choose(model: PreTrainedModel, word: str) -> AttentionChoice:
     """The way that `word` names for `model`; for `auto` the faster one that holds.
 
     Raises: ConfigError; Unsupported when tiles are asked for and cannot be.
     """
-    check_word(word)
+    check_attention(word)
     if word == "exact":
         return AttentionChoice(False, "asked for")
     can_lend = model._can_set_attn_implementation()

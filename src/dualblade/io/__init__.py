@@ -9,13 +9,14 @@ without Python's lock, and says how far each batch has landed. Two engines, one 
 
 from dualblade.io.arena import Arena
 from dualblade.io.engine import Counters, Engine, EngineChoice, Ticket, open_engine
-from dualblade.io.transfer import Op, Transfer
+from dualblade.io.transfer import Namespace, Op, Transfer
 
 __all__ = [
     "Arena",
     "Counters",
     "Engine",
     "EngineChoice",
+    "Namespace",
     "Op",
     "Ticket",
     "Transfer",

@@ -16,7 +16,7 @@ from typing import Literal
 from dualblade.errors import Closed, ConfigError, DeviceError, Unsupported
 from dualblade.io import _native
 from dualblade.io.arena import Arena
-from dualblade.io.transfer import Op, Transfer
+from dualblade.io.transfer import Namespace, Op, Transfer
 from dualblade.units import BLOCK_BYTES, GIB, MIB, format_size
 
 EngineChoice = Literal["auto", "io_uring", "posix"]
@@ -28,6 +28,7 @@ QUEUE_DEPTH_MAX = 4096
 # One registered buffer is at most 1 GiB (EFAULT above).
 REGISTERED_BYTES_MAX = GIB
 
+NVME_STATUS = 0x10000  # kNvmeStatus in native/engine/types.hpp
 _ALL_BYTES = 2**64 - 1
 _LANDED, _FAILED, _TIMED_OUT, _FORKED = range(4)  # WaitResult in native/bindings.cpp
 
@@ -117,8 +118,10 @@ class Ticket:
         assert result == _FAILED
         assert failure is not None
         error_number, op, _fd, offset, failed_bytes = failure
+        status = error_number - NVME_STATUS if error_number >= NVME_STATUS else None
         raise DeviceError(
-            errno=error_number,
+            errno=error_number if status is None else errno.EIO,
+            nvme_status=status,
             operation=Op(op).word,
             path=self._path,
             offset=offset,
@@ -166,12 +169,12 @@ class Engine:
             self._note(
                 f"huge pages: {format_size(arena.huge_bytes)} of {format_size(arena.size_bytes)}"
             )
-        if self.name != "io_uring":
+        if self.name == "posix":
             return False
         self._registered.append(arena.buffer)
         for start in range(0, arena.size_bytes, REGISTERED_BYTES_MAX):
             size_bytes = min(REGISTERED_BYTES_MAX, arena.size_bytes - start)
-            error = self._native.register_buffer(arena.address + start, size_bytes)
+            error = self._native.register_buffer(arena.address + start, size_bytes, arena.huge)
             if error:
                 self._note(f"buffers not registered: {_why_not_registered(error)}")
                 return False
@@ -187,6 +190,30 @@ class Engine:
     def unregister_file(self, fd: int) -> None:
         """Forget `fd`; nothing happens if it is not registered."""
         self._native.unregister_file(fd)
+
+    def register_namespace(self, fd: int, namespace: Namespace) -> None:
+        """From now on transfers on `fd`, an NVMe character device, are commands to the drive.
+
+        Raises: Unsupported, saying what is missing; the store then takes another door.
+        """
+        try:
+            error = self._native.register_namespace(fd, namespace)
+        except ValueError as exc:
+            raise ConfigError(f"not a namespace: {namespace}") from exc
+        if error == errno.EOPNOTSUPP:
+            raise Unsupported(
+                "NVMe passthrough needs io_uring with IORING_OP_URING_CMD (Linux 5.19)"
+                if self.name == "io_uring"
+                else f"the {self.name} engine has no NVMe passthrough"
+                + (f" ({self.reason})" if self.reason else "")
+            )
+        if error:
+            raise Unsupported(f"NVMe passthrough: {os.strerror(error)}")
+        self.name = "uring-cmd"
+
+    def fall_back(self, reason: str) -> None:
+        """Take note that a better way was wanted, and why it is not in force."""
+        self.reason = reason if self.reason is None else f"{reason}; {self.reason}"
 
     def submit(self, transfers: Sequence[Transfer], *, path: str | None = None) -> Ticket:
         """Start `transfers`; return at once, never block on I/O.

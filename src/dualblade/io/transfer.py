@@ -38,3 +38,19 @@ class Transfer(NamedTuple):
     address: int
     size_bytes: int
     offset: int
+
+
+class Namespace(NamedTuple):
+    """What NVMe commands for one store may say; sizes and offsets are bytes.
+
+    begin, end           of the store's extents, from the namespace's first block.
+    command_bytes_max    most that a command may carry: MDTS and the kernel's limit.
+    scattered_bytes_max  likewise from memory that is not in huge pages: a segment a page.
+    """
+
+    namespace_id: int
+    block_bytes: int
+    begin: int
+    end: int
+    command_bytes_max: int
+    scattered_bytes_max: int

@@ -19,7 +19,11 @@ from pathlib import Path
 
 from dualblade.errors import DualBladeError, NoSpace, NotAStore, StorageError, Unsupported
 from dualblade.host.devices import device_facts
-from dualblade.store.format import DATA_OFFSET, SUPERBLOCK_BYTES, Superblock
+from dualblade.io import Engine
+from dualblade.store.device import open_device
+from dualblade.store.fiemap import contiguous_pieces, file_extents
+from dualblade.store.format import DATA_OFFSET, Superblock
+from dualblade.store.place import Backing, read_superblock, storage_error, write_superblock
 from dualblade.units import EXTENT_ALIGN_BYTES, GIB, format_size
 
 _RESERVE_BYTES_MAX = 2 * GIB
@@ -28,12 +32,8 @@ _RESERVE_FRACTION = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Backing:
-    """An open, locked, formatted store file.
-
-    `direct_fd` is O_DIRECT, None when no direct door was asked for; `buffered_fd` is the
-    page-cache door, and the descriptor whose writeback errors count.
-    """
+class FileBacking:
+    """An open, locked, formatted store file. See place.Backing."""
 
     path: str
     private: bool
@@ -42,23 +42,37 @@ class Backing:
     superblock: Superblock
     was_unclean: bool
 
-    def close(self, *, keep_blocks: bool) -> None:
-        """Discard the content (or keep the blocks), mark it clean, and unlock."""
+    @property
+    def capacity_bytes(self) -> int:
+        return self.superblock.capacity_bytes
+
+    @property
+    def coherent(self) -> bool:
+        return True
+
+    def allocate(self, offset: int, size_bytes: int) -> None:
+        os.posix_fallocate(self.buffered_fd, offset, size_bytes)
+
+    def pieces(self) -> int | None:
+        try:
+            extents = file_extents(self.buffered_fd)
+        except OSError:
+            return None
+        return contiguous_pieces([e for e in extents if e.logical_offset >= DATA_OFFSET])
+
+    def close(self, *, keep_blocks: bool, end: int) -> None:  # noqa: ARG002 - the file knows its end
         try:
             if not self.private:
                 if not keep_blocks:
                     os.ftruncate(self.buffered_fd, DATA_OFFSET)
-                _write_superblock(self.buffered_fd, replace(self.superblock, in_use=False))
+                write_superblock(self.buffered_fd, replace(self.superblock, in_use=False))
         except OSError as exc:
-            raise _storage_error("close", self.path, exc) from exc
+            raise storage_error("close", self.path, exc) from exc
         finally:
-            self.abandon()
-
-    def abandon(self) -> None:
-        """Close the descriptors and nothing else; a private file is gone with them."""
-        if self.direct_fd is not None:
-            os.close(self.direct_fd)
-        os.close(self.buffered_fd)
+            # A private file is gone with its descriptors.
+            for fd in (self.direct_fd, self.buffered_fd):
+                if fd is not None:
+                    os.close(fd)
 
 
 def cache_directory() -> Path:
@@ -77,16 +91,43 @@ def cache_directory() -> Path:
 
 
 def open_backing(
-    path: str | os.PathLike[str] | None, *, direct: bool, capacity_bytes: int | None
+    path: str | os.PathLike[str] | None,
+    engine: Engine,
+    *,
+    direct: bool,
+    capacity_bytes: int | None,
 ) -> Backing:
-    """Open the store file at `path`, or a private one for None; see the module's text.
+    """Open what is at `path`: the store on a device, a store file, or for None a private one.
 
-    With `direct` the file system must do O_DIRECT. `capacity_bytes` None: free space less a
-    reserve. Raises: NotAStore, NoSpace, StorageError, Unsupported; nothing is left behind.
+    With `direct` the place must do O_DIRECT. `capacity_bytes` None: free space less a reserve; a
+    device has what it was formatted with.
+    Raises: NotAStore, NoSpace, StorageError, Unsupported; nothing is left behind.
     """
+    if path is not None and is_device(path):
+        return open_device(path, engine, direct=direct, capacity_bytes=capacity_bytes)
+    return open_file(path, direct=direct, capacity_bytes=capacity_bytes)
+
+
+def is_device(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a device node; False where nothing is."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return stat.S_ISBLK(mode) or stat.S_ISCHR(mode)
+
+
+def open_file(
+    path: str | os.PathLike[str] | None,
+    *,
+    direct: bool,
+    capacity_bytes: int | None,
+    existing_only: bool = False,
+) -> FileBacking:
+    """The store file at `path`, or a private one; see open_backing and the module's text."""
     private = path is None
     name = str(cache_directory()) if path is None else os.fspath(path)
-    fd, is_new = _open_private(name) if private else _open_named(name)
+    fd, is_new = _open_private(name) if private else _open_named(name, existing_only)
     direct_fd = None
     try:
         _lock(fd, name)
@@ -97,7 +138,7 @@ def open_backing(
             old = None
             os.ftruncate(fd, DATA_OFFSET)
         else:
-            raw = os.pread(fd, SUPERBLOCK_BYTES, 0)
+            raw = read_superblock(fd, 0)
             old = Superblock.decode(raw, path=name, file_bytes=os.fstat(fd).st_size)
         superblock = Superblock(
             uuid=old.uuid if old else uuid_module.uuid4(),
@@ -106,7 +147,7 @@ def open_backing(
             created_unix_seconds=old.created_unix_seconds if old else int(time.time()),
             in_use=True,
         )
-        _write_superblock(fd, superblock)
+        write_superblock(fd, superblock)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
     except (OSError, DualBladeError) as exc:
         if direct_fd is not None:
@@ -115,9 +156,9 @@ def open_backing(
         if is_new and not private:
             os.unlink(name)
         if isinstance(exc, OSError):
-            raise _storage_error("open", name, exc) from exc
+            raise storage_error("open", name, exc) from exc
         raise
-    return Backing(
+    return FileBacking(
         path=f"{name} (private)" if private else name,
         private=private,
         direct_fd=direct_fd,
@@ -132,29 +173,30 @@ def _open_private(folder: str) -> tuple[int, bool]:
         return os.open(folder, os.O_RDWR | os.O_TMPFILE, 0o600), True
     except OSError as exc:
         if exc.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
-            raise _storage_error("open", folder, exc) from exc
+            raise storage_error("open", folder, exc) from exc
     fd, name = tempfile.mkstemp(prefix="dualblade-", dir=folder)
     os.unlink(name)
     return fd, True
 
 
-def _open_named(name: str) -> tuple[int, bool]:
+def _open_named(name: str, existing_only: bool) -> tuple[int, bool]:
     parent = os.path.dirname(name) or "."
     if not os.path.isdir(parent):
         raise StorageError(
             f"the store's directory {parent} does not exist", path=name, hint="make it first"
         )
+    if not existing_only:
+        try:
+            return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), True
+        except FileExistsError:
+            pass
+        except OSError as exc:
+            raise storage_error("open", name, exc) from exc
     try:
-        return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), True
-    except FileExistsError:
-        pass
-    except OSError as exc:
-        raise _storage_error("open", name, exc) from exc
-    _refuse_special(name)
-    try:
+        _refuse_special(name)
         return os.open(name, os.O_RDWR), False
     except OSError as exc:
-        raise _storage_error("open", name, exc) from exc
+        raise storage_error("open", name, exc) from exc
 
 
 def _refuse_special(name: str) -> None:
@@ -162,11 +204,6 @@ def _refuse_special(name: str) -> None:
     if stat.S_ISDIR(mode):
         raise NotAStore(
             f"{name} is a directory", path=name, hint=f"name a file, such as {name}/kv.store"
-        )
-    if stat.S_ISBLK(mode) or stat.S_ISCHR(mode):
-        raise Unsupported(
-            f"{name} is a device; this version stores KV in files only",
-            hint="name a file on that drive's file system",
         )
     if not stat.S_ISREG(mode):
         raise NotAStore(f"{name} is not a regular file", path=name)
@@ -211,27 +248,3 @@ def _capacity(fd: int, name: str, wanted: int | None) -> int:
             hint="free some space, or raise disk_capacity_bytes to at least 2 MiB",
         )
     return capacity * EXTENT_ALIGN_BYTES
-
-
-def _write_superblock(fd: int, superblock: Superblock) -> None:
-    raw = superblock.encode()
-    if os.pwrite(fd, raw, 0) != len(raw):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    os.fdatasync(fd)
-    # The superblock's page must not count against a direct store's page-cache footprint.
-    os.posix_fadvise(fd, 0, DATA_OFFSET, os.POSIX_FADV_DONTNEED)
-
-
-def _storage_error(operation: str, name: str, exc: OSError) -> StorageError:
-    kind = NoSpace if exc.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
-    hints = {
-        errno.EACCES: "choose a place that you may write to",
-        errno.EROFS: "the file system is read-only; choose another",
-        errno.ENOSPC: "free some space there, or name a store on another drive",
-    }
-    return kind(
-        f"cannot {operation} the store {name}: {exc.strerror or exc}",
-        operation=operation,
-        path=name,
-        hint=hints.get(exc.errno or 0),
-    )

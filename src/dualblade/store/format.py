@@ -11,15 +11,100 @@ from dualblade.errors import NotAStore
 from dualblade.units import EXTENT_ALIGN_BYTES
 
 MAGIC = b"DUALBLAD"
-VERSION = 1
+FILE_VERSION = 1
+DEVICE_VERSION = 2
 SUPERBLOCK_BYTES = 4096
 DATA_OFFSET = EXTENT_ALIGN_BYTES
 """The first extent starts here; the superblock has the 2 MiB before it to itself."""
+DEVICE_BYTES_MIN = 2 * EXTENT_ALIGN_BYTES + SUPERBLOCK_BYTES
+"""A superblock, one extent, the second superblock."""
 
 _FIELDS = struct.Struct("<8sII16sQQQQI")
+_DEVICE_OFFSET = 128
+_DEVICE_FIELDS = struct.Struct("<QII128s128s64s")
 _CHECKSUM_BYTES = 16
 _STATE_CLEAN = 0
 _STATE_IN_USE = 1
+_STATES = (_STATE_CLEAN, _STATE_IN_USE)
+
+# What to do about a place that is refused, by what is wrong with it.
+_FILE_HINTS = {
+    "foreign": "name a file that does not exist yet, to make one",
+    "version": "delete it, or use the dualblade that made it",
+    "damaged": "delete it; KV in it is of no use",
+}
+_DEVICE_HINTS = {
+    "foreign": "if nothing on it is wanted: dualblade store format {path}",
+    "version": "wipe it with the dualblade that made it",
+    "damaged": "see dualblade store inspect {path}",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSection:
+    """Which device a store was formatted on, so that no other is taken for it.
+
+    copy  0 for the superblock at the start, 1 for the one at the end.
+    """
+
+    size_bytes: int
+    block_bytes: int
+    copy: int
+    serial: str
+    wwid: str
+    part_uuid: str
+
+    @property
+    def capacity_bytes(self) -> int:
+        """What extents may occupy of a device of this size."""
+        return device_capacity(self.size_bytes)
+
+    def offset(self) -> int:
+        """Where this copy of the superblock lies."""
+        return 0 if self.copy == 0 else second_copy_offset(self.size_bytes)
+
+    def differences(self, other: DeviceSection) -> list[str]:
+        """How the device of `other` differs from this one, in words; empty: it is the same."""
+        names = ("serial", "wwid", "part_uuid", "size_bytes", "block_bytes")
+        return [
+            f"{name} {getattr(self, name)!r} in the superblock, {getattr(other, name)!r} here"
+            for name in names
+            if getattr(self, name) != getattr(other, name)
+        ]
+
+    def encode(self) -> bytes:
+        """The bytes at offset 128 of the superblock. Names that are too long are cut."""
+        return _DEVICE_FIELDS.pack(
+            self.size_bytes,
+            self.block_bytes,
+            self.copy,
+            *(name.encode() for name in (self.serial, self.wwid, self.part_uuid)),
+        )
+
+    @classmethod
+    def decode(cls, raw: bytes) -> DeviceSection:
+        """The device section of a superblock whose checksum is right."""
+        size, block, copy, *names = _DEVICE_FIELDS.unpack_from(raw, _DEVICE_OFFSET)
+        serial, wwid, part_uuid = (name.rstrip(b"\0").decode("utf-8", "replace") for name in names)
+        return cls(
+            size_bytes=size,
+            block_bytes=block,
+            copy=copy,
+            serial=serial,
+            wwid=wwid,
+            part_uuid=part_uuid,
+        )
+
+
+def second_copy_offset(size_bytes: int) -> int:
+    """The last whole 4096 bytes of a device."""
+    return size_bytes // SUPERBLOCK_BYTES * SUPERBLOCK_BYTES - SUPERBLOCK_BYTES
+
+
+def device_capacity(size_bytes: int) -> int:
+    """Bytes between the two superblocks of a device, in whole 2 MiB."""
+    room = second_copy_offset(size_bytes) - DATA_OFFSET
+    return max(0, room // EXTENT_ALIGN_BYTES * EXTENT_ALIGN_BYTES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +114,7 @@ class Superblock:
     capacity_bytes  most bytes that extents may occupy, from `DATA_OFFSET` on.
     generation      grows by one at every open.
     in_use          set while open; found set, the store was not closed cleanly.
+    device          of a store on a device; None for one in a file.
     """
 
     uuid: uuid_module.UUID
@@ -36,12 +122,13 @@ class Superblock:
     generation: int
     created_unix_seconds: int
     in_use: bool
+    device: DeviceSection | None = None
 
     def encode(self) -> bytes:
-        """The 4096 bytes at offset 0 of a store."""
+        """The 4096 bytes at offset 0 of a store; on a device also those at its end."""
         fields = _FIELDS.pack(
             MAGIC,
-            VERSION,
+            FILE_VERSION if self.device is None else DEVICE_VERSION,
             SUPERBLOCK_BYTES,
             self.uuid.bytes,
             DATA_OFFSET,
@@ -50,47 +137,109 @@ class Superblock:
             self.created_unix_seconds,
             _STATE_IN_USE if self.in_use else _STATE_CLEAN,
         )
+        if self.device is not None:
+            fields = fields.ljust(_DEVICE_OFFSET, b"\0") + self.device.encode()
         body = fields.ljust(SUPERBLOCK_BYTES - _CHECKSUM_BYTES, b"\0")
         return body + _checksum(body)
 
     @classmethod
-    def decode(cls, raw: bytes, *, path: str, file_bytes: int) -> Superblock:
-        """The superblock in `raw`, the first bytes of a file of `file_bytes` bytes.
+    def decode(
+        cls, raw: bytes, *, path: str, file_bytes: int, version: int = FILE_VERSION
+    ) -> Superblock:
+        """The superblock in `raw`, read from a file or device of `file_bytes` bytes.
 
+        `version` is what the place is to hold: FILE_VERSION or DEVICE_VERSION.
         Raises: NotAStore saying which check failed: foreign, another version, damaged, truncated.
         """
+        hints = _DEVICE_HINTS if version == DEVICE_VERSION else _FILE_HINTS
 
-        def refuse(why: str, hint: str | None = None) -> NotAStore:
-            return NotAStore(f"{path} {why}", operation="open", path=path, hint=hint)
+        def refuse(why: str, hint: str) -> NotAStore:
+            return NotAStore(
+                f"{path} {why}", operation="open", path=path, hint=hints[hint].format(path=path)
+            )
 
         if raw[: len(MAGIC)] != MAGIC:
-            raise refuse(
-                "is not a dualblade store", "name a file that does not exist yet, to make one"
-            )
+            raise refuse("is not a dualblade store", "foreign")
         if len(raw) < SUPERBLOCK_BYTES or file_bytes < DATA_OFFSET:
-            raise refuse(f"is truncated: {file_bytes} bytes", "delete it; KV in it is of no use")
-        _, version, header_bytes, uuid, data_offset, capacity, generation, created, state = (
+            raise refuse(f"is truncated: {file_bytes} bytes", "damaged")
+        _, found, header_bytes, uuid, data_offset, capacity, generation, created, state = (
             _FIELDS.unpack_from(raw)
         )
-        if version != VERSION:
+        if found != version:
             raise refuse(
-                f"is a store of version {version}; this is dualblade's version {VERSION}",
-                "delete it, or use the dualblade that made it",
+                f"is a store of version {found}; this is dualblade's version {version}", "version"
             )
         body = raw[: SUPERBLOCK_BYTES - _CHECKSUM_BYTES]
         if raw[SUPERBLOCK_BYTES - _CHECKSUM_BYTES : SUPERBLOCK_BYTES] != _checksum(body):
-            raise refuse("has a damaged superblock", "delete it; KV in it is of no use")
+            raise refuse("has a damaged superblock", "damaged")
         if header_bytes != SUPERBLOCK_BYTES or data_offset != DATA_OFFSET:
-            raise refuse("has a superblock of another layout", "delete it")
-        if capacity % EXTENT_ALIGN_BYTES or state not in (_STATE_CLEAN, _STATE_IN_USE):
-            raise refuse("has a superblock with values out of range", "delete it")
+            raise refuse("has a superblock of another layout", "damaged")
+        device = DeviceSection.decode(raw) if version == DEVICE_VERSION else None
+        wrong_device = device is not None and (
+            device.copy not in (0, 1) or capacity != device.capacity_bytes or not capacity
+        )
+        if capacity % EXTENT_ALIGN_BYTES or state not in _STATES or wrong_device:
+            raise refuse("has a superblock with values out of range", "damaged")
         return cls(
             uuid=uuid_module.UUID(bytes=uuid),
             capacity_bytes=capacity,
             generation=generation,
             created_unix_seconds=created,
             in_use=state == _STATE_IN_USE,
+            device=device,
         )
+
+
+def choose_superblock(first: bytes, second: bytes, *, path: str, here: DeviceSection) -> Superblock:
+    """The newer of the two superblocks of the device that `here` describes.
+
+    A copy that is damaged is passed over for the other; one that is not ours at all is not: then
+    something else was put on the device.
+    Raises: NotAStore.
+    """
+    whole: list[Superblock] = []
+    refusals: list[NotAStore] = []
+    for copy, raw in enumerate((first, second)):
+        try:
+            found = Superblock.decode(
+                raw, path=path, file_bytes=here.size_bytes, version=DEVICE_VERSION
+            )
+        except NotAStore as refusal:
+            refusals.append(refusal)
+            continue
+        assert found.device is not None
+        differences = found.device.differences(here)
+        if differences:
+            raise NotAStore(
+                f"{path} is not the device that its store was made on: {'; '.join(differences)}",
+                operation="open",
+                path=path,
+                hint="it is a copy, or was changed; dualblade store inspect shows what it holds",
+            )
+        if found.device.copy == copy:
+            whole.append(found)
+    if not whole:
+        raise refusals[0] if refusals else _misplaced(path)
+    if not first.startswith(MAGIC) or not second.startswith(MAGIC):
+        where = "end" if first.startswith(MAGIC) else "start"
+        raise NotAStore(
+            f"{path} was a dualblade store; its {where} was overwritten by something else",
+            operation="open",
+            path=path,
+            hint=f"if nothing on it is wanted: dualblade store format {path}",
+        )
+    if len({superblock.uuid for superblock in whole}) > 1:
+        raise _misplaced(path)
+    return max(whole, key=lambda superblock: superblock.generation)
+
+
+def _misplaced(path: str) -> NotAStore:
+    return NotAStore(
+        f"{path} has superblocks that do not belong together",
+        operation="open",
+        path=path,
+        hint=f"if nothing on it is wanted: dualblade store format {path}",
+    )
 
 
 def _checksum(body: bytes) -> bytes:

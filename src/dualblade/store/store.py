@@ -1,4 +1,4 @@
-"""A store: extents in one file, each reached through one of two doors."""
+"""A store: extents in one file or on one device, each reached through one of two doors."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from dualblade.errors import Closed, NoSpace, StorageError
 from dualblade.host.page_cache import cached_bytes, drop
 from dualblade.io import Engine, Op, Ticket, Transfer
-from dualblade.store.backing import Backing, open_backing
+from dualblade.store.backing import open_backing
 from dualblade.store.doors import LEGAL_MOVES, Door
 from dualblade.store.extents import ExtentAllocator, Range
-from dualblade.store.fiemap import contiguous_pieces, file_extents
 from dualblade.store.format import DATA_OFFSET
+from dualblade.store.place import Backing
 from dualblade.units import BLOCK_BYTES
 
 log = logging.getLogger("dualblade.store")
@@ -49,7 +49,7 @@ class DoorCounters:
 
 
 class Store:
-    """Extents in one file. Used by one thread; transfers end on the engine's.
+    """Extents in one place. Used by one thread; transfers end on the engine's.
 
     A write through the page-cache door counts as stored only when its ticket has ended: it
     carries a sync_file_range that waits for writeback on the descriptor that wrote, so that a
@@ -60,7 +60,7 @@ class Store:
         self._backing = backing
         self._engine = engine
         self._keep_blocks = keep_blocks
-        self._allocator = ExtentAllocator(DATA_OFFSET, backing.superblock.capacity_bytes)
+        self._allocator = ExtentAllocator(DATA_OFFSET, backing.capacity_bytes)
         self._end = DATA_OFFSET
         self._live: set[Extent] = set()
         self._closed = False
@@ -86,7 +86,7 @@ class Store:
         `direct`: the direct door will be used, so the file system must do O_DIRECT.
         Raises: NotAStore, NoSpace, StorageError, Unsupported.
         """
-        backing = open_backing(path, direct=direct, capacity_bytes=capacity_bytes)
+        backing = open_backing(path, engine, direct=direct, capacity_bytes=capacity_bytes)
         return cls(backing, engine, keep_blocks=keep_blocks)
 
     @property
@@ -113,7 +113,7 @@ class Store:
         self._check_open()
         taken = self._allocator.allocate(size_bytes)
         try:
-            os.posix_fallocate(self._backing.buffered_fd, taken.offset, taken.size_bytes)
+            self._backing.allocate(taken.offset, taken.size_bytes)
         except OSError as exc:
             self._allocator.free(taken)
             kind = NoSpace if exc.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
@@ -127,6 +127,12 @@ class Store:
             ) from exc
         self._end = max(self._end, taken.end)
         extent = Extent(range=taken)
+        if door is Door.PAGE_CACHE:
+            try:
+                self._drop_stale(extent)
+            except StorageError:
+                self._allocator.free(taken)
+                raise
         self._live.add(extent)
         self._move(extent, door)
         return extent
@@ -182,8 +188,7 @@ class Store:
             self._write_back_and_drop(extent)
             self.counters.demotions += 1
         else:
-            # A page cached by a stray reader would be stale after direct writes.
-            drop(self._backing.buffered_fd, extent.range.offset, extent.range.size_bytes)
+            self._drop_stale(extent)
             self.counters.promotions += 1
         self._move(extent, door)
 
@@ -199,12 +204,8 @@ class Store:
         return found.cached_bytes
 
     def file_pieces(self) -> int | None:
-        """Contiguous pieces of the file on its device; None where the file system cannot tell."""
-        try:
-            extents = file_extents(self._backing.buffered_fd)
-        except OSError:
-            return None
-        return contiguous_pieces([e for e in extents if e.logical_offset >= DATA_OFFSET])
+        """Contiguous pieces of the store on its device; None where the file system cannot tell."""
+        return self._backing.pieces()
 
     def close(self) -> None:
         """Wait for transfers, discard the content, unlock. Twice is once.
@@ -219,7 +220,7 @@ class Store:
         for fd in (self._backing.direct_fd, self._backing.buffered_fd):
             if fd is not None:
                 self._engine.unregister_file(fd)
-        self._backing.close(keep_blocks=self._keep_blocks)
+        self._backing.close(keep_blocks=self._keep_blocks, end=self._end)
 
     def __enter__(self) -> Store:
         return self
@@ -259,6 +260,24 @@ class Store:
                 return
         # Clean pages that another reader holds: O_DIRECT on a file stays coherent with them.
         log.warning("%d bytes at %d of %s stay cached after demotion", left, at, self.path)
+
+    def _drop_stale(self, extent: Extent) -> None:
+        """No page from before may be cached when the page-cache door opens: a stray reader's, or
+        another program's, would be stale after direct writes. Raises: StorageError.
+        """
+        fd, at, size = self._backing.buffered_fd, extent.range.offset, extent.range.size_bytes
+        for _ in range(_DROP_TRIES):
+            drop(fd, at, size)
+            if self._backing.coherent or cached_bytes(fd, at, size).cached_bytes == 0:
+                return
+        raise StorageError(
+            f"pages of {self.path} cannot be dropped: another program holds them",
+            operation="drop",
+            path=self.path,
+            offset=at,
+            size_bytes=size,
+            hint="close what maps or reads the block device, or use path direct",
+        )
 
     @staticmethod
     def _settle(extent: Extent) -> None:

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from dualblade.errors import Closed, DeviceError
-from dualblade.io import Arena, Counters, Engine, Op, Ticket, Transfer
+from dualblade.io import Arena, Counters, Engine, Namespace, Op, Ticket, Transfer
 from dualblade.units import BLOCK_BYTES
 
 
@@ -116,6 +116,10 @@ class FaultyEngine(Engine):
 
     def unregister_file(self, fd: int) -> None:
         self.inner.unregister_file(fd)
+
+    def register_namespace(self, fd: int, namespace: Namespace) -> None:
+        self.inner.register_namespace(fd, namespace)
+        self.name = self.inner.name
 
     def submit(self, transfers: Sequence[Transfer], *, path: str | None = None) -> Ticket:
         with self._lock:

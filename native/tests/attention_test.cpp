@@ -1,0 +1,183 @@
+// Attention over tiles in C++, to be run under sanitizers: `native/check.sh`. Every kernel of this
+// machine against plain sums in double, in shapes around the edges of blocks, tiles and vectors.
+#include "attention/attention.hpp"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <string>
+#include <vector>
+
+using namespace dualblade;
+
+#define CHECK(condition)                                                                 \
+    do {                                                                                 \
+        if (!(condition)) {                                                              \
+            std::fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
+            std::exit(1);                                                                \
+        }                                                                                \
+    } while (false)
+
+namespace {
+
+struct Shape {
+    std::int64_t batch, kv_heads, group, tokens, key_dim, value_dim, tile_rows, past;
+    bool padded, reordered;
+};
+
+// Keys and values of whole tiles [tiles, batch, kv_heads, tile_rows, dim] and of the rest.
+struct Case {
+    Shape shape;
+    std::vector<float> query, keys, values;
+    std::vector<std::int64_t> first_visible;
+    std::vector<std::int32_t> table;
+
+    explicit Case(const Shape& wanted) : shape(wanted) {
+        std::mt19937 random(7);
+        std::normal_distribution<float> normal;
+        const auto fill = [&](std::vector<float>& rows, std::int64_t count) {
+            rows.resize(static_cast<std::size_t>(count));
+            for (float& value : rows) value = normal(random);
+        };
+        const std::int64_t rows = tiles() * shape.batch * shape.kv_heads * shape.tile_rows;
+        fill(query, shape.batch * shape.kv_heads * shape.group * shape.tokens * shape.key_dim);
+        fill(keys, rows * shape.key_dim);
+        fill(values, rows * shape.value_dim);
+        for (std::int64_t b = 0; b < shape.batch; ++b) {
+            first_visible.push_back(shape.padded ? std::min<std::int64_t>(b * 11, shape.past) : 0);
+        }
+        for (std::int64_t i = 0; i < tiles() * shape.batch; ++i) {
+            const auto same = static_cast<std::int32_t>(i % shape.batch);
+            table.push_back(shape.reordered ? static_cast<std::int32_t>(
+                                                  random() % static_cast<unsigned>(shape.batch))
+                                            : same);
+        }
+    }
+
+    std::int64_t all() const { return shape.past + shape.tokens; }
+    std::int64_t tiles() const { return (all() + shape.tile_rows - 1) / shape.tile_rows; }
+
+    const float* row(const std::vector<float>& rows, std::int64_t dim, std::int64_t b,
+                     std::int64_t head, std::int64_t token) const {
+        const std::int64_t tile = token / shape.tile_rows;
+        const std::int64_t stored = table[static_cast<std::size_t>(tile * shape.batch + b)];
+        const std::int64_t at =
+            ((tile * shape.batch + stored) * shape.kv_heads + head) * shape.tile_rows +
+            token % shape.tile_rows;
+        return rows.data() + at * dim;
+    }
+
+    Run run(const std::vector<float>& rows, std::int64_t dim, std::int64_t tile,
+            std::int64_t count) const {
+        Run part;
+        part.head_stride = shape.tile_rows * dim;
+        part.sequence_stride = shape.kv_heads * part.head_stride;
+        part.tile_stride = shape.batch * part.sequence_stride;
+        part.row_stride = dim;
+        part.data = rows.data() + tile * part.tile_stride;
+        part.first_token = tile * shape.tile_rows;
+        part.tokens = std::min(count * shape.tile_rows, all() - part.first_token);
+        part.tile_rows = shape.tile_rows;
+        part.sequences = shape.batch;
+        part.table = table.data() + tile * shape.batch;
+        return part;
+    }
+
+    std::vector<float> attend(Attention& attention, std::int64_t step) const {
+        Query asked;
+        asked.data = query.data();
+        asked.token_stride = shape.key_dim;
+        asked.head_stride = shape.tokens * shape.key_dim;
+        asked.sequence_stride = shape.kv_heads * shape.group * asked.head_stride;
+        asked.batch = shape.batch;
+        asked.kv_heads = shape.kv_heads;
+        asked.group = shape.group;
+        asked.tokens = shape.tokens;
+        asked.key_dim = shape.key_dim;
+        asked.value_dim = shape.value_dim;
+        asked.past = shape.past;
+        asked.first_visible = first_visible.data();
+        asked.scale = 0.3f;
+        std::vector<float> out(static_cast<std::size_t>(
+            shape.batch * shape.tokens * shape.kv_heads * shape.group * shape.value_dim));
+        attention.begin(asked);
+        for (std::int64_t tile = 0; tile < tiles(); tile += step) {
+            attention.keys(run(keys, shape.key_dim, tile, std::min(step, tiles() - tile)));
+            attention.values(run(values, shape.value_dim, tile, std::min(step, tiles() - tile)));
+        }
+        attention.finish(nullptr, out.data());
+        return out;
+    }
+
+    void check(const std::vector<float>& out) const {
+        std::size_t at = 0;
+        const std::int64_t heads = shape.kv_heads * shape.group;
+        for (std::int64_t b = 0; b < shape.batch; ++b) {
+            for (std::int64_t t = 0; t < shape.tokens; ++t) {
+                for (std::int64_t head = 0; head < heads; ++head) {
+                    const float* asked =
+                        query.data() + ((b * heads + head) * shape.tokens + t) * shape.key_dim;
+                    std::vector<double> sums(static_cast<std::size_t>(shape.value_dim));
+                    double total = 0;
+                    for (std::int64_t token = first_visible[static_cast<std::size_t>(b)];
+                         token <= shape.past + t; ++token) {
+                        double score = 0;
+                        const float* key = row(keys, shape.key_dim, b, head / shape.group, token);
+                        for (std::int64_t i = 0; i < shape.key_dim; ++i) {
+                            score += double{asked[i]} * double{key[i]};
+                        }
+                        const double weight = std::exp(0.3 * score);
+                        total += weight;
+                        const float* value =
+                            row(values, shape.value_dim, b, head / shape.group, token);
+                        for (std::size_t i = 0; i < sums.size(); ++i)
+                            sums[i] += weight * double{value[i]};
+                    }
+                    for (const double sum : sums) CHECK(std::abs(out[at++] - sum / total) < 1e-4);
+                }
+            }
+        }
+    }
+};
+
+void kernels_agree_with_plain_sums() {
+    const std::vector<Shape> shapes{
+        {1, 1, 1, 1, 64, 64, 64, 0, false, false},     {1, 1, 1, 1, 64, 64, 64, 63, false, false},
+        {2, 3, 3, 1, 64, 64, 64, 200, true, false},    {3, 2, 4, 5, 80, 48, 16, 97, true, true},
+        {2, 2, 7, 2, 20, 24, 4, 50, false, true},      {4, 8, 1, 1, 128, 128, 128, 300, true, true},
+        {1, 1, 2, 16, 256, 64, 512, 700, false, false}};
+    for (const char* name : {"avx512", "avx2", "plain"}) {
+        const Kernel* kernel = find_kernel(name);
+        if (kernel == nullptr) continue;
+        for (const int threads : {1, 3}) {
+            Attention attention(threads, *kernel);
+            for (const Shape& shape : shapes) {
+                const Case one(shape);
+                const std::vector<float> out = one.attend(attention, 1);
+                one.check(out);
+                CHECK(one.attend(attention, 3) == out);
+            }
+        }
+        std::printf("%s: passed\n", name);
+    }
+}
+
+void pools_run_every_item_once() {
+    for (const int threads : {1, 2, 4}) {
+        Pool pool(threads);
+        for (std::int64_t items = 0; items < 200; ++items) {
+            std::vector<int> done(static_cast<std::size_t>(items));
+            pool.run(items, [&](std::int64_t item) { ++done[static_cast<std::size_t>(item)]; });
+            for (const int count : done) CHECK(count == 1);
+        }
+    }
+}
+
+}  // namespace
+
+int main() {
+    pools_run_every_item_once();
+    kernels_agree_with_plain_sums();
+    return 0;
+}

@@ -1,0 +1,288 @@
+"""A store on a block device or partition: held, recognised, opened, and let go of.
+
+Nothing is written to a device before its superblocks, and the device that they name, have been
+compared with what is there.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+from dataclasses import dataclass, replace
+
+from dualblade.errors import DualBladeError, NoSpace, NotAStore, StorageError, Unsupported
+from dualblade.host.drives import Drive, find_drive, signatures
+from dualblade.host.nvme import nvme_facts
+from dualblade.host.page_cache import drop
+from dualblade.io import Engine, Namespace
+from dualblade.store.format import (
+    DATA_OFFSET,
+    DeviceSection,
+    Superblock,
+    choose_superblock,
+    second_copy_offset,
+)
+from dualblade.store.place import read_superblock, storage_error, write_superblock
+from dualblade.units import BLOCK_BYTES, EXTENT_ALIGN_BYTES, format_size
+
+_BLKDISCARD = 0x1277
+_BLKZEROOUT = 0x127F
+_NAME_CHARACTERS_MAX = 64  # of a serial or a world-wide name; longer ones are compared by these
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceBacking:
+    """A formatted device, open; `buffered_fd` holds it O_EXCL. See place.Backing."""
+
+    path: str
+    drive: Drive
+    direct_fd: int | None
+    buffered_fd: int
+    capacity_bytes: int
+    superblock: Superblock
+    was_unclean: bool
+    coherent: bool
+
+    def allocate(self, offset: int, size_bytes: int) -> None:
+        """A device has all its blocks."""
+
+    def pieces(self) -> int:
+        return 1
+
+    def close(self, *, keep_blocks: bool, end: int) -> None:
+        try:
+            if not keep_blocks and end > DATA_OFFSET:
+                discard(self.buffered_fd, self.drive, DATA_OFFSET, end - DATA_OFFSET)
+            write_superblocks(self.buffered_fd, replace(self.superblock, in_use=False))
+        except OSError as exc:
+            raise storage_error("close", self.path, exc) from exc
+        finally:
+            for fd in (self.direct_fd, self.buffered_fd):
+                if fd is not None:
+                    os.close(fd)
+
+
+def open_device(
+    path: str | os.PathLike[str], engine: Engine, *, direct: bool, capacity_bytes: int | None
+) -> DeviceBacking:
+    """Open the store on the device at `path`.
+
+    Its direct door is NVMe passthrough for a namespace's character device, where `engine` can;
+    else O_DIRECT on the block device, and `engine.reason` says why.
+    Raises: NotAStore (foreign, damaged, in use, another device), NoSpace, StorageError,
+    Unsupported; nothing is left behind, and nothing was written.
+    """
+    drive = find_drive(path)
+    opened: list[int] = []
+    try:
+        fd = hold_device(drive)
+        opened.append(fd)
+        old = recognise(fd, drive)
+        capacity = _capacity(drive, old, capacity_bytes)
+        direct_fd, coherent = None, True
+        if direct:
+            direct_fd, coherent = _open_direct(drive, engine, old.capacity_bytes)
+            opened.append(direct_fd)
+        superblock = replace(old, generation=old.generation + 1, in_use=True)
+        write_superblocks(fd, superblock)
+        if old.in_use:
+            discard(fd, drive, DATA_OFFSET, old.capacity_bytes)  # what a crash left behind
+        # What probing and readahead left: pages that direct writes would make stale.
+        drop(fd, 0, drive.size_bytes)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    except (OSError, DualBladeError) as exc:
+        for descriptor in opened:
+            engine.unregister_file(descriptor)
+            os.close(descriptor)
+        if isinstance(exc, OSError):
+            raise _device_error("open", drive.path, exc) from exc
+        raise
+    return DeviceBacking(
+        path=drive.path,
+        drive=drive,
+        direct_fd=direct_fd,
+        buffered_fd=fd,
+        capacity_bytes=capacity,
+        superblock=superblock,
+        was_unclean=old.in_use,
+        coherent=coherent,
+    )
+
+
+def _open_direct(drive: Drive, engine: Engine, capacity_bytes: int) -> tuple[int, bool]:
+    """(descriptor of the direct door, whether the page cache stays coherent with it).
+
+    Raises: OSError.
+    """
+    if drive.is_ng:
+        try:
+            return _open_passthrough(drive, engine, capacity_bytes), False
+        except (Unsupported, StorageError) as problem:
+            engine.fall_back(f"{problem.message}: O_DIRECT on {drive.block_path}")
+    return os.open(drive.block_path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC), True
+
+
+def _open_passthrough(drive: Drive, engine: Engine, capacity_bytes: int) -> int:
+    """A namespace's character device that `engine` sends NVMe commands to.
+
+    Raises: Unsupported, StorageError, OSError.
+    """
+    fd = os.open(drive.path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        facts = nvme_facts(fd, drive.path)
+        if (facts.block_bytes, facts.metadata_bytes) != (drive.block_bytes, 0):
+            raise Unsupported(
+                f"{drive.path} says {facts.block_bytes} + {facts.metadata_bytes} bytes a block, "
+                f"its block device {drive.block_bytes}"
+            )
+        most = min(drive.command_bytes_max, facts.mdts_bytes or drive.command_bytes_max)
+        most = min(most, facts.block_bytes << 16)  # the block count of a command is 16 bits
+        # A page of memory is a segment; of a buffer that starts inside a page, one is lost.
+        scattered = min(most, (drive.segments_max - 1) * BLOCK_BYTES)
+        namespace = Namespace(
+            namespace_id=facts.namespace_id,
+            block_bytes=facts.block_bytes,
+            begin=DATA_OFFSET,
+            end=DATA_OFFSET + capacity_bytes,
+            command_bytes_max=most // BLOCK_BYTES * BLOCK_BYTES,
+            scattered_bytes_max=max(scattered // BLOCK_BYTES * BLOCK_BYTES, BLOCK_BYTES),
+        )
+        engine.register_namespace(fd, namespace)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def hold_device(drive: Drive) -> int:
+    """A descriptor that has the block device for itself (O_EXCL) until it is closed.
+
+    Raises: NotAStore when somebody else has it, or `drive` is another device by now; StorageError.
+    """
+    try:
+        fd = os.open(drive.block_path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
+    except OSError as exc:
+        if exc.errno == errno.EBUSY:
+            raise NotAStore(
+                f"{drive.path} is in use: mounted, part of something, or open in another cache",
+                operation="lock",
+                path=drive.path,
+                hint=f"see dualblade doctor {drive.path}",
+            ) from exc
+        raise _device_error("open", drive.block_path, exc) from exc
+    try:
+        _check_unchanged(fd, drive)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_unchanged(fd: int, drive: Drive) -> None:
+    """The name may belong to another device by now: people take time to type a serial, and names
+    are given anew as drives come and go. Raises: NotAStore, StorageError.
+    """
+    same_node = os.fstat(fd).st_rdev == os.stat(drive.block_path).st_rdev
+    if not same_node or find_drive(drive.path) != drive:
+        raise NotAStore(
+            f"{drive.path} is not the device any more that was looked at",
+            operation="open",
+            path=drive.path,
+            hint=f"see dualblade doctor {drive.path}",
+        )
+
+
+def recognise(fd: int, drive: Drive) -> Superblock:
+    """The newest superblock of the store on `drive`, which is proven to be this very device.
+
+    Reads only. Raises: NotAStore, Unsupported.
+    """
+    if drive.metadata_bytes:
+        raise Unsupported(
+            f"{drive.path} has blocks with {drive.metadata_bytes} bytes of metadata",
+            hint=f"format it without: nvme format {drive.block_path} --lbaf=N",
+        )
+    offsets = (0, max(0, second_copy_offset(drive.size_bytes)))
+    raws = tuple(read_superblock(fd, offset) for offset in offsets)
+    superblock = choose_superblock(raws[0], raws[1], path=drive.path, here=section_of(drive))
+    # Foreign metadata can lie beside an untouched superblock (RAID and pools do): theirs, then.
+    found = signatures(drive)
+    if found:
+        raise NotAStore(
+            f"{drive.path} was a dualblade store, and now has {found[0].what}",
+            operation="open",
+            path=drive.path,
+            hint=f"if that is not wanted: {found[0].free_with}",
+        )
+    return superblock
+
+
+def section_of(drive: Drive, copy: int = 0) -> DeviceSection:
+    """What a superblock on `drive` says of it."""
+    names = (drive.serial, drive.wwid, drive.part_uuid)
+    serial, wwid, part_uuid = (" ".join(name.split())[:_NAME_CHARACTERS_MAX] for name in names)
+    return DeviceSection(
+        size_bytes=drive.size_bytes,
+        block_bytes=drive.block_bytes,
+        copy=copy,
+        serial=serial,
+        wwid=wwid,
+        part_uuid=part_uuid,
+    )
+
+
+def write_superblocks(fd: int, superblock: Superblock) -> None:
+    """Both copies, each synced before the next: one of them is always whole. Raises: OSError."""
+    assert superblock.device is not None
+    for copy in (1, 0):
+        device = replace(superblock.device, copy=copy)
+        write_superblock(fd, replace(superblock, device=device))
+
+
+def discard(fd: int, drive: Drive, offset: int, size_bytes: int) -> bool:
+    """Tell the drive that a range is of no use any more (TRIM); False if it does not take that.
+
+    Raises: OSError.
+    """
+    if not drive.discard_bytes_max:
+        return False
+    try:
+        fcntl.ioctl(fd, _BLKDISCARD, struct.pack("=QQ", offset, size_bytes))
+    except OSError as exc:
+        if exc.errno != errno.EOPNOTSUPP:
+            raise
+        return False
+    return True
+
+
+def zero(fd: int, offset: int, size_bytes: int) -> None:
+    """Write zeros over a range, by the kernel. Raises: OSError."""
+    fcntl.ioctl(fd, _BLKZEROOUT, struct.pack("=QQ", offset, size_bytes))
+
+
+def _device_error(operation: str, node: str, exc: OSError) -> StorageError:
+    if exc.errno not in (errno.EACCES, errno.EPERM):
+        return storage_error(operation, node, exc)
+    return StorageError(
+        f"cannot {operation} {node}: {exc.strerror}",
+        operation=operation,
+        path=node,
+        hint="give your user or group read and write permission on it: docs/raw-devices.md",
+    )
+
+
+def _capacity(drive: Drive, superblock: Superblock, wanted: int | None) -> int:
+    """Bytes for extents: the formatted capacity, or less where less is wanted."""
+    most = superblock.capacity_bytes
+    capacity = most if wanted is None else min(most, wanted)
+    capacity = capacity // EXTENT_ALIGN_BYTES * EXTENT_ALIGN_BYTES
+    if capacity < 1:
+        raise NoSpace(
+            f"no room for a store at {drive.path}: {format_size(capacity)}",
+            operation="open",
+            path=drive.path,
+            hint="raise disk_capacity_bytes to at least 2 MiB",
+        )
+    return capacity

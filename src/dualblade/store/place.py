@@ -1,0 +1,81 @@
+"""What a store stands on, whatever it is: the interface, and errors with their words."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Protocol
+
+from dualblade.errors import NoSpace, StorageError
+from dualblade.host.page_cache import drop
+from dualblade.store.format import DATA_OFFSET, SUPERBLOCK_BYTES, Superblock
+
+
+class Backing(Protocol):
+    """An open, held, formatted place for a store: `FileBacking`, `DeviceBacking`.
+
+    direct_fd       the direct door; None when none was asked for.
+    buffered_fd     the page-cache door, and the descriptor whose writeback errors count.
+    capacity_bytes  most that extents may occupy, from DATA_OFFSET on.
+    coherent        direct writes leave no stale page behind: true but for NVMe passthrough.
+    """
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def direct_fd(self) -> int | None: ...
+    @property
+    def buffered_fd(self) -> int: ...
+    @property
+    def capacity_bytes(self) -> int: ...
+    @property
+    def was_unclean(self) -> bool: ...
+    @property
+    def coherent(self) -> bool: ...
+
+    def allocate(self, offset: int, size_bytes: int) -> None:
+        """Have blocks for a range before its first write. Raises: OSError."""
+        ...
+
+    def pieces(self) -> int | None:
+        """Contiguous pieces on the device; None where the file system cannot tell."""
+        ...
+
+    def close(self, *, keep_blocks: bool, end: int) -> None:
+        """Discard the content up to `end` (or keep it), mark it clean, and let go.
+
+        Raises: StorageError; all is let go of anyway.
+        """
+        ...
+
+
+def read_superblock(fd: int, offset: int) -> bytes:
+    """The superblock at `offset`; less where the file or device ends before. Raises: OSError."""
+    return os.pread(fd, SUPERBLOCK_BYTES, offset)
+
+
+def write_superblock(fd: int, superblock: Superblock) -> None:
+    """Write and sync one superblock at its place. Raises: OSError."""
+    raw = superblock.encode()
+    offset = 0 if superblock.device is None else superblock.device.offset()
+    if os.pwrite(fd, raw, offset) != len(raw):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.fdatasync(fd)
+    # The superblock's page must not count against a direct store's page-cache footprint.
+    drop(fd, offset, DATA_OFFSET)
+
+
+def storage_error(operation: str, name: str, exc: OSError) -> StorageError:
+    """`exc` in our words: what was tried on which store, and what to do."""
+    kind = NoSpace if exc.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
+    hints = {
+        errno.EACCES: "choose a place that you may write to",
+        errno.EROFS: "the file system is read-only; choose another",
+        errno.ENOSPC: "free some space there, or name a store on another drive",
+    }
+    return kind(
+        f"cannot {operation} the store {name}: {exc.strerror or exc}",
+        operation=operation,
+        path=name,
+        hint=hints.get(exc.errno or 0),
+    )

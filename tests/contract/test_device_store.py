@@ -1,0 +1,264 @@
+"""A store on a block device: what it keeps, what it refuses, and what it never touches."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dualblade.errors import NoSpace, NotAStore, StorageError
+from dualblade.io import Arena, Engine, open_engine
+from dualblade.store import Door, Store
+from dualblade.store.format import DATA_OFFSET, SUPERBLOCK_BYTES, second_copy_offset
+from dualblade.store.formatting import carry_out_format, carry_out_wipe, plan_format, plan_wipe
+from dualblade.store.inspect import inspect_store, unreadable_ranges
+from dualblade.testing.contract import pattern
+from dualblade.units import MIB
+from tests.devices import contents, loop_device, needs_root
+
+pytestmark = needs_root
+SIZE_BYTES = 24 * MIB
+
+
+@pytest.fixture(params=[512, 4096])
+def blank(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    with loop_device(tmp_path / "image", SIZE_BYTES, request.param) as device:
+        yield device
+
+
+@pytest.fixture
+def device(blank: str) -> str:
+    carry_out_format(plan_format(blank))
+    return blank
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    with open_engine(queue_depth=4) as opened:
+        yield opened
+
+
+@pytest.fixture
+def arena() -> Iterator[Arena]:
+    with Arena(4 * MIB) as arena:
+        yield arena
+
+
+def test_both_doors_see_the_same_bytes(device: str, engine: Engine, arena: Arena) -> None:
+    """Written through one door, read through the other, as often as one likes."""
+    data = pattern(2 * MIB, seed=1)
+    with Store.open(device, engine) as store:
+        extent = store.allocate(2 * MIB, Door.DIRECT)
+        for turn, door in enumerate([Door.PAGE_CACHE, Door.DIRECT] * 3):
+            data = pattern(2 * MIB, seed=turn)
+            arena.buffer[: len(data)] = data
+            store.write(extent, 0, arena.address, len(data)).wait()
+            store.move(extent, door)
+            arena.buffer[: len(data)] = bytes(len(data))
+            store.read(extent, 0, arena.address, len(data)).wait()
+            assert arena.buffer[: len(data)] == data
+            cached = store.page_cache_bytes()
+            assert cached == (2 * MIB if door is Door.PAGE_CACHE else 0)
+
+
+def test_what_is_not_an_extent_is_left_alone(device: str, engine: Engine, arena: Arena) -> None:
+    """Every extent is written: both superblocks and the bytes beside them stay as they were."""
+    before = contents(device)
+    with Store.open(device, engine, keep_blocks=True) as store:
+        while True:
+            try:
+                extent = store.allocate(2 * MIB, Door.DIRECT)
+            except NoSpace:
+                break
+            arena.buffer[: 2 * MIB] = b"\xff" * (2 * MIB)
+            store.write(extent, 0, arena.address, 2 * MIB).wait()
+        assert store.used_bytes == store.capacity_bytes == 20 * MIB
+    after = contents(device)
+    end = DATA_OFFSET + 20 * MIB
+    assert after[DATA_OFFSET:end] == b"\xff" * (20 * MIB)
+    assert after[SUPERBLOCK_BYTES:DATA_OFFSET] == before[SUPERBLOCK_BYTES:DATA_OFFSET]
+    assert after[end:-SUPERBLOCK_BYTES] == before[end:-SUPERBLOCK_BYTES]
+    report = inspect_store(device)
+    assert report.problem is None
+    assert [copy.superblock.generation for copy in report.copies if copy.superblock] == [2, 2]
+
+
+def test_closing_discards_what_was_stored(device: str, engine: Engine, arena: Arena) -> None:
+    """KV encodes prompts: TRIM of a loop device gives zeros; keep_blocks keeps it."""
+    for keep in (False, True):
+        with Store.open(device, engine, keep_blocks=keep) as store:
+            extent = store.allocate(2 * MIB, Door.DIRECT)
+            arena.buffer[: 2 * MIB] = b"\xff" * (2 * MIB)
+            store.write(extent, 0, arena.address, 2 * MIB).wait()
+        assert any(contents(device)[DATA_OFFSET : DATA_OFFSET + 2 * MIB]) is keep
+
+
+def test_a_capacity_asked_for_is_a_limit(device: str, engine: Engine) -> None:
+    with Store.open(device, engine, capacity_bytes=5 * MIB) as store:
+        assert store.capacity_bytes == 4 * MIB
+    with pytest.raises(NoSpace):
+        Store.open(device, engine, capacity_bytes=MIB)
+
+
+def test_it_is_held_for_itself(device: str, engine: Engine) -> None:
+    """No second store, no file system and no mount while it is open; all again afterwards."""
+    with Store.open(device, engine):
+        with pytest.raises(NotAStore, match="in use"):
+            Store.open(device, engine)
+        mkswap = subprocess.run(["mkswap", device], capture_output=True, check=False)
+        assert mkswap.returncode != 0
+        with pytest.raises(NotAStore, match="not free to format"):
+            plan_format(device)
+        assert inspect_store(device).in_use_now
+    Store.open(device, engine).close()
+
+
+def test_an_unformatted_device_is_refused_and_left_alone(blank: str, engine: Engine) -> None:
+    with pytest.raises(NotAStore, match=f"dualblade store format {blank}"):
+        Store.open(blank, engine)
+    assert not any(contents(blank))
+
+
+@pytest.mark.parametrize("where", ["start", "end"])
+def test_a_damaged_copy_is_passed_over_and_made_whole(
+    device: str, engine: Engine, where: str
+) -> None:
+    """A torn superblock: the other one serves."""
+    offset = 0 if where == "start" else second_copy_offset(SIZE_BYTES)
+    write(device, offset + 512, b"\xff" * 512)
+    assert inspect_store(device).problem is None
+    Store.open(device, engine).close()
+    assert all(copy.problem is None for copy in inspect_store(device).copies)
+
+
+@pytest.mark.parametrize("where", ["start", "end"])
+def test_a_device_that_was_reused_is_refused(device: str, engine: Engine, where: str) -> None:
+    """What is not ours where a superblock was: somebody took the device."""
+    write(device, 0 if where == "start" else second_copy_offset(SIZE_BYTES), b"theirs" * 600)
+    before = contents(device)
+    with pytest.raises(NotAStore, match=f"its {where} was overwritten"):
+        Store.open(device, engine)
+    with pytest.raises(NotAStore):
+        plan_wipe(device)
+    assert contents(device) == before
+
+
+def test_a_file_system_beside_the_superblock_is_refused(device: str, engine: Engine) -> None:
+    """btrfs's magic lies at 64 KiB + 64: our first 4096 bytes are untouched by it."""
+    filled = bytearray(4096)
+    filled[64:72] = b"_BHRfS_M"
+    filled[32:64] = os.urandom(32)
+    write(device, 64 * 1024, bytes(filled))
+    before = contents(device)
+    with pytest.raises(NotAStore, match="now has a btrfs"):
+        Store.open(device, engine)
+    assert contents(device) == before
+
+
+def test_a_copy_on_another_device_is_refused(device: str, engine: Engine, tmp_path: Path) -> None:
+    """The superblock names the device: size here; serial and world-wide name on drives."""
+    other = tmp_path / "copy"
+    other.write_bytes(contents(device) + bytes(4 * MIB))
+    with loop_device(other, 0, 4096) as copied:
+        with pytest.raises(NotAStore, match="not the device that its store was made on"):
+            Store.open(copied, engine)
+        assert contents(copied) == other.read_bytes()
+
+
+def test_kill_9_is_told_and_its_content_is_discarded(
+    device: str, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(device, DATA_OFFSET, b"\xff" * 4096)
+    script = f"""
+import sys
+from dualblade.io import open_engine
+from dualblade.store import Store, Door
+store = Store.open({device!r}, open_engine("posix"))
+store.allocate(1 << 22, Door.DIRECT)
+print("open", flush=True)
+sys.stdin.read()
+"""
+    child = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"open\n"
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    block = inspect_store(device).superblock
+    assert block is not None
+    assert block.in_use
+    with Store.open(device, engine) as store:
+        assert store.used_bytes == 0
+        assert not any(contents(device)[DATA_OFFSET : DATA_OFFSET + 4 * MIB])
+    assert "not closed cleanly" in caplog.text
+
+
+def test_wiping_leaves_nothing(device: str, engine: Engine, arena: Arena) -> None:
+    with Store.open(device, engine, keep_blocks=True) as store:
+        extent = store.allocate(4 * MIB, Door.PAGE_CACHE)
+        arena.buffer[:] = b"\xff" * (4 * MIB)
+        store.write(extent, 0, arena.address, 4 * MIB).wait()
+    parts: list[float] = []
+    assert carry_out_wipe(plan_wipe(device), parts.append) == "discarded"
+    assert parts[-1] == 1
+    assert not any(contents(device))
+    carry_out_format(plan_format(device))
+
+
+def test_planning_writes_nothing(blank: str) -> None:
+    plan_format(blank)
+    assert not any(contents(blank))
+    carry_out_format(plan_format(blank))
+    before = contents(blank)
+    plan_wipe(blank)
+    with pytest.raises(NotAStore, match="store wipe"):
+        plan_format(blank)
+    assert contents(blank) == before
+
+
+def test_a_name_that_went_to_another_device_is_refused(blank: str) -> None:
+    """Between looking and writing people type a serial; names are given anew meanwhile."""
+    plan = plan_format(blank)
+    assert plan.drive is not None
+    swapped = replace(plan, drive=replace(plan.drive, serial="0THER"))
+    with pytest.raises(NotAStore, match="not the device any more"):
+        carry_out_format(swapped)
+    assert not any(contents(blank))
+    carry_out_format(plan)
+    with pytest.raises(NotAStore, match="not the device any more"):
+        carry_out_wipe(swapped, lambda _: None)
+    assert inspect_store(blank).problem is None
+
+
+def test_every_block_can_be_read(device: str) -> None:
+    parts: list[float] = []
+    assert unreadable_ranges(inspect_store(device), parts.append) == []
+    assert parts[-1] == 1
+
+
+def test_a_device_that_loses_its_end_while_open(
+    tmp_path: Path, engine: Engine, arena: Arena
+) -> None:
+    """Its image is cut short: reads fail with words."""
+    image = tmp_path / "image"
+    with loop_device(image, SIZE_BYTES) as device:
+        carry_out_format(plan_format(device))
+        store = Store.open(device, engine)
+        extent = store.allocate(20 * MIB, Door.DIRECT)
+        os.truncate(image, 4 * MIB)
+        with pytest.raises(StorageError, match=device):
+            store.read(extent, 16 * MIB, arena.address, 4 * MIB).wait()
+        store.close()
+
+
+def write(device: str, offset: int, data: bytes) -> None:
+    fd = os.open(device, os.O_WRONLY | os.O_DSYNC)
+    os.pwrite(fd, data, offset)
+    os.close(fd)

@@ -1,0 +1,213 @@
+"""`store format` and `wipe` refuse what is not plainly free, say what it is, and write nothing."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dualblade.cli.app import app
+from dualblade.errors import NotAStore, StorageError, Unsupported
+from dualblade.host import drives
+from dualblade.host.drives import find_drive, findings
+from dualblade.store.formatting import carry_out_format, plan_format, plan_wipe
+from dualblade.units import MIB
+from tests.devices import contents, loop_device, needs_root
+
+SIZE_BYTES = 64 * MIB
+_FIRST_SECTOR = 4096  # 2 MiB
+
+
+@pytest.fixture
+def blank(tmp_path: Path) -> Iterator[str]:
+    with loop_device(tmp_path / "image", SIZE_BYTES, 512) as device:
+        yield device
+
+
+def run(*arguments: str, typed: str = "") -> tuple[int, str, str]:
+    done = CliRunner().invoke(app, list(arguments), input=typed)
+    return done.exit_code, done.stdout, done.stderr
+
+
+def partition(device: str, kind: int) -> str:
+    """An MBR with one partition of type `kind`; the node of the partition."""
+    sectors = SIZE_BYTES // 512 - _FIRST_SECTOR
+    entry = struct.pack("<B3sB3sII", 0, b"\0" * 3, kind, b"\0" * 3, _FIRST_SECTOR, sectors)
+    with open(device, "r+b") as disk:
+        disk.write(bytes(440) + b"\x78\x56\x34\x12" + bytes(2) + entry + bytes(48) + b"\x55\xaa")
+    # Not --rereadpt: not every kernel reads partition tables itself.
+    subprocess.run(["partx", "--update", device], check=True)
+    return f"{device}p1"
+
+
+def assert_refused(device: str, what: str, command: str | None) -> None:
+    before = contents(device)
+    for plan in (plan_format, plan_wipe):
+        with pytest.raises(NotAStore, match="is not free to") as caught:
+            plan(device)
+        assert what in caught.value.message
+        assert command is None or command in caught.value.message
+    status, _, told = run("store", "format", device, "--yes")
+    assert status == 1
+    assert what in told
+    assert contents(device) == before
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (["mkfs.ext4", "-q"], "a ext4 file system"),
+        (["mkswap", "-q"], "a swap signature"),
+    ],
+)
+def test_what_carries_a_signature(blank: str, make: list[str], what: str) -> None:
+    subprocess.run([*make, blank], check=True)
+    assert_refused(blank, what, f"wipefs --all {blank}")
+    subprocess.run(["wipefs", "-qa", blank], check=True)
+    assert findings(find_drive(blank)) == []
+
+
+@needs_root
+def test_what_is_mounted(blank: str, tmp_path: Path) -> None:
+    subprocess.run(["mkfs.ext4", "-q", blank], check=True)
+    place = tmp_path / "mounted"
+    place.mkdir()
+    subprocess.run(["mount", blank, place], check=True)
+    try:
+        assert_refused(blank, f"it is mounted at {place}", f"umount {place}")
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+@needs_root
+def test_what_is_partitioned_and_its_partition(blank: str, tmp_path: Path) -> None:
+    """The whole is refused; a partition of type Linux data is a store of its own."""
+    part = partition(blank, 0x83)
+    assert_refused(blank, "a partition table (dos)", f"wipefs --all {blank}")
+    assert_refused(blank, f"it is partitioned: {part}", None)
+    carry_out_format(plan_format(part))
+    facts = find_drive(part)
+    assert (facts.partition, facts.whole_path, facts.size_bytes) == (1, blank, 62 * MIB)
+    assert facts.part_uuid == "12345678-01"
+    with pytest.raises(NotAStore, match="already"):
+        plan_format(part)
+    subprocess.run(["mkfs.ext4", "-q", "-F", part], check=True)
+    place = tmp_path / "mounted"
+    place.mkdir()
+    subprocess.run(["mount", part, place], check=True)
+    try:
+        assert_refused(blank, f"{part}: it is mounted at {place}", f"umount {place}")
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+@needs_root
+def test_a_partition_that_is_somebodys_by_type(blank: str) -> None:
+    """EFI: empty to libblkid, and yet not ours to take."""
+    assert_refused(partition(blank, 0xEF), "its partition type is 0xef", "sfdisk --part-type")
+
+
+@needs_root
+def test_what_is_read_only_or_too_small(blank: str, tmp_path: Path) -> None:
+    subprocess.run(["blockdev", "--setro", blank], check=True)
+    try:
+        assert_refused(blank, "it is read-only", f"blockdev --setrw {blank}")
+    finally:  # the loop device keeps it beyond its image
+        subprocess.run(["blockdev", "--setrw", blank], check=True)
+    with (
+        loop_device(tmp_path / "small", 3 * MIB) as small,
+        pytest.raises(Unsupported, match="too small"),
+    ):
+        plan_format(small)
+
+
+def test_the_drive_that_the_machine_boots_from() -> None:
+    tree = {"mountpoints": [None], "children": [{"mountpoints": ["/boot"]}]}
+    assert drives._boots(tree)
+    tree["children"][0]["mountpoints"] = ["/mnt"]  # type: ignore[index]
+    assert not drives._boots(tree)
+
+
+@needs_root
+def test_without_the_tools_nothing_is_called_free(
+    blank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drives, "_TOOL_PATH", "/nowhere")
+    with pytest.raises(Unsupported, match="install util-linux"):
+        plan_format(blank)
+
+
+@needs_root
+def test_a_probe_that_cannot_look_is_an_error_not_a_verdict(
+    blank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """blkid ends with 2 for 'nothing there' and for 'permission denied' alike."""
+    fake = tmp_path / "bin"
+    fake.mkdir()
+    (fake / "blkid").write_text("#!/bin/sh\necho denied >&2\nexit 2\n")
+    (fake / "blkid").chmod(0o755)
+    monkeypatch.setattr(drives, "_TOOL_PATH", f"{fake}:{drives._TOOL_PATH}")
+    with pytest.raises(StorageError, match="denied"):
+        plan_format(blank)
+
+
+@needs_root
+def test_the_commands(blank: str) -> None:
+    """Dry run, a wrong confirmation, the right one, what is shown, and wiping."""
+    status, told, _ = run("store", "format", blank, "--dry-run", "--json")
+    assert status == 0
+    assert json.loads(told)["done"] is False
+    status, _, told = run("store", "format", blank, typed="yes\n")
+    assert status == 2
+    assert f"{blank} was left alone" in told
+    assert not any(contents(blank))
+    status, told, _ = run("store", "format", blank, typed=f"{blank}\n")
+    assert status == 0
+    assert "60.0 MiB for KV" in told
+    status, told, _ = run("store", "inspect", blank, "--json")
+    shown = json.loads(told)
+    assert shown["is_store"]
+    assert [copy["problem"] for copy in shown["superblocks"]] == [None, None]
+    for options in ([], ["--json"], ["--superblocks-only"]):
+        status, told, _ = run("store", "verify", blank, *options)
+        assert status == 0
+        assert told
+    status, told, _ = run("doctor", blank, "--json")
+    assert status == 0
+    shown = json.loads(told)["store"]
+    assert shown["kind"] == "device"
+    assert shown["store"]["capacity_bytes"] == 60 * MIB
+    assert run("doctor", blank)[0] == 0
+    assert run("store", "wipe", blank, typed="no\n")[0] == 2
+    status, told, _ = run("store", "wipe", blank, "--yes", "--json")
+    assert (status, json.loads(told)["how"]) == (0, "discarded")
+    status, _, told = run("store", "verify", blank)
+    assert status == 1
+    assert "is not a dualblade store" in told
+
+
+def test_the_commands_on_a_file(tmp_path: Path) -> None:
+    path = str(tmp_path / "kv.store")
+    assert run("store", "format", path)[0] == 0
+    assert run("store", "format", path)[0] == 1
+    status, told, _ = run("store", "inspect", path)
+    assert status == 0
+    assert "closed cleanly" in told
+    assert run("store", "verify", path)[0] == 0
+    before = Path(path).read_bytes()
+    assert run("store", "wipe", path, "--dry-run")[0] == 0
+    assert Path(path).read_bytes() == before
+    assert run("store", "wipe", path, typed=f"{path}\n")[0] == 0
+    assert not Path(path).exists()
+    foreign = tmp_path / "thesis.txt"
+    foreign.write_text("chapter 1" * 1000)
+    for command in ("format", "wipe", "verify"):
+        assert run("store", command, str(foreign), *["--yes"][: command != "verify"])[0] == 1
+    assert foreign.read_text() == "chapter 1" * 1000
+    assert run("store", "inspect", str(tmp_path / "missing"))[0] == 1

@@ -1,0 +1,87 @@
+"""Device tests in a guest with emulated NVMe drives: `make lab`. Never a figure of speed."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from tests.lab.machine import DRIVE_BYTES, ROOT, boot, missing
+
+_BAD_SECTOR = (16 << 20) // 512  # of LABBAD: 16 MiB from its start
+
+
+def drive_arguments(folder: Path) -> list[str]:
+    """Seven drives with eight namespaces; the guest knows them by serial and namespace id."""
+    for name in ("small", "four", "three", "bad", "gone", "lost", "meta"):
+        with (folder / name).open("wb") as image:
+            image.truncate(DRIVE_BYTES)
+
+    def file(name: str) -> list[str]:
+        at = f"driver=file,filename={folder / name},cache.direct=off,discard=unmap"
+        return ["-blockdev", f"{at},node-name={name}"]
+
+    bad = (
+        f"driver=blkdebug,node-name=bad,discard=unmap,image.driver=file,image.filename={folder}/bad,"
+        "inject-error.0.event=none,inject-error.0.iotype=read,inject-error.0.errno=5,"
+        f"inject-error.0.sector={_BAD_SECTOR}"
+    )
+    slow = f"driver=nbd,node-name=slow,server.type=unix,server.path={folder.parent}/slow.socket"
+    return [
+        # 512-byte blocks, commands of at most 128 KiB.
+        *file("small"),
+        *("-device", "nvme,serial=LABSMALL,drive=small,mdts=5"),
+        # Two namespaces whose ids are not those of their names; no limit to a command.
+        *("-device", "nvme,id=two,serial=LABTWO,mdts=0"),
+        *file("four"),
+        *("-device", "nvme-ns,drive=four,bus=two,nsid=7,logical_block_size=4096,"
+          "physical_block_size=4096"),
+        *file("three"),
+        *("-device", "nvme-ns,drive=three,bus=two,nsid=3"),
+        *("-blockdev", bad, "-device", "nvme,serial=LABBAD,drive=bad"),
+        *("-blockdev", slow + ",export=slow", "-device", "nvme,serial=LABSLOW,drive=slow"),
+        # Two that can be unplugged.
+        *("-device", "pcie-root-port,id=root1,chassis=1"),
+        *file("gone"),
+        *("-device", "nvme,id=gone-drive,bus=root1,serial=LABGONE,drive=gone"),
+        *("-device", "pcie-root-port,id=root2,chassis=2"),
+        *file("lost"),
+        *("-device", "nvme,id=lost-drive,bus=root2,serial=LABLOST,drive=lost"),
+        # Blocks of 512 bytes that carry 8 bytes of metadata each.
+        *("-device", "nvme,id=withmeta,serial=LABMETA"),
+        *file("meta"),
+        *("-device", "nvme-ns,drive=meta,bus=withmeta,nsid=1,ms=8"),
+    ]  # fmt: skip
+
+
+@pytest.mark.timeout(900)
+def test_devices_in_a_guest(tmp_path: Path) -> None:
+    absent = missing()
+    if absent:
+        assert not os.environ.get("CI"), f"the lab needs {absent}: scripts/system_packages"
+        pytest.skip(f"the lab needs {', '.join(absent)}: scripts/system_packages installs them")
+    faulthandler.cancel_dump_traceback_later()  # minutes here are no deadlock
+    share, drives = tmp_path / "share", tmp_path / "drives"
+    share.mkdir()
+    drives.mkdir()
+    chosen = os.environ.get("DUALBLADE_LAB_TESTS", "tests/lab/guest")
+    command = f"""
+export HOME=/run TMPDIR=/run XDG_CACHE_HOME=/run/cache PYTHONDONTWRITEBYTECODE=1
+export OMP_NUM_THREADS=1 DUALBLADE_LAB_GUEST=/mnt HYPOTHESIS_STORAGE_DIRECTORY=/run/hypothesis
+cd {ROOT}
+{sys.executable} -m pytest -p no:cacheprovider -o timeout=180 -o faulthandler_timeout=120 \\
+  -v --tb=short --durations=15 --basetemp=/run/pytest --junitxml=/mnt/results.xml \\
+  {chosen} >/mnt/told 2>&1
+"""
+    log = tmp_path / "console"
+    status = boot(command, drive_arguments(drives), share, log)
+    told = share / "told"
+    text = told.read_text() if told.exists() else log.read_text(errors="replace")
+    sys.stdout.write(text)
+    assert status == 0, f"in the guest:\n{text}\nconsole: {log}"
+    suite = ElementTree.parse(share / "results.xml").getroot()[0]
+    assert int(suite.get("tests", 0)) > int(suite.get("skipped", 0)), text
