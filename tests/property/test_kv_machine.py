@@ -35,7 +35,7 @@ class KVMachine(RuleBasedStateMachine):
         self.pipeline: KVPipeline | MemoryKV | None = None
         self.model: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.generator = torch.Generator().manual_seed(1)
-        self.there_bytes = 0
+        self.there_bytes = self.roomy_bytes = 0
         self.seconds = 0.0
 
     def memory(self, own: OwnMemory) -> MemoryBudget:
