@@ -17,4 +17,5 @@ def own_cache_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     """Private stores go to the test's own directory, so that leaks can be seen."""
     folder = tmp_path / "xdg"
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))  # no profile of this machine
     return folder / "dualblade"

@@ -53,6 +53,8 @@ class EngineConfig:
     staging_bytes        memory that reads land in; None: an eighth of the budget, within limits.
     lookahead            layers read ahead of compute, at most.
     disk_capacity_bytes  most that the store may occupy; None: free space less a reserve.
+    memory_reserve_bytes  memory left to everything else. None: with an `auto` budget 256 MiB, at
+                         most a quarter of what there is; a stated budget leaves nothing.
     keep_store_blocks    keep a named store's blocks allocated at close (the KV stays on the drive
                          until the next open); the default gives them back.
     """
@@ -64,6 +66,7 @@ class EngineConfig:
     staging_bytes: int | None = None
     lookahead: int = 4
     disk_capacity_bytes: int | None = None
+    memory_reserve_bytes: int | None = None
     keep_store_blocks: bool = False
 
     def __post_init__(self) -> None:
@@ -80,6 +83,8 @@ class EngineConfig:
             _check("tile_tokens", self.tile_tokens, 1, 4096)
         if self.staging_bytes is not None:
             _check("staging_bytes", self.staging_bytes, 64 * KIB, 64 * GIB)
+        if self.memory_reserve_bytes is not None:
+            _check("memory_reserve_bytes", self.memory_reserve_bytes, 0, 1 << 50)
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> EngineConfig:

@@ -19,8 +19,12 @@ class EngineFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryUse:
-    """Host memory of the cache, in bytes. Everything but `page_cache_bytes` is reserved by us;
-    that is what the kernel holds of the store now, `page_cache_planned_bytes` what it may hold."""
+    """Host memory of the cache, in bytes.
+
+    `budget_bytes` is the one in force: it follows the memory that there is, and may fall below what
+    is reserved. Everything but `page_cache_bytes` is reserved by us; that is what the kernel holds
+    of the store now, `page_cache_planned_bytes` what it may hold.
+    """
 
     budget_bytes: int | None
     staging_bytes: int
@@ -80,9 +84,27 @@ class UnitPlacement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ResidencyEvent:
+    """Units moved from one path to the other, `time_seconds` after the cache was made.
+
+    `from_bytes` and `to_bytes` are planned in the page cache before and after. `moved_bytes` are
+    stored bytes whose path changed: a demotion writes only those still dirty, a promotion none.
+    """
+
+    time_seconds: float
+    cause: str
+    from_bytes: int
+    to_bytes: int
+    moved_bytes: int
+    demoted_units: int
+    promoted_units: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CacheStats:
     """A snapshot of a cache. `attention` is the way in force; `tokens` are those of each sequence;
-    `kv_bytes` is all KV, in store and memory."""
+    `kv_bytes` is all KV, in store and memory; `events` are the newest changes of the plan."""
 
     path: str
     attention: str
@@ -99,6 +121,7 @@ class CacheStats:
     io: TransferTotals
     seconds: StageSeconds
     plan: tuple[UnitPlacement, ...]
+    events: tuple[ResidencyEvent, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON types."""

@@ -2,6 +2,7 @@
 with late writes; rows are gathered and compared, or attended to where they lie.
 
 Two layers with different heads and dims; slots so small that tiles are moved in several pieces.
+On the dual path the memory that is there changes at random, so units move between steps.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dualblade.attention import AttentionQuery
 from dualblade.config import EngineConfig, Path
+from dualblade.host.memory import MemoryBudget, OwnMemory
 from dualblade.io import Op, open_engine
 from dualblade.pipeline import KVPipeline, KVSettings, MemoryKV
+from dualblade.pipeline.residence import MemorySource
 from dualblade.store import Store
 from dualblade.testing import Fault, FaultyEngine
 from dualblade.units import KIB, MIB
@@ -32,6 +35,22 @@ class KVMachine(RuleBasedStateMachine):
         self.pipeline: KVPipeline | MemoryKV | None = None
         self.model: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.generator = torch.Generator().manual_seed(1)
+        self.there_bytes = self.roomy_bytes = 0
+        self.seconds = 0.0
+
+    def memory(self, own: OwnMemory) -> MemoryBudget:
+        """What the probe would say, the clock a second further at each reading."""
+        return MemoryBudget(
+            available_bytes=max(0, self.there_bytes - own.fixed_bytes),
+            source="test",
+            machine_available_bytes=self.there_bytes,
+            limits=(),
+            own=own,
+        )
+
+    def clock(self) -> float:
+        self.seconds += 0.4  # promotions dwell a second and three steps
+        return self.seconds
 
     @initialize(
         path=st.sampled_from(list(Path)),
@@ -67,6 +86,7 @@ class KVMachine(RuleBasedStateMachine):
             late = Fault(op=Op.WRITE, errno=None, latency_seconds=0.002, times=None)
             opened = FaultyEngine(opened, [late])
         store = Store.open(None, opened, capacity_bytes=1024 * MIB)
+        self.there_bytes = self.roomy_bytes = budget
         self.pipeline = KVPipeline(
             store,
             opened,
@@ -78,6 +98,7 @@ class KVMachine(RuleBasedStateMachine):
                 device=torch.device("cpu"),
                 config=config,
                 over_tiles=over_tiles,
+                memory=MemorySource(asked_bytes=None, read=self.memory, clock=self.clock),
             ),
         )
 
@@ -167,6 +188,10 @@ class KVMachine(RuleBasedStateMachine):
             self.model[layer] = (keys[chosen], values[chosen])
         self.batch = len(indices)
 
+    @rule(percent=st.sampled_from([0, 40, 60, 80, 90, 100, 100, 200]))
+    def change_the_memory_there_is(self, percent: int) -> None:
+        self.there_bytes = self.roomy_bytes * percent // 100
+
     @rule(recall=st.booleans())
     def record(self, recall: bool) -> None:
         for layer in range(len(LAYERS)):
@@ -181,8 +206,12 @@ class KVMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if isinstance(self.pipeline, KVPipeline):
             use = self.pipeline.memory_use()
+            planned = use.page_cache_planned_bytes
             fixed = use.staging_bytes + use.gather_bytes + use.tail_bytes + use.table_bytes
-            assert fixed <= use.budget_bytes
+            assert fixed <= 2 * self.roomy_bytes
+            assert planned == 0 or fixed + planned <= use.budget_bytes
+            for event in self.pipeline.events():
+                assert (event.from_bytes > event.to_bytes) == (event.demoted_units > 0)
         if self.pipeline is not None:
             self.pipeline.close()
 

@@ -415,19 +415,14 @@ def test_no_proc_is_unsupported(tmp_path: Path) -> None:
     assert find_memory_groups(tmp_path) == ()
 
 
-def test_auto_leaves_a_reserve_and_takes_half() -> None:
+def test_auto_takes_what_there_is_less_the_reserve(tree: Tree) -> None:
     def budget(available: int) -> int:
-        return auto_budget_bytes(
-            MemoryBudget(
-                available_bytes=available,
-                source="test",
-                machine_available_bytes=available,
-                limits=(),
-            )
-        )
+        tree.v2("/app")
+        tree.v2_group("/app", 8 * GIB, 8 * GIB - available)
+        return auto_budget_bytes(tree.probe())
 
-    assert budget(GIB) == (GIB - AUTO_RESERVE_BYTES) // 2
-    assert budget(200 * MIB) == 75 * MIB
+    assert budget(2 * GIB) == 2 * GIB - AUTO_RESERVE_BYTES
+    assert budget(200 * MIB) == 150 * MIB
     assert budget(0) == 0
 
 

@@ -15,6 +15,7 @@ from dualblade.cli.doctor import doctor
 from dualblade.cli.generate import generate
 from dualblade.cli.plan import plan
 from dualblade.cli.store import app as store_app
+from dualblade.cli.tune import tune
 
 app = typer.Typer(
     name="dualblade",
@@ -47,7 +48,7 @@ def _root(
     """
 
 
-for function in (demo, generate, plan, doctor):
+for function in (demo, generate, plan, tune, doctor):
     app.command(cls=Command)(function)
 app.add_typer(store_app, name="store")
 app.add_typer(bench_app, name="bench")

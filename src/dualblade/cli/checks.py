@@ -41,6 +41,7 @@ def memory() -> dict[str, Any]:
         "available_bytes": found.available_bytes,
         "source": found.source,
         "auto_budget_bytes": auto_budget_bytes(found),
+        "reserve_bytes": found.reserve_bytes,
         "warnings": list(found.warnings),
         "cgroup_version": groups[0].version if groups else None,
         "cgroup_path": groups[0].path if groups else None,

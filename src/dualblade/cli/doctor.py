@@ -91,7 +91,12 @@ def _memory_rows(result: dict[str, Any]) -> _Rows:
     limits = facts["cgroup_cannot_limit"] or "demo and bench can set real memory limits"
     return [
         (_GOOD, "memory", f"{format_size(facts['available_bytes'])} available: {facts['source']}"),
-        (_GOOD, "auto budget", format_size(facts["auto_budget_bytes"])),
+        (
+            _GOOD,
+            "auto budget",
+            f"{format_size(facts['auto_budget_bytes'])}; {format_size(facts['reserve_bytes'])} are "
+            "left to others",
+        ),
         *((_POOR, "", warning) for warning in facts["warnings"]),
         (_mark(facts["cgroup_cannot_limit"] is None), "cgroup", f"{group}; {limits}"),
     ]

@@ -341,6 +341,7 @@ def _stats_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("engine", f"{engine['name']}{because}, {engine['queue_depth']} in flight"),
         *(("", note) for note in engine["notes"]),
         ("plan", f"{len(cached)} of {len(cache['plan'])} units through the page cache"),
+        *(("moved", _event_line(event)) for event in cache["events"]),
         ("memory", _memory_line(memory)),
         (
             "read",
@@ -355,6 +356,14 @@ def _stats_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
             f"gathering {seconds['gather']:.2f} s, taking in rows {seconds['append']:.2f} s",
         ),
     ]
+
+
+def _event_line(event: dict[str, Any]) -> str:
+    before, after = format_size(event["from_bytes"]), format_size(event["to_bytes"])
+    return (
+        f"after {event['time_seconds']:.1f} s, {event['cause']}: page cache {before} -> {after}, "
+        f"{format_size(event['moved_bytes'])} of KV changed their path"
+    )
 
 
 def _memory_line(memory: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,6 +27,7 @@ def plan(
     device: Annotated[
         str, typer.Option("--device", help="cuda: the gather buffer is on the GPU.")
     ] = "cpu",
+    store: options.Store = None,
     queue_depth: options.QueueDepth = None,
     json: options.Json = False,
     debug: options.Debug = False,  # noqa: ARG001 - read by Command
@@ -34,7 +35,8 @@ def plan(
     """Show which way each layer's KV would go.
 
     The residency plan of a model, context and budget; no weights are needed. For each layer: the
-    path of its keys and values, their bytes, and the reason.
+    path of its keys and values, their bytes, and the reason. Where `tune` has measured the store's
+    device, also the time that a step's reads should take, and what other memory would change.
 
     \b
     Examples:
@@ -54,6 +56,7 @@ def plan(
     from dualblade.hf.geometry import item_bytes
     from dualblade.hf.models import config_of, default_dtype, parse_dtype
     from dualblade.hf.plan import PlanRequest, plan_cache
+    from dualblade.hf.speeds import door_speeds
 
     config = config_of(model)
     element = parse_dtype(dtype) or default_dtype(config, device)
@@ -65,9 +68,15 @@ def plan(
         path=way,
         engine=engine,
         gather_on_host=device == "cpu",
+        speeds=door_speeds(store),
     )
     made = plan_cache(config, request)
     result = _result(model, str(element).removeprefix("torch."), request, made)
+    if made.shares is not None and way is KVPath.DUAL:
+        result["other_memory"] = [
+            _other_memory(config, replace(request, budget_bytes=int(budget * factor)), factor)
+            for factor in (0.5, 2.0)
+        ]
     if json:
         write_json(result)
     else:
@@ -94,7 +103,31 @@ def _result(model: str, dtype: str, request: PlanRequest, made: CachePlan) -> di
         "bytes_by_path": {word: made.bytes_on(KVPath(word)) for word in _PATHS},
         "tile_rows": sorted(set(made.tile_rows)),
         "units": [asdict(placement) for placement in made.placements],
+        "step": _step(made),
+        "other_memory": [],
     }
+
+
+def _step(made: CachePlan) -> dict[str, Any] | None:
+    """The predicted time of a step's reads; None without a profile of the device."""
+    step = made.step
+    if step is None:
+        return None
+    return {**asdict(step), "seconds": step.seconds, "bound": step.bound}
+
+
+def _other_memory(config: Any, request: PlanRequest, factor: float) -> dict[str, Any]:
+    """What the plan would be with another budget; `error` where that is too small."""
+    from dualblade.config import Path as KVPath
+    from dualblade.errors import BudgetError
+    from dualblade.hf.plan import plan_cache
+
+    told = {"factor": factor, "budget_bytes": request.budget_bytes}
+    try:
+        made = plan_cache(config, request)
+    except BudgetError as exc:
+        return {**told, "error": str(exc).splitlines()[0]}
+    return {**told, "direct_bytes": made.bytes_on(KVPath.DIRECT), "step": _step(made)}
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -161,4 +194,26 @@ def _totals(result: dict[str, Any]) -> list[str]:
             if read == 0 and result["path"] == "dual"
             else f"read directly from the drive at each step: {format_size(read)}"
         )
+        step = result["step"]
+        lines.append(
+            "no profile of the store's device: dualblade tune STORE measures it"
+            if step is None
+            else f"reads of a step: {_milliseconds(step)}, bound by {step['bound']}"
+        )
+        lines += [_other_line(other) for other in result["other_memory"]]
     return lines
+
+
+def _milliseconds(step: dict[str, Any]) -> str:
+    milliseconds: float = step["seconds"] * 1000
+    return f"{milliseconds:.1f} ms"
+
+
+def _other_line(other: dict[str, Any]) -> str:
+    words = "half" if other["factor"] < 1 else "twice"
+    head = f"with {words} the memory ({format_size(other['budget_bytes'])}): "
+    if "error" in other:
+        return f"{head}{other['error']}"
+    step = other["step"]
+    reads = f"{format_size(other['direct_bytes'])} of each step from the drive"
+    return head + (reads if step is None else f"{reads}, {_milliseconds(step)}")

@@ -16,10 +16,12 @@ from dualblade.geometry import TILE_ROWS_DEFAULT
 from dualblade.hf.choice import AttentionChoice, choose, give_back, lend
 from dualblade.hf.geometry import item_bytes, layer_shapes, memory_layers, offloadable
 from dualblade.hf.layer import MemoryLayer, StoredLayer
-from dualblade.host.memory import auto_budget_bytes
+from dualblade.hf.speeds import door_speeds
+from dualblade.host.memory import MemoryProbe
 from dualblade.io import open_engine
 from dualblade.metrics import CacheStats, MemoryUse, StageSeconds, TransferTotals
 from dualblade.pipeline import KVPipeline, KVSettings, MemoryKV
+from dualblade.pipeline.residence import MemorySource
 from dualblade.pipeline.staging import staging_shape
 from dualblade.store import Store
 from dualblade.units import format_size, parse_size
@@ -70,7 +72,10 @@ class DualBladeCache(Cache):
 
         store          a file: made 0600 when missing, reused when it is a dualblade store, else
                        refused. None: a private file in the cache directory, gone at close.
-        memory_budget  host memory for this cache in all: `512MiB`, bytes, or `auto`.
+        memory_budget  host memory for this cache in all: `512MiB`, bytes, or `auto`: what there is
+                       less a reserve for everything else (EngineConfig.memory_reserve_bytes). On
+                       the `dual` path the plan follows the memory that is there, and a stated
+                       budget is a limit that less memory lowers.
         path           `dual` keeps in the page cache what fits under the budget and reads the
                        rest directly; `page-cache`, `direct` and `memory` are one way for all.
         attention      `exact`: the model's own attention on gathered tiles, bit-equal to
@@ -102,7 +107,7 @@ class DualBladeCache(Cache):
             _replace(layers, stored, kept)
             pipeline = memory if choice.over_tiles else None
             return cls(layers, path=way, attention=choice, model=borrower, pipeline=pipeline)
-        budget = auto_budget_bytes() if memory_budget == "auto" else parse_size(memory_budget)
+        budget, source = _budget(memory_budget, settings)
         _check_budget(model, budget, settings)
         opened, stored_kv = _open_pipeline(
             store,
@@ -114,6 +119,8 @@ class DualBladeCache(Cache):
                 device=model.device,
                 config=settings,
                 over_tiles=choice.over_tiles,
+                memory=source,
+                speeds=door_speeds(store),
             ),
         )
         _replace(layers, stored, lambda i: StoredLayer(stored_kv, i, max_tokens, choice))
@@ -193,6 +200,7 @@ class DualBladeCache(Cache):
             io=pipeline.transfers(),
             seconds=pipeline.seconds(),
             plan=pipeline.placements(),
+            events=pipeline.events(),
         )
 
 
@@ -205,6 +213,18 @@ _NO_MEMORY = MemoryUse(
     page_cache_planned_bytes=0,
     page_cache_bytes=0,
 )
+
+
+def _budget(asked: str | int, config: EngineConfig) -> tuple[int, MemorySource]:
+    """The budget to begin with, and where it comes from while the cache lives."""
+    reserve = config.memory_reserve_bytes
+    if asked == "auto":
+        probe = MemoryProbe(reserve_bytes=reserve)
+        return probe.read().budget_bytes, MemorySource(asked_bytes=None, read=probe.read)
+    stated = parse_size(asked)
+    # Who states a budget has thought of the others: no reserve unless one is stated too.
+    probe = MemoryProbe(reserve_bytes=reserve or 0)
+    return stated, MemorySource(asked_bytes=stated, read=probe.read)
 
 
 def _open_pipeline(

@@ -4,7 +4,7 @@ configuration alone. A test holds both to the same figures."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
@@ -20,7 +20,17 @@ from dualblade.pipeline.budget import (
 )
 from dualblade.pipeline.gather import GatherBuffers
 from dualblade.pipeline.staging import staging_shape
-from dualblade.residency import BudgetShares, UnitDemand, plan_by_size, plan_fixed
+from dualblade.residency import (
+    BudgetShares,
+    DoorSpeeds,
+    PlanInputs,
+    ResidencyPlan,
+    StepTime,
+    UnitDemand,
+    decide,
+    plan_fixed,
+    predict,
+)
 from dualblade.units import round_up
 
 
@@ -28,7 +38,7 @@ from dualblade.units import round_up
 class PlanRequest:
     """What to plan for: `tokens` in each of `batch` sequences, elements of `item_bytes`.
 
-    `gather_on_host` is False for a GPU with memory of its own.
+    `gather_on_host` is False for a GPU with memory of its own. `speeds` None: not measured.
     """
 
     tokens: int
@@ -38,6 +48,7 @@ class PlanRequest:
     path: Path
     engine: EngineConfig
     gather_on_host: bool = True
+    speeds: DoorSpeeds | None = None
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.batch < 1:
@@ -47,13 +58,15 @@ class PlanRequest:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CachePlan:
     """The plan of one cache. `tile_rows` and `kv_bytes` cover the layers that are stored;
-    placements cover all layers, bytes -1 where the configuration does not tell them."""
+    placements cover all layers, bytes -1 where the configuration does not tell them. `step` is the
+    predicted time of a step's reads; None where speeds are not known."""
 
     placements: tuple[UnitPlacement, ...]
     shares: BudgetShares | None
     tile_rows: tuple[int, ...]
     token_bytes: int
     kv_bytes: int
+    step: StepTime | None = None
 
     def bytes_on(self, path: Path) -> int:
         """Bytes of all units on `path`, as far as they are known."""
@@ -85,8 +98,9 @@ def plan_cache(config: PretrainedConfig, request: PlanRequest) -> CachePlan:
     rows = _tile_rows(stored, request)
     shares = _shares(stored, rows, request)
     shares.require()
-    placed = _placed(stored, rows, shares, request)
-    return _plan([*placed, *kept], shares, rows, token_bytes, request)
+    placed = _residency(stored, rows, shares, request)
+    made = _plan([*_described(placed), *kept], shares, rows, token_bytes, request)
+    return replace(made, step=_step(placed, shares, request.speeds))
 
 
 def _plan(
@@ -160,24 +174,36 @@ def _shares(
     )
 
 
-def _placed(
+def _residency(
     stored: Sequence[LayerShape],
     rows: Sequence[int],
     shares: BudgetShares,
     request: PlanRequest,
-) -> list[UnitPlacement]:
-    demands = [
+) -> ResidencyPlan:
+    demands = tuple(
         UnitDemand(
             unit=UnitId(shape.index, part),
             size_bytes=-(-request.tokens // tile) * geometry.tile_bytes(request.batch),
         )
         for shape, tile in zip(stored, rows, strict=True)
         for part, geometry in zip(Part, _geometries(shape, tile, request), strict=True)
-    ]
-    if request.path is Path.DUAL:
-        plan = plan_by_size(demands, shares.page_cache_bytes)
-    else:
-        plan = plan_fixed(demands, request.path)
+    )
+    if request.path is not Path.DUAL:
+        return plan_fixed(demands, request.path)
+    room = shares.page_cache_bytes
+    return decide(PlanInputs(demands=demands, page_cache_bytes=room, speeds=request.speeds))
+
+
+def _step(plan: ResidencyPlan, shares: BudgetShares, speeds: DoorSpeeds | None) -> StepTime | None:
+    """What reading everything takes. On the page-cache path what does not fit gets no hits."""
+    if speeds is None:
+        return None
+    cached = plan.bytes_on(Path.PAGE_CACHE)
+    total = cached + plan.bytes_on(Path.DIRECT)
+    return predict(total, cached, shares.page_cache_bytes, speeds)
+
+
+def _described(plan: ResidencyPlan) -> list[UnitPlacement]:
     return [
         UnitPlacement(
             layer=placement.unit.layer,

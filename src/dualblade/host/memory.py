@@ -194,15 +194,12 @@ def available_memory(root: Path = ROOT) -> MemoryBudget:
 
 
 def auto_budget_bytes(memory: MemoryBudget | None = None) -> int:
-    """The budget that `memory_budget="auto"` means: half of what is left after a reserve.
+    """The budget that `memory_budget="auto"` begins with: what there is less the reserve. It
+    follows the memory from then on, so nothing need be left for what changes later.
 
-    Half, because the figure is taken once while everything else goes on growing, and because
-    taking too much costs far more than taking too little: one step past the memory that there is,
-    a cyclic sweep gets no page-cache hits at all (docs/performance.md).
-    1 GiB available -> (1024 - 256) / 2 = 384 MiB; 200 MiB -> (200 - 50) / 2 = 75 MiB.
+    2 GiB available -> 2048 - 256 = 1792 MiB; 200 MiB -> 200 - 50 = 150 MiB.
     """
-    available = (available_memory() if memory is None else memory).available_bytes
-    return (available - _auto_reserve_bytes(available)) // 2
+    return (available_memory() if memory is None else memory).budget_bytes
 
 
 def process_memory(root: Path = ROOT) -> ProcessMemory:

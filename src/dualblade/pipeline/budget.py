@@ -1,22 +1,13 @@
-"""The budget's division and the plan in force, kept in step with the shapes and the tokens."""
+"""The budget's division, kept in step with the shapes and the tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
+from dataclasses import replace
 
-from dualblade.config import Path
-from dualblade.geometry import Part, UnitId
-from dualblade.metrics import UnitPlacement
 from dualblade.pipeline.gather import GatherBuffers
 from dualblade.pipeline.layer import HalfLayer, Layer
-from dualblade.residency import (
-    BudgetShares,
-    ResidencyPlan,
-    UnitDemand,
-    plan_by_size,
-    plan_fixed,
-)
-from dualblade.store import Door
+from dualblade.residency import BudgetShares
 from dualblade.units import round_up
 
 _GROWTH_SHARE = 8
@@ -65,6 +56,12 @@ class MemoryBudget:
         self.shares = BudgetShares(
             budget_bytes=budget_bytes, staging_bytes=0, gather_bytes=0, tail_bytes=0, table_bytes=0
         )
+
+    def raise_to(self, budget_bytes: int) -> None:
+        """Claims may take up to `budget_bytes`. It is not lowered: what is claimed stays, and
+        less memory than that sends all KV direct instead."""
+        if budget_bytes > self.shares.budget_bytes:
+            self.shares = replace(self.shares, budget_bytes=budget_bytes)
 
     def needs_claim(self, layer: Layer, tokens: int) -> bool:
         """Whether `tokens` of `layer` pass what was claimed."""
@@ -131,77 +128,3 @@ def gather_bytes(layer: Layer, half: HalfLayer, capacity: int, over_tiles: bool)
     if over_tiles:
         return min(capacity, layer.group_tiles * layer.rows) * row_elements * 4
     return capacity * row_elements * geometry.item_bytes
-
-
-class Placements:
-    """The residency plan in force, and the door of each unit that follows from it.
-
-    On the `dual` path the plan is by size for the tokens to come; as they grow it only ever
-    demotes, because a promotion costs a cold read of what it promotes.
-    """
-
-    def __init__(self, path: Path, layer_count: int, tokens_max: int | None) -> None:
-        self._path = path
-        self._layer_count = layer_count
-        self._tokens_max = tokens_max
-        self._plan: ResidencyPlan | None = None
-        self._cached: frozenset[UnitId] = frozenset()
-        self._planned_for: tuple[int, int, int] = (0, 0, 0)
-
-    @property
-    def page_cache_bytes(self) -> int:
-        """Page cache that the plan counts on; on a fixed path the kernel decides, so 0."""
-        if self._plan is None or self._path is not Path.DUAL:
-            return 0
-        return self._plan.bytes_on(Path.PAGE_CACHE)
-
-    def door(self, unit: UnitId) -> Door:
-        """The door that `unit` is to be reached through."""
-        cached = self._path is Path.PAGE_CACHE or unit in self._cached
-        return Door.PAGE_CACHE if cached else Door.DIRECT
-
-    def needs_plan(self, layer: Layer, tokens: int, shares: BudgetShares) -> bool:
-        """Whether `tokens` of `layer`, or the division of the budget, pass what was planned."""
-        horizon, batch, allowance = self._planned_for
-        return tokens > horizon or layer.batch != batch or shares.page_cache_bytes < allowance
-
-    def plan(
-        self, like: Layer, layers: Mapping[int, Layer], tokens: int, shares: BudgetShares
-    ) -> None:
-        """Plan for `tokens` and a while more; layers not seen yet are taken to be like `like`."""
-        horizon = tokens_ahead(tokens, self._tokens_max)
-        demands = []
-        for index in range(self._layer_count):
-            layer = layers.get(index, like)
-            for part, half in zip(Part, layer.halves, strict=True):
-                tiles = -(-horizon // layer.rows)
-                size = tiles * half.unit.geometry.tile_bytes(like.batch)
-                demands.append(UnitDemand(unit=UnitId(index, part), size_bytes=size))
-        if self._path is Path.DUAL:
-            among = None if self._plan is None else self._cached
-            self._plan = plan_by_size(demands, shares.page_cache_bytes, among=among)
-            self._cached = self._plan.cached_units
-        else:
-            self._plan = plan_fixed(demands, self._path)
-        self._planned_for = (horizon, like.batch, shares.page_cache_bytes)
-
-    def forget(self) -> None:
-        """Plan afresh for the next prompt."""
-        self._plan = None
-        self._cached = frozenset()
-        self._planned_for = (0, 0, 0)
-
-    def describe(self) -> tuple[UnitPlacement, ...]:
-        """The plan in plain words, in the order of the sweep."""
-        if self._plan is None:
-            return ()
-        return tuple(
-            UnitPlacement(
-                layer=p.unit.layer,
-                part=p.unit.part.value,
-                path=p.path.value,
-                bytes=p.size_bytes,
-                reason=p.reason,
-            )
-            for p in self._plan.placements
-        )

@@ -16,31 +16,35 @@ import torch
 from dualblade.attention import AttentionQuery
 from dualblade.config import EngineConfig, Path
 from dualblade.errors import Closed, ConfigError, DualBladeError
-from dualblade.geometry import Part, TileGeometry, UnitId, choose_tile_rows
 from dualblade.io import Engine
 from dualblade.metrics import (
     EngineFacts,
     MemoryUse,
+    ResidencyEvent,
     StageSeconds,
     TransferTotals,
     UnitPlacement,
 )
 from dualblade.pipeline.attend import Arrived, NewRows, attend
-from dualblade.pipeline.budget import TAIL_SHARE_OF_BUDGET, MemoryBudget, Placements
+from dualblade.pipeline.budget import TAIL_SHARE_OF_BUDGET, MemoryBudget
+from dualblade.pipeline.facts import engine_facts, transfer_totals
 from dualblade.pipeline.gather import GatherBuffers, scatter
-from dualblade.pipeline.layer import HalfLayer, Layer, check_continues, check_rows
+from dualblade.pipeline.layer import HalfLayer, Layer, LayerMaker, check_continues, check_rows
 from dualblade.pipeline.machinery import Machinery
 from dualblade.pipeline.offer import Offer
 from dualblade.pipeline.read_ahead import Landing, ReadAhead
+from dualblade.pipeline.residence import MemorySource, MemoryWatch, Placements
 from dualblade.pipeline.staging import staging_shape
 from dualblade.pipeline.unit import Unit
+from dualblade.residency import DoorSpeeds
 from dualblade.store import Store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVSettings:
     """What a `KVPipeline` is made of. `layer_count` counts the offloaded layers only; `over_tiles`:
-    attention works on tiles, and no layer is gathered whole."""
+    attention works on tiles, and no layer is gathered whole. `memory` None: the budget holds, and
+    nobody asks what memory there is. `speeds` None: not measured."""
 
     path: Path
     budget_bytes: int
@@ -49,6 +53,8 @@ class KVSettings:
     device: torch.device
     config: EngineConfig
     over_tiles: bool = False
+    memory: MemorySource | None = None
+    speeds: DoorSpeeds | None = None
 
 
 class KVPipeline:
@@ -73,7 +79,22 @@ class KVPipeline:
             gather_on_host=settings.device.type == "cpu",
             over_tiles=settings.over_tiles,
         )
-        self._placements = Placements(settings.path, settings.layer_count, settings.tokens_max)
+        source = settings.memory or MemorySource(asked_bytes=settings.budget_bytes)
+        self._placements = Placements(
+            settings.path,
+            settings.layer_count,
+            settings.tokens_max,
+            store,
+            MemoryWatch(source, settings.budget_bytes),
+            clock=source.clock,
+            speeds=settings.speeds,
+        )
+        self._maker = LayerMaker(
+            space=store,
+            tokens_max=settings.tokens_max,
+            tile_tokens=settings.config.tile_tokens,
+            tail_bytes_max=settings.budget_bytes // TAIL_SHARE_OF_BUDGET // settings.layer_count,
+        )
         self._offer: Offer | None = None
         self._failure: BaseException | None = None
         self._closed = False
@@ -195,7 +216,8 @@ class KVPipeline:
         try:
             check_rows(key_rows, value_rows)
             if layer is None:
-                layer = self._make_layer(index, key_rows, value_rows)
+                layer = self._layers[index] = self._maker.make(index, key_rows, value_rows)
+                self._drop_sweep()
             check_continues(layer, key_rows, value_rows)
             self._reserve(layer, key_rows.shape[2])
         except DualBladeError as exc:
@@ -204,33 +226,6 @@ class KVPipeline:
             elif is_new:
                 self._layers.pop(index, None)
             raise
-        return layer
-
-    def _make_layer(self, index: int, key_rows: torch.Tensor, value_rows: torch.Tensor) -> Layer:
-        batch, heads, _, key_dim = key_rows.shape
-        item_bytes = key_rows.element_size()
-        dims = (key_dim, value_rows.shape[3])
-        share = self._settings.budget_bytes // TAIL_SHARE_OF_BUDGET
-        rows = self._settings.config.tile_tokens or choose_tile_rows(
-            kv_heads=heads,
-            dims=dims,
-            item_bytes=item_bytes,
-            batch=batch,
-            tail_bytes_max=share // self._settings.layer_count,
-        )
-        halves = []
-        for part, tensor in ((Part.KEYS, key_rows), (Part.VALUES, value_rows)):
-            geometry = TileGeometry(
-                kv_heads=tensor.shape[1], rows=rows, dim=tensor.shape[3], item_bytes=item_bytes
-            )
-            unit = Unit(
-                UnitId(index, part), geometry, self._store, tokens_max=self._settings.tokens_max
-            )
-            tail = tensor.new_empty((batch, tensor.shape[1], rows, tensor.shape[3]))
-            halves.append(HalfLayer(unit, tail))
-        layer = Layer(index, halves[0], halves[1], batch, key_rows.dtype)
-        self._layers[index] = layer
-        self._drop_sweep()
         return layer
 
     def _reserve(self, layer: Layer, new_rows: int) -> None:
@@ -249,10 +244,12 @@ class KVPipeline:
             for other in self._layers.values()
             if other is layer or (layer.index == 0 and other.tokens == layer.tokens)
         ]
+        if layer.index == 0:
+            self._placements.look(self._budget.shares)
+            self._budget.raise_to(self._placements.budget_bytes)
         if self._budget.needs_claim(layer, tokens) or self._machinery is None:
             self._claim(layer, tokens)
-        if self._placements.needs_plan(layer, tokens, self._budget.shares):
-            self._place(layer, tokens)
+        self._place(layer, tokens)
         for other in together:
             tiles = other.full_tiles(new_rows)
             for half in other.halves:
@@ -291,11 +288,16 @@ class KVPipeline:
         )
 
     def _place(self, layer: Layer, tokens: int) -> None:
-        """Plan for `tokens` and a while more; move what the plan moves."""
-        self._placements.plan(layer, self._layers, tokens, self._budget.shares)
-        for other in self._layers.values():
-            for half in other.halves:
-                half.unit.move(self._placements.door(half.unit.id))
+        """Have each unit at the door of the plan, made again where memory or tokens ask for it."""
+        try:
+            self._placements.follow(layer, self._layers, tokens, self._budget.shares)
+        except BaseException as exc:
+            self._failure = exc  # a unit may be between two doors
+            raise
+
+    def _before_visit(self, unit: Unit) -> None:
+        self._require_machinery().writes.wait(unit.id)
+        self._placements.visit(unit)
 
     def _sweep(self) -> ReadAhead:
         """The reads over all layers known so far, in order."""
@@ -308,7 +310,7 @@ class KVPipeline:
                 machinery.read_slots,
                 ordered,
                 lookahead=self._settings.config.lookahead,
-                before_visit=lambda unit: machinery.writes.wait(unit.id),
+                before_visit=self._before_visit,
             )
         return self._reads
 
@@ -440,19 +442,13 @@ class KVPipeline:
 
     def engine_facts(self) -> EngineFacts:
         """The engine in force."""
-        return EngineFacts(
-            name=self._engine.name,
-            reason=self._engine.reason,
-            queue_depth=self._engine.queue_depth,
-            chunk_bytes=self._engine.chunk_bytes,
-            notes=tuple(self._engine.notes),
-        )
+        return engine_facts(self._engine)
 
     def memory_use(self) -> MemoryUse:
         """Host memory now; asks the kernel for the store's page cache."""
         shares = self._budget.shares
         return MemoryUse(
-            budget_bytes=self._settings.budget_bytes,
+            budget_bytes=self._placements.budget_bytes,
             staging_bytes=shares.staging_bytes,
             gather_bytes=shares.gather_bytes,
             tail_bytes=sum(layer.tail_bytes for layer in self._layers.values()),
@@ -463,16 +459,7 @@ class KVPipeline:
 
     def transfers(self) -> TransferTotals:
         """Bytes asked of the store so far."""
-        counters = self._store.counters
-        return TransferTotals(
-            direct_read_bytes=counters.direct_read_bytes,
-            direct_write_bytes=counters.direct_write_bytes,
-            page_cache_read_bytes=counters.page_cache_read_bytes,
-            page_cache_write_bytes=counters.page_cache_write_bytes,
-            dead_read_bytes=self._dead_read_bytes,
-            promotions=counters.promotions,
-            demotions=counters.demotions,
-        )
+        return transfer_totals(self._store, self._dead_read_bytes)
 
     def seconds(self) -> StageSeconds:
         """Where the model's thread spent time in the cache."""
@@ -488,6 +475,10 @@ class KVPipeline:
     def placements(self) -> tuple[UnitPlacement, ...]:
         """The plan in force, unit by unit."""
         return self._placements.describe()
+
+    def events(self) -> tuple[ResidencyEvent, ...]:
+        """What the plan in force was changed by, oldest first."""
+        return self._placements.events()
 
     @property
     def stored_bytes(self) -> int:

@@ -9,8 +9,9 @@ import torch
 
 from dualblade.attention import group_tokens
 from dualblade.errors import ConfigError
+from dualblade.geometry import Part, TileGeometry, UnitId, choose_tile_rows
 from dualblade.pipeline.order import SequenceTable
-from dualblade.pipeline.unit import Piece, Unit
+from dualblade.pipeline.unit import Piece, Space, Unit
 
 
 @dataclass(slots=True, eq=False)
@@ -170,6 +171,40 @@ class Layer:
         self.table.crop(tiles)
         self.stored_tiles = tiles
         self.tail_rows = rest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerMaker:
+    """Makes empty layers: where their units are, and what their tiles' rows are chosen by.
+
+    tile_tokens     rows of a tile; None: see `choose_tile_rows`.
+    tail_bytes_max  most memory for the tails of one layer.
+    """
+
+    space: Space
+    tokens_max: int | None
+    tile_tokens: int | None
+    tail_bytes_max: int
+
+    def make(self, index: int, key_rows: torch.Tensor, value_rows: torch.Tensor) -> Layer:
+        """A layer for rows like these, [batch, kv_heads, n, dim]."""
+        batch, heads, _, key_dim = key_rows.shape
+        rows = self.tile_tokens or choose_tile_rows(
+            kv_heads=heads,
+            dims=(key_dim, value_rows.shape[3]),
+            item_bytes=key_rows.element_size(),
+            batch=batch,
+            tail_bytes_max=self.tail_bytes_max,
+        )
+        halves = []
+        for part, tensor in ((Part.KEYS, key_rows), (Part.VALUES, value_rows)):
+            shape = (batch, tensor.shape[1], rows, tensor.shape[3])
+            geometry = TileGeometry(
+                kv_heads=shape[1], rows=rows, dim=shape[3], item_bytes=tensor.element_size()
+            )
+            unit = Unit(UnitId(index, part), geometry, self.space, tokens_max=self.tokens_max)
+            halves.append(HalfLayer(unit, tensor.new_empty(shape)))
+        return Layer(index, halves[0], halves[1], batch, key_rows.dtype)
 
 
 def check_rows(key_rows: torch.Tensor, value_rows: torch.Tensor) -> None:

@@ -12,11 +12,10 @@ import torch
 
 from dualblade.attention import AttentionQuery
 from dualblade.errors import Closed, ConfigError
-from dualblade.geometry import Part, TileGeometry, UnitId, choose_tile_rows
 from dualblade.io import Arena
 from dualblade.metrics import StageSeconds
 from dualblade.pipeline.attend import Arrived, NewRows, attend
-from dualblade.pipeline.layer import HalfLayer, Layer, check_continues, check_rows
+from dualblade.pipeline.layer import HalfLayer, Layer, LayerMaker, check_continues, check_rows
 from dualblade.pipeline.offer import Offer
 from dualblade.pipeline.unit import Piece, Unit, paired_pieces, tile_view
 from dualblade.store import Door, Extent
@@ -70,8 +69,12 @@ class MemoryKV:
         self, device: torch.device, tile_tokens: int | None, tokens_max: int | None
     ) -> None:
         self._memory = TileMemory(device)
-        self._tile_tokens = tile_tokens
-        self._tokens_max = tokens_max
+        self._maker = LayerMaker(
+            space=self._memory,
+            tokens_max=tokens_max,
+            tile_tokens=tile_tokens,
+            tail_bytes_max=_NO_LIMIT,
+        )
         self._layers: dict[int, Layer] = {}
         self._offer: Offer | None = None
         self._failure: BaseException | None = None
@@ -89,7 +92,9 @@ class MemoryKV:
         self.check_usable()
         self._settle()
         check_rows(key_rows, value_rows)
-        layer = self._layers.get(index) or self._make_layer(index, key_rows, value_rows)
+        layer = self._layers.get(index)
+        if layer is None:
+            layer = self._layers[index] = self._maker.make(index, key_rows, value_rows)
         check_continues(layer, key_rows, value_rows)
         layer.fit_tails()
         self._offer = Offer(self, layer, NewRows(key_rows, value_rows))
@@ -173,24 +178,6 @@ class MemoryKV:
             for half, piece in zip(layer.halves, pair, strict=True):
                 tiles = self._memory.view(half.unit, piece, layer.dtype)
                 yield Arrived(half, tiles, piece.tile, piece.sequence)
-
-    def _make_layer(self, index: int, key_rows: torch.Tensor, value_rows: torch.Tensor) -> Layer:
-        batch, heads = key_rows.shape[:2]
-        item = key_rows.element_size()
-        dims = (key_rows.shape[3], value_rows.shape[3])
-        rows = self._tile_tokens or choose_tile_rows(
-            kv_heads=heads, dims=dims, item_bytes=item, batch=batch, tail_bytes_max=_NO_LIMIT
-        )
-        halves = []
-        for part, tensor in zip(Part, (key_rows, value_rows), strict=True):
-            geometry = TileGeometry(
-                kv_heads=tensor.shape[1], rows=rows, dim=tensor.shape[3], item_bytes=item
-            )
-            unit = Unit(UnitId(index, part), geometry, self._memory, tokens_max=self._tokens_max)
-            tail = tensor.new_empty((batch, tensor.shape[1], rows, tensor.shape[3]))
-            halves.append(HalfLayer(unit, tail))
-        self._layers[index] = Layer(index, halves[0], halves[1], batch, key_rows.dtype)
-        return self._layers[index]
 
     def tokens(self, index: int) -> int:
         """Tokens of each sequence in layer `index`, those on offer included."""

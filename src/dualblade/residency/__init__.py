@@ -12,7 +12,7 @@ from dualblade.residency.plan import (
     plan_by_size,
     plan_fixed,
 )
-from dualblade.residency.speeds import DoorSpeeds, StepTime
+from dualblade.residency.speeds import DoorSpeeds, StepTime, predict
 
 __all__ = [
     "BudgetShares",
@@ -31,4 +31,5 @@ __all__ = [
     "decide",
     "plan_by_size",
     "plan_fixed",
+    "predict",
 ]

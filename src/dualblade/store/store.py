@@ -196,6 +196,13 @@ class Store:
         """Bytes of this store in the page cache now, as the kernel counts them."""
         return cached_bytes(self._backing.buffered_fd, 0, self._end).cached_bytes
 
+    def cached_bytes(self, extent: Extent) -> int:
+        """Bytes of `extent` in the page cache now."""
+        found = cached_bytes(
+            self._backing.buffered_fd, extent.range.offset, extent.range.size_bytes
+        )
+        return found.cached_bytes
+
     def file_pieces(self) -> int | None:
         """Contiguous pieces of the store on its device; None where the file system cannot tell."""
         return self._backing.pieces()

@@ -1,0 +1,57 @@
+"""`dualblade tune`: measures a device once, so that plans know its speeds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dualblade.cli import options
+from dualblade.units import format_size, parse_size
+
+
+def tune(
+    store: Annotated[
+        Path, typer.Argument(metavar="STORE", help="A store file or folder on the device.")
+    ],
+    size: Annotated[
+        str, typer.Option("--size", metavar="SIZE", help="Of the scratch file; gone at the end.")
+    ] = "256MiB",
+    json: options.Json = False,
+    debug: options.Debug = False,  # noqa: ARG001 - read by Command
+) -> None:
+    """Measure a device and save its profile.
+
+    Reads through both doors and copies in memory, for a few seconds. `plan` then predicts the time
+    of a step, and `generate` caches only what the page cache makes faster.
+
+    \b
+    Examples:
+      dualblade tune /mnt/nvme
+      dualblade tune kv.store --json
+    """
+    from dualblade.bench.doors import TuneOptions, measure_doors
+    from dualblade.cli.output import Reporter, result_console, write_json
+    from dualblade.host.profile import save_profile
+
+    folder = store if store.is_dir() else store.absolute().parent
+    with Reporter() as reporter:
+        profile = measure_doors(
+            TuneOptions(folder=folder, size_bytes=parse_size(size)), reporter.tell
+        )
+    saved = save_profile(profile)
+    if json:
+        write_json({"command": "tune", "profile_file": str(saved), **asdict(profile)})
+        return
+    console = result_console()
+    console.print(f"{profile.device} ({profile.engine})")
+    for name, rate in (
+        ("direct", profile.direct_bytes_per_s),
+        ("page cache, hits", profile.cache_hit_bytes_per_s),
+        ("page cache, misses", profile.cache_miss_bytes_per_s),
+        ("memory copy", profile.memory_copy_bytes_per_s),
+    ):
+        console.print(f"  {name}: {format_size(int(rate))}/s")
+    console.print(f"saved in {saved}")

@@ -1,0 +1,109 @@
+"""Speeds measured on this machine, kept in the user's configuration directory by device.
+
+One JSON file holds all devices. A profile belongs to the device that it was measured on: it is
+found by what the kernel tells of the device below a path, so a store moved to another drive has
+none until that one is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dualblade.errors import StorageError
+from dualblade.host.devices import device_facts
+
+log = logging.getLogger("dualblade.host")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceProfile:
+    """Bytes per second through each door, and of a copy in memory. `device` is its identity."""
+
+    device: str
+    engine: str
+    measured_at: str
+    direct_bytes_per_s: float
+    cache_hit_bytes_per_s: float
+    cache_miss_bytes_per_s: float
+    memory_copy_bytes_per_s: float
+
+    def __post_init__(self) -> None:
+        rates = (
+            self.direct_bytes_per_s,
+            self.cache_hit_bytes_per_s,
+            self.cache_miss_bytes_per_s,
+            self.memory_copy_bytes_per_s,
+        )
+        if not all(isinstance(rate, int | float) and rate > 0 for rate in rates):
+            raise ValueError("a speed is a positive number")
+
+
+def profiles_file() -> Path:
+    """Where profiles are: $XDG_CONFIG_HOME/dualblade/profiles.json."""
+    base = os.environ.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser()
+    return Path(base) / "dualblade" / "profiles.json"
+
+
+def device_identity(path: str | os.PathLike[str]) -> str:
+    """What `path` stands on, in words that stay the same from one start to the next.
+
+    Raises: StorageError when neither the path nor its folder exists.
+    """
+    facts = device_facts(path)
+    queue = facts.queue
+    device = "no block device" if queue is None else f"{queue.name} {queue.model or 'no model'}"
+    blocks = None if queue is None else queue.logical_block_bytes
+    return f"{device}, {blocks}-byte blocks, {facts.file_system} at {facts.mount_point}"
+
+
+def save_profile(profile: DeviceProfile) -> Path:
+    """Keep `profile` in place of an older one of its device; returns the file.
+
+    Raises: StorageError.
+    """
+    file = profiles_file()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        known = {**_read_all(file), profile.device: asdict(profile)}
+        fresh = file.with_suffix(f".{os.getpid()}")
+        fresh.write_text(json.dumps(known, indent=1) + "\n")
+        fresh.replace(file)  # whole or not at all
+    except OSError as exc:
+        raise StorageError(
+            f"cannot save the profile in {file}: {exc.strerror}", operation="write", path=str(file)
+        ) from exc
+    return file
+
+
+def load_profile(path: str | os.PathLike[str]) -> DeviceProfile | None:
+    """The profile of the device below `path`; None when it was not measured."""
+    file = profiles_file()
+    try:
+        found = _read_all(file).get(device_identity(path))
+    except (OSError, StorageError):
+        return None
+    if found is None:
+        return None
+    try:
+        names = {field.name for field in fields(DeviceProfile)}
+        return DeviceProfile(**{name: found[name] for name in names})
+    except (KeyError, TypeError, ValueError) as exc:
+        log.warning("the profile in %s is not usable (%s); measure again with tune", file, exc)
+        return None
+
+
+def _read_all(file: Path) -> dict[str, Any]:
+    """All profiles; none where the file is missing or not ours. Raises: OSError."""
+    try:
+        found = json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        log.warning("%s is not JSON; it is left out", file)
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,388 @@
+"""Which door each unit has, step by step: the plan in force and what it is re-made from.
+
+At the first layer of a step, on the `dual` path: ask what memory there is (at most ten times a
+second), take the hits that the last measured sweep had, and let the controller say which few units
+move. It moves them before the step reads or writes anything.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from dualblade.config import Path
+from dualblade.geometry import Part, UnitId
+from dualblade.host.memory import MemoryBudget as MemoryReading
+from dualblade.host.memory import OwnMemory
+from dualblade.metrics import ResidencyEvent, UnitPlacement
+from dualblade.pipeline.budget import tokens_ahead
+from dualblade.pipeline.layer import Layer
+from dualblade.pipeline.unit import Unit
+from dualblade.residency import (
+    BudgetShares,
+    Controller,
+    ControlPolicy,
+    DoorSpeeds,
+    Event,
+    Observation,
+    PlanInputs,
+    ResidencyPlan,
+    UnitDemand,
+    after,
+    decide,
+    plan_fixed,
+)
+from dualblade.store import Door, Extent, Store
+from dualblade.units import format_size
+
+log = logging.getLogger("dualblade.residency")
+
+PROBE_SECONDS = 0.1
+"""Between two readings of the memory: one costs 0.1 ms, a hundredth of a 10 ms step."""
+
+HITS_SECONDS = 0.5
+"""Between two measurements of hits: cachestat of 1 GiB in 4 KiB pages costs 2 ms."""
+
+_EVENTS_MAX = 256
+"""Events that are kept, the newest; each was logged. Hours, where the memory is not pathological:
+a squeeze and its release are about ten."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemorySource:
+    """Where a budget comes from while the cache lives.
+
+    asked_bytes  the budget asked for. None (`auto`): what there is.
+    read         asks for the memory there is, given what the cache holds. None: nobody does, and
+                 `asked_bytes` holds.
+    clock        monotonic seconds.
+    """
+
+    asked_bytes: int | None
+    read: Callable[[OwnMemory], MemoryReading] | None = None
+    clock: Callable[[], float] = time.monotonic
+
+
+class MemoryWatch:
+    """The budget in force: what was asked for or what there is, whichever is less."""
+
+    def __init__(self, source: MemorySource, start_bytes: int) -> None:
+        self.budget_bytes = start_bytes
+        self.stall_seconds: float | None = None
+        self._source = source
+        self._looked_at = float("-inf")
+
+    def look(self, now: float, own: OwnMemory) -> None:
+        """Ask again, if it is time. Raises: Unsupported without /proc/meminfo."""
+        source = self._source
+        if source.read is None or now - self._looked_at < PROBE_SECONDS:
+            return
+        self._looked_at = now
+        found = source.read(own)
+        there = found.budget_bytes
+        self.budget_bytes = there if source.asked_bytes is None else min(source.asked_bytes, there)
+        self.stall_seconds = found.pressure.some_seconds if found.pressure else None
+
+
+class HitSweep:
+    """How much of what a whole sweep read through the page cache was there before it was read.
+
+    The read-ahead enters a step's first layers before the step begins, so a sweep counts from the
+    visit of the first unit to that of the last, and a move in between makes it worthless.
+    """
+
+    def __init__(self, unit_count: int, cached_bytes: Callable[[Extent], int]) -> None:
+        self._unit_count = unit_count
+        self._cached_bytes = cached_bytes
+        self._seen = 0
+        self._is_counting = False
+        self._cached = self._stored = 0
+        self._measured_at = float("-inf")
+        self._hit_fraction: float | None = None
+
+    def visit(self, unit: Unit, door: Door, now: float) -> None:
+        """`unit` is about to be read."""
+        if unit.id == UnitId(0, Part.KEYS):
+            self._is_counting = now - self._measured_at >= HITS_SECONDS
+            self._seen = self._cached = self._stored = 0
+        if not self._is_counting:
+            return
+        self._seen += 1
+        if door is Door.PAGE_CACHE:
+            stored = unit.stored_bytes
+            cached = sum(self._cached_bytes(segment.extent) for segment in unit.segments)
+            self._stored += stored
+            self._cached += min(stored, cached)  # an extent may be cached beyond its last tile
+        if self._seen == self._unit_count:
+            self._is_counting = False
+            self._measured_at = now
+            self._hit_fraction = self._cached / self._stored if self._stored else None
+
+    def take(self) -> float | None:
+        """The hits of a sweep not told yet; None: none was measured."""
+        taken, self._hit_fraction = self._hit_fraction, None
+        return taken
+
+    def restart(self) -> None:
+        """Units moved: what was counted says nothing of the plan in force."""
+        self._is_counting, self._hit_fraction = False, None
+
+
+class Placements:
+    """The residency plan in force, the controller that changes it, and the doors that follow.
+
+    A fixed path has a plan and no controller. Only the `dual` path looks at memory.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        layer_count: int,
+        tokens_max: int | None,
+        store: Store,
+        watch: MemoryWatch,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        speeds: DoorSpeeds | None = None,
+        cache_percent: int | None = None,
+    ) -> None:
+        self._path = path
+        self._layer_count = layer_count
+        self._tokens_max = tokens_max
+        self._store = store
+        self._watch = watch
+        self._clock = clock
+        self._speeds = speeds
+        self._cache_percent = cache_percent
+        self._policy = ControlPolicy()
+        self._hits = HitSweep(2 * layer_count, store.cached_bytes)
+        self._opened_at = clock()
+        self._events: deque[ResidencyEvent] = deque(maxlen=_EVENTS_MAX)
+        self._has_warned = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Plan afresh for the next prompt; the events stay."""
+        self._plan: ResidencyPlan | None = None
+        self._controller: Controller | None = None
+        self._cached: frozenset[UnitId] = frozenset()
+        self._demands: tuple[UnitDemand, ...] = ()
+        self._planned_for: tuple[int, int, int] = (0, 0, 0)
+        self._hits.restart()
+
+    # -- at a step boundary ----------------------------------------------------------------------
+
+    @property
+    def budget_bytes(self) -> int:
+        """The budget in force."""
+        return self._watch.budget_bytes
+
+    def look(self, shares: BudgetShares) -> None:
+        """Learn what memory there is, if it is time. Raises: Unsupported."""
+        if self._path is Path.DUAL:
+            own = OwnMemory(page_cache_bytes=self.page_cache_bytes, fixed_bytes=shares.fixed_bytes)
+            self._watch.look(self._clock(), own)
+
+    def follow(
+        self, like: Layer, layers: Mapping[int, Layer], tokens: int, shares: BudgetShares
+    ) -> None:
+        """Have a plan for `tokens` and a while more, under the budget in force, and every unit at
+        the door that it plans. Layers not seen yet are taken to be like `like`.
+
+        `look` is called before. Blocks while units move; raises DeviceError (see Store.move).
+        """
+        has_changed = self._renew_demands(like, layers, tokens)
+        shares = replace(shares, budget_bytes=self._watch.budget_bytes)
+        room = shares.page_cache_bytes
+        if self._plan is None:
+            self._begin(room)
+        elif self._controller is None:
+            if has_changed:
+                self._plan = self._fixed_plan(room)
+        elif like.index == 0 or has_changed or room < self._controller.planned_bytes:
+            self._re_decide(self._controller, layers, room)
+        if self._controller is not None:
+            assert self._controller.planned_bytes <= room, "more is planned than there is room for"
+            self._warn_once(shares)
+
+    def visit(self, unit: Unit) -> None:
+        """`unit` is about to be read, in the order of the sweep."""
+        if self._controller is not None:
+            self._hits.visit(unit, self.door(unit.id), self._clock())
+
+    def _renew_demands(self, like: Layer, layers: Mapping[int, Layer], tokens: int) -> bool:
+        """Whether what the units will need has changed; the same tuple as long as it has not."""
+        horizon, batch, known = self._planned_for
+        if tokens <= horizon and like.batch == batch and len(layers) == known:
+            return False
+        if tokens > horizon:
+            ahead = tokens_ahead(tokens, None)
+            most = self._tokens_max
+            horizon = ahead if most is None else max(tokens, min(ahead, most))
+        demands = self._demands_for(horizon, like, layers)
+        self._planned_for = (horizon, like.batch, len(layers))
+        if demands == self._demands:
+            return False
+        self._demands = demands
+        return True
+
+    def _demands_for(
+        self, horizon: int, like: Layer, layers: Mapping[int, Layer]
+    ) -> tuple[UnitDemand, ...]:
+        """What each unit has when there are `horizon` tokens. Tiles of another batch, stored
+        before, count as they are."""
+        demands = []
+        for index in range(self._layer_count):
+            layer = layers.get(index, like)
+            tiles = -(-horizon // layer.rows)
+            for part, half in zip(Part, layer.halves, strict=True):
+                stored = layer.stored_tiles if index in layers else 0
+                size = half.unit.stored_bytes if stored else 0
+                size += max(0, tiles - stored) * half.unit.geometry.tile_bytes(like.batch)
+                demands.append(UnitDemand(unit=UnitId(index, part), size_bytes=size))
+        return tuple(demands)
+
+    def _begin(self, room: int) -> None:
+        """The first plan. A prompt that does not fit is written directly where it does not."""
+        if self._path is not Path.DUAL or self._cache_percent is not None:
+            self._plan = self._fixed_plan(room)
+        else:
+            self._plan = decide(
+                PlanInputs(demands=self._demands, page_cache_bytes=room, speeds=self._speeds)
+            )
+            self._controller = Controller(self._plan.cached_units, self._policy)
+            # Told at once, so that it knows sizes and room before the next boundary.
+            event = self._controller.decide(self._observation(room))
+            assert event is None, "a plan just made needs no change"
+        self._cached = self._plan.cached_units
+
+    def _fixed_plan(self, room: int) -> ResidencyPlan:
+        if self._path is not Path.DUAL:
+            return plan_fixed(self._demands, self._path)
+        return decide(
+            PlanInputs(
+                demands=self._demands,
+                page_cache_bytes=room,
+                speeds=self._speeds,
+                cache_percent=self._cache_percent,
+                among=None if self._plan is None else self._cached,
+            )
+        )
+
+    def _observation(self, room: int, hits: float | None = None) -> Observation:
+        return Observation(
+            time_seconds=self._clock(),
+            demands=self._demands,
+            page_cache_bytes=room,
+            speeds=self._speeds,
+            hit_fraction=hits,
+            stall_seconds=self._watch.stall_seconds,
+        )
+
+    def _re_decide(self, controller: Controller, layers: Mapping[int, Layer], room: int) -> None:
+        seen = self._observation(room, self._hits.take())
+        if seen.hit_fraction is not None and seen.hit_fraction < self._policy.hit_fraction_min:
+            self._demands = tuple(
+                replace(d, stored_bytes=_stored_bytes(layers, d.unit)) for d in self._demands
+            )
+            seen = replace(
+                seen, demands=self._demands, resident_bytes=self._store.page_cache_bytes()
+            )
+        event = controller.decide(seen)
+        if event is None:
+            return
+        assert self._plan is not None
+        self._plan = replace(after(self._plan, event), page_cache_bytes_max=room)
+        self._cached = controller.cached_units
+        self._carry_out(event, layers)
+        self._hits.restart()
+
+    def _carry_out(self, event: Event, layers: Mapping[int, Layer]) -> None:
+        """Move the units of the event. Demotions first: their memory may be what the promotions
+        take."""
+        moved = [*event.demoted, *event.promoted]
+        stored = sum(_stored_bytes(layers, unit) for unit in moved)
+        for unit in moved:
+            if unit.layer in layers:
+                _unit(layers, unit).move(self.door(unit))
+        told = ResidencyEvent(
+            time_seconds=event.time_seconds - self._opened_at,
+            cause=event.cause.value,
+            from_bytes=event.from_bytes,
+            to_bytes=event.to_bytes,
+            moved_bytes=stored,
+            demoted_units=len(event.demoted),
+            promoted_units=len(event.promoted),
+            reason=event.reason,
+        )
+        self._events.append(told)
+        log.info(
+            "%s: page cache planned %s -> %s, %d units demoted, %d promoted, %s of KV change "
+            "their path (%s)",
+            told.cause,
+            format_size(told.from_bytes),
+            format_size(told.to_bytes),
+            told.demoted_units,
+            told.promoted_units,
+            format_size(told.moved_bytes),
+            told.reason,
+        )
+
+    def _warn_once(self, shares: BudgetShares) -> None:
+        if shares.fixed_bytes <= shares.budget_bytes or self._has_warned:
+            return
+        self._has_warned = True
+        log.warning(
+            "the memory there is fell to %s, below the %s of staging, gather buffers, tails and "
+            "tables: all KV goes direct until there is more",
+            format_size(shares.budget_bytes),
+            format_size(shares.fixed_bytes),
+        )
+
+    # -- what is in force ------------------------------------------------------------------------
+
+    @property
+    def page_cache_bytes(self) -> int:
+        """Page cache that the plan counts on; on a fixed path the kernel decides, so 0."""
+        if self._controller is not None:
+            return self._controller.planned_bytes
+        if self._plan is None or self._path is not Path.DUAL:
+            return 0
+        return self._plan.bytes_on(Path.PAGE_CACHE)
+
+    def door(self, unit: UnitId) -> Door:
+        """The door that `unit` is to be reached through."""
+        cached = self._path is Path.PAGE_CACHE or unit in self._cached
+        return Door.PAGE_CACHE if cached else Door.DIRECT
+
+    def events(self) -> tuple[ResidencyEvent, ...]:
+        """What moved since the cache was made, oldest first; the newest 256."""
+        return tuple(self._events)
+
+    def describe(self) -> tuple[UnitPlacement, ...]:
+        """The plan in plain words, in the order of the sweep."""
+        if self._plan is None:
+            return ()
+        sizes = {demand.unit: demand.size_bytes for demand in self._demands}
+        return tuple(
+            UnitPlacement(
+                layer=p.unit.layer,
+                part=p.unit.part.value,
+                path=p.path.value,
+                bytes=sizes[p.unit],
+                reason=p.reason,
+            )
+            for p in self._plan.placements
+        )
+
+
+def _unit(layers: Mapping[int, Layer], unit: UnitId) -> Unit:
+    layer = layers[unit.layer]
+    return (layer.keys if unit.part is Part.KEYS else layer.values).unit
+
+
+def _stored_bytes(layers: Mapping[int, Layer], unit: UnitId) -> int:
+    return _unit(layers, unit).stored_bytes if unit.layer in layers else 0

@@ -1,0 +1,257 @@
+"""Moving units costs no I/O of its own, and what moved is read through the other door.
+
+The memory that there is is told by the test; pages, reads and writes are the kernel's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dualblade.config import EngineConfig
+from dualblade.config import Path as KVPath
+from dualblade.errors import Closed, DeviceError
+from dualblade.host.memory import MemoryBudget, OwnMemory
+from dualblade.host.page_cache import cached_bytes
+from dualblade.host.process import ProcessIO, process_io
+from dualblade.io import open_engine
+from dualblade.pipeline import KVPipeline, KVSettings
+from dualblade.pipeline.residence import MemorySource
+from dualblade.store import Door, Store
+from dualblade.store.format import DATA_OFFSET
+from dualblade.units import KIB, MIB
+
+LAYERS, HEADS, DIM, TOKENS = 6, 2, 32, 4096
+UNIT_BYTES = HEADS * DIM * TOKENS * 4
+KV_BYTES = 2 * LAYERS * UNIT_BYTES
+
+
+class Memory:
+    """What there is, and the time: a second passes at each look."""
+
+    def __init__(self) -> None:
+        self.there_bytes = 256 * MIB
+        self.reserve_bytes = 0
+        self.seconds = 0.0
+
+    def read(self, own: OwnMemory) -> MemoryBudget:
+        return MemoryBudget(
+            available_bytes=max(0, self.there_bytes - own.fixed_bytes),
+            source="test",
+            machine_available_bytes=self.there_bytes,
+            limits=(),
+            own=own,
+            reserve_bytes=self.reserve_bytes,
+        )
+
+    def clock(self) -> float:
+        self.seconds += 1.0
+        return self.seconds
+
+
+class Cache:
+    """A pipeline, and one step over all its layers."""
+
+    def __init__(self, store_path: Path) -> None:
+        self.memory = Memory()
+        self.engine = open_engine("auto")
+        self.store = Store.open(store_path, self.engine, capacity_bytes=256 * MIB)
+        settings = KVSettings(
+            path=KVPath.DUAL,
+            budget_bytes=256 * MIB,
+            layer_count=LAYERS,
+            tokens_max=TOKENS + 512,
+            device=torch.device("cpu"),
+            config=EngineConfig(staging_bytes=512 * KIB),
+            memory=MemorySource(asked_bytes=None, read=self.memory.read, clock=self.memory.clock),
+        )
+        self.pipeline = KVPipeline(self.store, self.engine, settings)
+
+    def step(self, tokens: int = 1) -> torch.Tensor:
+        """The sum over all keys and values: what a step saw."""
+        seen = []
+        for layer in range(LAYERS):
+            generator = torch.Generator().manual_seed(layer)
+            rows = [torch.randn(1, HEADS, tokens, DIM, generator=generator) for _ in range(2)]
+            seen += [tensor.double().sum() for tensor in self.pipeline.update(layer, *rows)]
+        return torch.stack(seen)
+
+    def settle(self) -> ProcessIO:
+        self.engine.drain()
+        return process_io()
+
+    def close(self) -> None:
+        self.pipeline.close()
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[Cache]:
+    made = Cache(tmp_path / "kv.store")
+    made.step(TOKENS)
+    made.step()
+    yield made
+    made.close()
+
+
+def paths(cache: Cache) -> set[str]:
+    return {unit.path for unit in cache.pipeline.placements()}
+
+
+def test_demotion_reads_and_writes_nothing_that_is_clean(cache: Cache) -> None:
+    assert paths(cache) == {"page-cache"}
+    assert cache.pipeline.memory_use().page_cache_bytes >= KV_BYTES
+    cache.memory.there_bytes = 0
+    before, io = cache.settle(), cache.pipeline.transfers()
+    cache.pipeline.append(0, *(torch.zeros(1, HEADS, 1, DIM),) * 2)  # the boundary alone
+    after = cache.settle()
+    assert paths(cache) == {"direct"}
+    assert cache.pipeline.transfers().demotions == 2 * LAYERS
+    assert after == before, "a clean page was written, or a page was read"
+    assert cache.pipeline.transfers().written_bytes == io.written_bytes
+    assert cache.pipeline.memory_use().page_cache_bytes == 0
+
+
+def test_demotion_writes_back_what_is_dirty(tmp_path: Path) -> None:
+    """Dirty pages exist only while a write is on its way; put some there behind its back."""
+    with open_engine("auto") as engine, Store.open(tmp_path / "kv.store", engine) as store:
+        extent = store.allocate(4 * MIB, Door.PAGE_CACHE)
+        fd, at = store._backing.buffered_fd, extent.range.offset
+        content = bytes(range(256)) * (64 * KIB // 256)
+        with open(f"/proc/self/fd/{fd}", "r+b", buffering=0) as file:
+            file.seek(at + MIB)
+            file.write(content)
+        store.move(extent, Door.DIRECT)
+        assert store.cached_bytes(extent) == 0
+        assert store.counters.direct_write_bytes == store.counters.page_cache_write_bytes == 0
+        with open(f"/proc/self/fd/{fd}", "rb", buffering=0) as file:
+            file.seek(at + MIB)
+            assert file.read(len(content)) == content
+
+
+def test_promotion_moves_nothing_and_the_next_sweep_fills_the_cache(cache: Cache) -> None:
+    cache.memory.there_bytes = 0
+    want = cache.step()
+    cache.memory.there_bytes = 256 * MIB
+    while paths(cache) != {"page-cache"}:
+        promotions = cache.pipeline.transfers().promotions
+        before = cache.settle()
+        cache.pipeline.append(0, *(torch.zeros(1, HEADS, 1, DIM),) * 2)
+        if cache.pipeline.transfers().promotions > promotions:
+            assert cache.settle() == before, "a promotion moved data"
+        for layer in range(1, LAYERS):
+            cache.pipeline.append(layer, *(torch.zeros(1, HEADS, 1, DIM),) * 2)
+    assert {event.cause for event in cache.pipeline.events()} == {"budget fell", "room rose"}
+    cache.step()  # cold
+    before, io = cache.settle(), cache.pipeline.transfers()
+    got = cache.step()
+    after = cache.pipeline.transfers()
+    assert cache.settle().read_bytes == before.read_bytes
+    assert after.direct_read_bytes == io.direct_read_bytes
+    assert after.page_cache_read_bytes > io.page_cache_read_bytes
+    assert got.shape == want.shape
+
+
+def test_part_of_the_memory_keeps_part_of_the_units(cache: Cache) -> None:
+    fixed = cache.pipeline.memory_use().used_bytes - cache.pipeline.memory_use().page_cache_bytes
+    cache.memory.there_bytes = fixed + 8 * UNIT_BYTES
+    cache.step()
+    use = cache.pipeline.memory_use()
+    assert paths(cache) == {"page-cache", "direct"}
+    assert use.used_bytes <= use.budget_bytes
+    assert use.page_cache_bytes <= use.page_cache_planned_bytes
+    event = cache.pipeline.events()[-1]
+    assert event.cause == "budget fell"
+    assert event.moved_bytes == event.demoted_units * UNIT_BYTES
+    cache.step()
+    before, io = cache.settle(), cache.pipeline.transfers()
+    cache.step()
+    direct = cache.pipeline.transfers().direct_read_bytes - io.direct_read_bytes
+    assert direct == event.demoted_units * UNIT_BYTES
+    assert cache.settle().read_bytes - before.read_bytes == direct, "a cached unit was read"
+
+
+def test_evicted_pages_are_noticed_and_given_up(cache: Cache) -> None:
+    for _ in range(4):
+        cache.step()
+    assert cache.pipeline.events() == ()
+    for _ in range(6):
+        for layer in cache.pipeline._layers.values():
+            for half in layer.halves:
+                for segment in half.unit.segments:
+                    cache.engine.drain()
+                    taken = segment.extent.range
+                    fd = cache.store._backing.buffered_fd
+                    os.posix_fadvise(fd, taken.offset, taken.size_bytes, os.POSIX_FADV_DONTNEED)
+        cache.step()
+    assert "cached pages were evicted" in {event.cause for event in cache.pipeline.events()}
+
+
+def test_below_the_fixed_part_all_goes_direct_and_one_warning_says_so(
+    cache: Cache, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache.memory.reserve_bytes = 4 * MIB  # what others are left even when there is nothing
+    with caplog.at_level(logging.INFO, logger="dualblade.residency"):
+        for there in (MIB, 256 * MIB, 0):
+            cache.memory.there_bytes = there
+            for _ in range(8):
+                cache.step()
+    warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert "below the" in warnings[0].getMessage()
+    assert len(caplog.records) - 1 == len(cache.pipeline.events())
+    assert paths(cache) == {"direct"}
+
+
+def test_a_prompt_that_does_not_fit_is_written_directly_from_the_start(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "kv.store")
+    cache.memory.there_bytes = 16 * MIB
+    cache.step(TOKENS)
+    io = cache.pipeline.transfers()
+    assert cache.pipeline.events() == ()
+    assert io.demotions == 0
+    assert io.written_bytes == KV_BYTES
+    assert io.page_cache_write_bytes > 0
+    assert io.direct_write_bytes > 0
+    cache.close()
+
+
+def test_dirty_pages_are_bounded_by_the_write_slots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the prompt: a slot is free again when its bytes are written back."""
+    cache = Cache(tmp_path / "kv.store")
+    dirty: list[int] = []
+    write = Store.write
+
+    def watched(store: Store, *args: Any) -> Any:
+        use = cached_bytes(store._backing.buffered_fd, DATA_OFFSET, store._end - DATA_OFFSET)
+        dirty.append((use.dirty_bytes or 0) + (use.writeback_bytes or 0))
+        return write(store, *args)
+
+    monkeypatch.setattr(Store, "write", watched)
+    cache.step(TOKENS)
+    machinery = cache.pipeline._machinery
+    assert machinery is not None
+    assert max(dirty) <= machinery.shape.write_slots * machinery.shape.slot_bytes < KV_BYTES
+    assert cache.pipeline.transfers().page_cache_write_bytes == KV_BYTES
+    cache.close()
+
+
+def test_a_writeback_that_fails_in_a_demotion_loses_the_content(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise DeviceError(errno=5, operation="sync", path="store", offset=0, size_bytes=MIB)
+
+    monkeypatch.setattr(Store, "_write_back_and_drop", fail)
+    cache.memory.there_bytes = 0
+    with pytest.raises(DeviceError):
+        cache.step()
+    with pytest.raises(Closed, match="content is lost"):
+        cache.step()
