@@ -43,7 +43,8 @@ struct Run {
     const std::int32_t* table = nullptr;  // [tiles, batch]: logical to stored; null: the same
 
     std::int64_t tiles() const { return (tokens + tile_rows - 1) / tile_rows; }
-    std::int64_t tile_blocks() const { return (tile_rows + kBlock - 1) / kBlock; }
+    // Blocks that a tile's tokens may touch, wherever it begins.
+    std::int64_t tile_blocks() const { return tile_rows / kBlock + 2; }
 };
 
 // What the kernels of one instruction set work on; rows are group x tokens of one KV head.

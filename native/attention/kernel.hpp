@@ -303,7 +303,7 @@ void for_stretches(const Work& work, const Run& run, std::int64_t item, Each eac
                 if (token / kLaneTokens % work.lanes == lane && next > seen) {
                     each(Stretch<T>{head, head * work.lanes + lane,
                                     data + (token - first) * run.row_stride, token, next - token,
-                                    tile * run.tile_blocks() + (token - first) / kBlock});
+                                    tile * run.tile_blocks() + token / kBlock - first / kBlock});
                 }
                 token = next;
             }

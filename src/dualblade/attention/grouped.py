@@ -92,12 +92,11 @@ class GroupedAttention:
         if self._out is None or self._total is None:
             self._out, self._total = out, total
             return
-        both = torch.logaddexp(self._total, total)
-        # Where nobody saw anything so far, both totals are minus infinity.
-        origin = both.masked_fill(both == -torch.inf, 0)
-        self._out = self._out * torch.exp(self._total - origin)[..., None]
-        self._out += out * torch.exp(total - origin)[..., None]
-        self._total = both
+        # A share, not two weights: their roundings would not add up to one. Who sees nothing in
+        # this group has none, whatever came before.
+        share = torch.sigmoid(total - self._total).masked_fill(total == -torch.inf, 0)
+        self._out += (out - self._out) * share[..., None]
+        self._total = torch.logaddexp(self._total, total)
 
     def _is_hidden(self) -> bool:
         starts = self._query.first_visible
