@@ -170,8 +170,9 @@ def test_plan_names_what_stays_in_memory() -> None:
     assert json.loads(memory.stdout)["bytes_by_path"]["direct"] == 0
 
 
+@pytest.mark.parametrize("attention", ["exact", "tiles"])
 @pytest.mark.parametrize("path", ["dual", "direct", "page-cache"])
-def test_the_plan_is_what_a_cache_does(path: str) -> None:
+def test_the_plan_is_what_a_cache_does(path: str, attention: Any) -> None:
     """From the configuration alone: the same units, paths, bytes and shares as a running cache."""
     tokens, batch, budget = 512, 2, 8 * MIB
     plan = plan_cache(
@@ -183,11 +184,12 @@ def test_the_plan_is_what_a_cache_does(path: str) -> None:
             budget_bytes=budget,
             path=KVPath.parse(path),
             engine=EngineConfig(),
+            over_tiles=attention == "tiles",
         ),
     )
     model = load_model(TINY, dtype=torch.float32, device="cpu").model
     with DualBladeCache.for_model(
-        model, memory_budget=budget, path=path, max_tokens=tokens
+        model, memory_budget=budget, path=path, max_tokens=tokens, attention=attention
     ) as cache:
         with torch.inference_mode():
             model(torch.ones(batch, tokens, dtype=torch.long), past_key_values=cache)

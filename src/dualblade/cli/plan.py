@@ -23,6 +23,7 @@ def plan(
     batch: Annotated[int, typer.Option("--batch", min=1, metavar="B", help="Sequences.")] = 1,
     memory_budget: options.MemoryBudget = "auto",
     path: options.KVPath = "dual",
+    attention: options.Attention = "auto",
     dtype: options.Dtype = "auto",
     device: Annotated[
         str, typer.Option("--device", help="cuda: the gather buffer is on the GPU.")
@@ -44,15 +45,18 @@ def plan(
       dualblade plan --model ./llama --context 32k --batch 4 --memory-budget 2GiB --json
     """
     from dualblade.config import Path as KVPath
+    from dualblade.config import check_attention
     from dualblade.host.memory import auto_budget_bytes
 
     budget = auto_budget_bytes() if memory_budget == "auto" else parse_size(memory_budget)
     way = KVPath.parse(path)
+    check_attention(attention)
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"unknown device {device!r}", hint="use cpu or cuda")
     engine = options.engine_config(io_engine="auto", queue_depth=queue_depth)
 
     from dualblade.cli.output import write_json
+    from dualblade.hf.choice import suited
     from dualblade.hf.geometry import item_bytes
     from dualblade.hf.models import config_of, default_dtype, parse_dtype
     from dualblade.hf.plan import PlanRequest, plan_cache
@@ -60,6 +64,7 @@ def plan(
 
     config = config_of(model)
     element = parse_dtype(dtype) or default_dtype(config, device)
+    way_in = suited(config, element, device).word if attention == "auto" else attention
     request = PlanRequest(
         tokens=options.parse_tokens(context),
         batch=batch,
@@ -68,6 +73,7 @@ def plan(
         path=way,
         engine=engine,
         gather_on_host=device == "cpu",
+        over_tiles=way_in == "tiles",
         speeds=door_speeds(store),
     )
     made = plan_cache(config, request)
@@ -94,6 +100,7 @@ def _result(model: str, dtype: str, request: PlanRequest, made: CachePlan) -> di
         "context": request.tokens,
         "batch": request.batch,
         "path": request.path.value,
+        "attention": "tiles" if request.over_tiles else "exact",
         "kv_bytes": made.kv_bytes,
         "kv_bytes_per_token": made.token_bytes,
         "budget_bytes": request.budget_bytes,

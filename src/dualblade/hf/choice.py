@@ -7,7 +7,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dualblade.attention import kernel_name
 from dualblade.config import check_attention
@@ -50,27 +50,26 @@ def choose(model: PreTrainedModel, word: str) -> AttentionChoice:
                 hint="use attention='exact'",
             )
         return AttentionChoice(True, "asked for")
-    text = model.config.get_text_config(decoder=True)
     implementation = _lent_for(model) or model.config._attn_implementation
-    against = (
-        (not can_lend, f"{type(model).__name__} has attention code of its own"),
-        (
-            model.device.type != "cpu",
-            "on a GPU gathering tiles costs next to nothing, and the model's attention is fast",
-        ),
-        (implementation != "sdpa", f"the model was loaded with {implementation} attention"),
-        (
-            model.dtype not in (torch.float32, torch.bfloat16),
-            f"the kernel does not do {model.dtype}",
-        ),
-        (
-            getattr(text, "attn_logit_softcapping", None) is not None,
-            "the model caps its scores, which the kernel does not do",
-        ),
-    )
-    for holds, reason in against:
-        if holds:
-            return AttentionChoice(False, reason)
+    if not can_lend:
+        return AttentionChoice(False, f"{type(model).__name__} has attention code of its own")
+    if implementation != "sdpa":
+        return AttentionChoice(False, f"the model was loaded with {implementation} attention")
+    return suited(model.config, model.dtype, model.device.type)
+
+
+def suited(config: PretrainedConfig, dtype: torch.dtype, device: str) -> AttentionChoice:
+    """What `auto` takes for a model of this configuration whose attention is sdpa."""
+    text = config.get_text_config(decoder=True)
+    against = None
+    if device != "cpu":
+        against = "on a GPU gathering costs next to nothing, and the model's attention is fast"
+    elif dtype not in (torch.float32, torch.bfloat16):
+        against = f"the kernel does not do {dtype}"
+    elif getattr(text, "attn_logit_softcapping", None) is not None:
+        against = "the model caps its scores, which the kernel does not do"
+    if against is not None:
+        return AttentionChoice(False, against)
     return AttentionChoice(True, f"faster on a CPU ({kernel_name()} kernel)")
 
 

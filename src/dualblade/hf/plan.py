@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
+from dualblade.attention import group_tokens
 from dualblade.config import EngineConfig, Path
 from dualblade.errors import ConfigError
 from dualblade.geometry import Part, TileGeometry, UnitId, choose_tile_rows
@@ -38,7 +39,8 @@ from dualblade.units import round_up
 class PlanRequest:
     """What to plan for: `tokens` in each of `batch` sequences, elements of `item_bytes`.
 
-    `gather_on_host` is False for a GPU with memory of its own. `speeds` None: not measured.
+    `gather_on_host` is False for a GPU with memory of its own. `over_tiles`: attention works on
+    tiles, and a group of them is gathered at most. `speeds` None: not measured.
     """
 
     tokens: int
@@ -48,6 +50,7 @@ class PlanRequest:
     path: Path
     engine: EngineConfig
     gather_on_host: bool = True
+    over_tiles: bool = False
     speeds: DoorSpeeds | None = None
 
     def __post_init__(self) -> None:
@@ -155,13 +158,11 @@ def _shares(
     batch, item = request.batch, request.item_bytes
     capacity = round_up(request.tokens, CAPACITY_STEP_TOKENS)
     slabs = [geometry.slab_bytes for geometry in _geometries(stored[0], rows[0], request)]
-    gather = sum(
-        GatherBuffers.allocated_bytes(capacity * batch * item * max(sizes))
-        for sizes in (
-            [shape.kv_heads * shape.key_dim for shape in stored],
-            [shape.kv_heads * shape.value_dim for shape in stored],
-        )
-    )
+    gathered = [
+        _gathered_bytes(shape, tile, capacity, request)
+        for shape, tile in zip(stored, rows, strict=True)
+    ]
+    gather = sum(GatherBuffers.allocated_bytes(max(part)) for part in zip(*gathered, strict=True))
     staging = staging_shape(request.engine, request.budget_bytes, max(slabs))
     return BudgetShares(
         budget_bytes=request.budget_bytes,
@@ -172,6 +173,17 @@ def _shares(
         ),
         table_bytes=sum(capacity // tile * batch * TABLE_ITEM_BYTES for tile in rows),
     )
+
+
+def _gathered_bytes(
+    shape: LayerShape, tile_rows: int, capacity: int, request: PlanRequest
+) -> tuple[int, int]:
+    """What is gathered of a layer's keys and of its values, as `pipeline.budget.gather_bytes`."""
+    heads, item = request.batch * shape.kv_heads, request.item_bytes
+    if request.over_tiles:
+        elements = heads * (shape.key_dim + shape.value_dim)
+        capacity, item = min(capacity, group_tokens(elements, tile_rows)), 4
+    return capacity * heads * shape.key_dim * item, capacity * heads * shape.value_dim * item
 
 
 def _residency(
