@@ -1,7 +1,7 @@
 """Attention piece by piece against fp64: no further from it than torch's sdpa is.
 
 `max |ours - fp64| <= 1.5 x max |sdpa - fp64|`, over random shapes; where sdpa is exact to the last
-bits, 8 roundings of the result's type are allowed instead.
+bits, 16 roundings of the result's type are allowed instead.
 """
 
 from __future__ import annotations
@@ -79,7 +79,14 @@ class Case:
         return KernelAttention(self.query, self.kv_heads, self.dims[1])
 
     def grouped(self) -> GroupedAttention:
-        group = (torch.empty(self.batch, self.kv_heads, GROUP_TOKENS, dim) for dim in self.dims)
+        is_one = self.keys.shape[2] <= GROUP_TOKENS
+        group = (
+            torch.empty(
+                (self.batch, self.kv_heads, GROUP_TOKENS, dim),
+                dtype=self.dtype if is_one else torch.float32,
+            )
+            for dim in self.dims
+        )
         return GroupedAttention(self.query, *group)
 
     def run(self, running: Running, piece_tiles: int) -> torch.Tensor:
@@ -104,7 +111,7 @@ def assert_close(case: Case, out: torch.Tensor) -> None:
     theirs = (case.reference(case.dtype) - true).abs().max()
     rounding = torch.finfo(case.dtype).eps * true.abs().max()
     assert (out - true).abs().max() <= max(
-        1.5 * theirs, 8 * rounding if case.dtype == torch.float32 else 0
+        1.5 * theirs, 16 * rounding if case.dtype == torch.float32 else 0
     )
 
 

@@ -1,8 +1,9 @@
 """Many query rows, or scores that are changed on the way: tiles are copied together in groups of
 fixed size, torch attends to each group, and the results are merged by their log-sum-exp.
 
-Groups are in fp32 whatever the model is in: torch rounds what a group yields to the type of its
-keys, and merging roundings of bfloat16 would double the error. They are a function of the shapes
+Several groups are in fp32 whatever the model is in: torch rounds what a group yields to the type of
+its keys, and merging roundings of bfloat16 would double the error. Where one group holds all tokens
+it stays in the model's type. All of that is a function of the shapes
 alone, so that the result does not depend on how tiles arrive.
 """
 
@@ -31,14 +32,14 @@ def group_tokens(token_elements: int, tile_rows: int) -> int:
 
 
 class GroupedAttention:
-    """One attention call; `keys` and `values` [batch, kv_heads, group tokens, dim] fp32 hold a
-    group."""
+    """One attention call; `keys` and `values` [batch, kv_heads, group tokens, dim] hold a group, in
+    fp32 unless it is the only one."""
 
     def __init__(self, query: AttentionQuery, keys: torch.Tensor, values: torch.Tensor) -> None:
         assert query.query.shape[1] % keys.shape[1] == 0, "heads come in groups"
-        assert keys.dtype == values.dtype == torch.float32
+        assert keys.dtype == values.dtype
         self._query = query
-        self._wide = query.query.float()
+        self._wide = query.query.to(keys.dtype)
         self._keys = keys
         self._values = values
         self._first = self._end = 0
@@ -92,6 +93,7 @@ class GroupedAttention:
         if self._out is None or self._total is None:
             self._out, self._total = out, total
             return
+        assert self._keys.dtype == torch.float32, "groups that are merged are in fp32"
         # A share, not two weights: their roundings would not add up to one. Who sees nothing in
         # this group has none, whatever came before.
         share = torch.sigmoid(total - self._total).masked_fill(total == -torch.inf, 0)
@@ -133,7 +135,7 @@ def _attend_to(
         some = slice(head * group, (head + 1) * group)
         own = added if added.shape[1] == 1 else added[:, some]
         part = [x[:, head : head + 1].expand(-1, group, -1, -1) for x in (keys, values)]
-        parts.append(_flash(wide[:, some], part[0], part[1], own.float(), query.scaling))
+        parts.append(_flash(wide[:, some], part[0], part[1], own.to(wide.dtype), query.scaling))
     out = torch.cat([out for out, _ in parts], dim=1)
     total = torch.cat([total for _, total in parts], dim=1)
     # Of a row that sees nothing the kernel says zeros, and a log-sum-exp of zero.
@@ -165,13 +167,14 @@ def _math(
     """The same by plain products, some query rows at a time, for what torch's kernel cannot do."""
     batch, heads, tokens, _ = wide.shape
     kv_heads, group = keys.shape[1], heads // keys.shape[1]
+    wide, keys, values = wide.float(), keys.float(), values.float()
     seen = None if seen is None else seen.expand(-1, -1, tokens, -1)
     out = wide.new_empty((batch, heads, tokens, values.shape[3]))
     totals = out.new_empty((batch, heads, tokens))
     for low in range(0, tokens, _MATH_ROWS):
         some = slice(low, min(low + _MATH_ROWS, tokens))
         rows = wide[:, :, some].unflatten(1, (kv_heads, group)).flatten(2, 3)
-        scores = (rows @ keys.transpose(2, 3) * query.scaling).unflatten(2, (group, -1))
+        scores = ((rows * query.scaling) @ keys.transpose(2, 3)).unflatten(2, (group, -1))
         scores = scores.flatten(1, 2)  # [batch, heads, some, group's tokens]
         if query.softcap is not None:
             scores = torch.tanh(scores / query.softcap) * query.softcap
@@ -183,7 +186,8 @@ def _math(
         elif seen is not None:
             scores = scores + seen[:, :, some]
         total = torch.logsumexp(scores, dim=-1)
-        weights = torch.exp(scores - total.masked_fill(total == -torch.inf, 0)[..., None])
+        # Not exp(scores - total): the rounding of a large total would be in every weight.
+        weights = torch.softmax(scores, dim=-1).masked_fill((total == -torch.inf)[..., None], 0)
         folded = weights.unflatten(1, (kv_heads, group)).flatten(2, 3) @ values
         out[:, :, some] = folded.unflatten(2, (group, -1)).flatten(1, 2)
         totals[:, :, some] = total

@@ -19,7 +19,7 @@ from dualblade.pipeline.layer import HalfLayer, Layer
 _BLOCK_TOKENS = 16
 """What the kernel takes at a time: a block must not be cut, or rounding would depend on the cut."""
 
-Buffers = Callable[[], tuple[torch.Tensor, torch.Tensor]]
+Buffers = Callable[[torch.dtype], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,10 +54,10 @@ def attend(
 ) -> torch.Tensor:
     """Attention of `query` to all of `layer` and `new`: [batch, tokens, heads, value_dim].
 
-    `arriving` brings all stored tiles, keys before the values of the same tiles. `buffers()` are
-    the two that hold a group of many-row attention: [batch, kv_heads, group tokens, dim] fp32.
+    `arriving` brings all stored tiles, keys before the values of the same tiles. `buffers(dtype)`
+    are the two that hold a group of many-row attention: [batch, kv_heads, group tokens, dim].
     """
-    running = _running(layer, query, buffers)
+    running = _running(layer, layer.tokens + new.count, query, buffers)
     for some in arriving:
         rows = Rows(
             some.tiles,
@@ -85,11 +85,12 @@ def attend(
     return running.finish()
 
 
-def _running(layer: Layer, query: AttentionQuery, buffers: Buffers) -> Running:
+def _running(layer: Layer, tokens: int, query: AttentionQuery, buffers: Buffers) -> Running:
     heads = layer.keys.unit.geometry.kv_heads
     if KernelAttention.serves(query, heads):
         return KernelAttention(query, heads, layer.values.unit.geometry.dim)
-    return GroupedAttention(query, *buffers())
+    is_one_group = tokens <= layer.group_tiles * layer.rows
+    return GroupedAttention(query, *buffers(layer.dtype if is_one_group else torch.float32))
 
 
 def _recent(layer: Layer, half: HalfLayer, new: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -145,7 +146,7 @@ class KVPipeline:
                 yield Arrived(landing.half, tiles, piece.tile, piece.sequence)
                 self._count_dead(layer, landing)
 
-        out = attend(layer, new, query, arriving(), lambda: self._group_buffers(layer))
+        out = attend(layer, new, query, arriving(), partial(self._group_buffers, layer))
         waited = self._wait_seconds() - waited
         self._read_wait_seconds += waited
         self._attention_seconds += time.perf_counter() - started - waited
@@ -277,15 +278,12 @@ class KVPipeline:
             self._claim(layer, layer.tokens + new_rows)
             self._place(layer, layer.tokens + new_rows)
 
-    def _group_buffers(self, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
+    def _group_buffers(self, layer: Layer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Where a group of the layer's tiles is copied together, for attention of many rows."""
         self._gather.ensure(self._budget.keys_bytes, self._budget.values_bytes)
         tokens = self._budget.group_tokens(layer)
         shapes = [_buffer_shape(layer, half, tokens) for half in layer.halves]
-        return (
-            self._gather.keys(shapes[0], torch.float32),
-            self._gather.values(shapes[1], torch.float32),
-        )
+        return self._gather.keys(shapes[0], dtype), self._gather.values(shapes[1], dtype)
 
     def _place(self, layer: Layer, tokens: int) -> None:
         """Have each unit at the door of the plan, made again where memory or tokens ask for it."""

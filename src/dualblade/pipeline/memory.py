@@ -114,12 +114,12 @@ class MemoryKV:
         """See `Offer.attend`."""
         started = time.perf_counter()
 
-        def buffers() -> tuple[torch.Tensor, torch.Tensor]:
+        def buffers(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
             tokens = min(layer.group_tiles * layer.rows, layer.tokens + new.count)
             keys, values = (
                 half.tail.new_empty(
                     (layer.batch, half.unit.geometry.kv_heads, tokens, half.unit.geometry.dim),
-                    dtype=torch.float32,
+                    dtype=dtype,
                 )
                 for half in layer.halves
             )
