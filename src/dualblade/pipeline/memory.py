@@ -15,6 +15,7 @@ from dualblade.errors import Closed, ConfigError
 from dualblade.io import Arena
 from dualblade.metrics import StageSeconds
 from dualblade.pipeline.attend import Arrived, NewRows, attend
+from dualblade.pipeline.gather import scatter
 from dualblade.pipeline.layer import HalfLayer, Layer, LayerMaker, check_continues, check_rows
 from dualblade.pipeline.offer import Offer
 from dualblade.pipeline.unit import Piece, Unit, paired_pieces, tile_view
@@ -23,6 +24,10 @@ from dualblade.store.extents import Range
 from dualblade.units import EXTENT_ALIGN_BYTES, round_up
 
 _NO_LIMIT = 1 << 62
+
+
+def _copy(place: torch.Tensor, rows: torch.Tensor) -> None:
+    place.copy_(rows)
 
 
 class TileMemory:
@@ -133,23 +138,17 @@ class MemoryKV:
         """See `Offer.gather`."""
         if not layer.tokens:
             return new.keys.contiguous(), new.values.contiguous()
-        parts: dict[int, list[torch.Tensor]] = {id(half): [] for half in layer.halves}
-        for some in self._arriving(layer):
-            rows = some.tiles.permute(1, 2, 0, 3, 4).flatten(2, 3)
-            table = layer.table.rows_of(some.tile, some.tile + some.tiles.shape[0])
-            if table is not None:
-                order = torch.from_numpy(table.astype("int64")).repeat_interleave(layer.rows, 0)
-                rows = torch.stack(
-                    [
-                        torch.stack([rows[order[t, b], :, t] for t in range(len(order))], 1)
-                        for b in range(layer.batch)
-                    ]
-                )
-            parts[id(some.half)].append(rows)
+        past, total = layer.tokens, layer.tokens + new.count
+        together = []
         for half, rows in zip(layer.halves, (new.keys, new.values), strict=True):
-            parts[id(half)] += [half.tail[:, :, : layer.tail_rows], rows]
-        keys, values = (torch.cat(parts[id(half)], dim=2) for half in layer.halves)
-        return keys, values
+            out = rows.new_empty((*rows.shape[:2], total, rows.shape[3]))
+            for piece in half.unit.pieces(0, layer.stored_tiles, _NO_LIMIT):
+                tiles = self._memory.view(half.unit, piece, layer.dtype)
+                scatter(piece, tiles, layer.table, half.unit.geometry, out, _copy)
+            out[:, :, layer.stored_tiles * layer.rows : past] = half.tail[:, :, : layer.tail_rows]
+            out[:, :, past:] = rows
+            together.append(out)
+        return together[0], together[1]
 
     def take_in(self, layer: Layer, new: NewRows, *, is_sweeping: bool) -> None:  # noqa: ARG002
         """See `Taker`."""
