@@ -56,6 +56,24 @@ def test_all_paths_generate_the_same(generated: dict[str, dict[str, Any]]) -> No
         assert (result["prompt_tokens"], result["new_tokens"]) == (1400, 12)
 
 
+def test_prompt_lookup_takes_several_tokens_a_sweep(
+    generated: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    """The same text, up to the last token that there is room for; fewer bytes for each."""
+    done = dualblade(
+        *("generate", "-m", TINY, "-p", LONG_PROMPT, "--max-new-tokens", "12"),
+        *("--prefill-chunk-size", "256", "--memory-budget", "9MiB", "--dtype", "float32"),
+        *("--path", "direct", "--prompt-lookup", "6", "--store", str(tmp_path / "kv"), "--json"),
+    )
+    assert done.returncode == 0, done.stderr
+    result, plain = json.loads(done.stdout), generated["direct"]
+    assert result["text"] == plain["text"]
+    assert plain["tokens_per_sweep"] == 1
+    assert result["tokens_per_sweep"] >= 1
+    assert result["sweeps"] <= plain["sweeps"]
+    assert result["read_bytes_per_token"] <= plain["read_bytes_per_token"]
+
+
 def test_what_json_tells(generated: dict[str, dict[str, Any]]) -> None:
     for result in generated.values():
         assert result["prefill_seconds"] > 0

@@ -216,7 +216,8 @@ def _generate(
         memory_budget=request.memory_budget,
         path=request.path,
         attention=request.attention,  # type: ignore[arg-type]  # a wrong word is told there
-        max_tokens=len(prompt) + new_tokens,
+        # Candidates are stored before they are refused.
+        max_tokens=len(prompt) + new_tokens + request.prompt_lookup,
         config=request.engine,
     ) as cache:
         reporter.tell(f"prefill of {len(prompt)} tokens")

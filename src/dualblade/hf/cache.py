@@ -82,8 +82,8 @@ class DualBladeCache(Cache):
                        `DynamicCache`. `tiles`: ours on tiles where they lie, in memory that does
                        not grow with the context; rounding differs, as between sdpa and eager. The
                        model has it until close. `auto`: the faster one that holds for the model.
-        max_tokens     most tokens of a sequence, prompt included: each unit is then one
-                       contiguous extent. None: it grows as needed.
+        max_tokens     most tokens of a sequence, prompt (and candidates of assisted decoding)
+                       included: each unit is then one contiguous extent. None: it grows as needed.
         config         engine settings.
 
         Raises: ConfigError, Unsupported, BudgetError, NotAStore, NoSpace, StorageError.
