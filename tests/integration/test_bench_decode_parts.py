@@ -152,6 +152,7 @@ def run_of(mode: str, seconds: float | None, **more: Any) -> dict[str, Any]:
     run = {
         "mode": mode,
         "memory_limit": None,
+        "attention": "tiles",
         "step_seconds_median": seconds,
         "device_read_bytes_per_step": None if seconds is None else 0,
         "oom_killed": seconds is None,
@@ -188,6 +189,8 @@ def test_tokens_agree_needs_two() -> None:
     assert decode._tokens_agree([run_of("direct", 1.0), run_of("dual", 1.0)]) is True
     other = run_of("dual", 1.0, tokens_sha256="b")
     assert decode._tokens_agree([run_of("direct", 1.0), other]) is False
+    rounded = run_of("dynamic-cache", 1.0, tokens_sha256="b", attention="exact")
+    assert decode._tokens_agree([run_of("direct", 1.0), rounded]) is None
 
 
 def test_a_store_that_was_not_there_is_removed(tmp_path: Path) -> None:

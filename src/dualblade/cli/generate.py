@@ -278,6 +278,8 @@ def _result(
     generation: Generation,
     cache_stats: dict[str, Any],
 ) -> dict[str, Any]:
+    from dualblade.host.memory import process_memory
+
     return {
         "command": "generate",
         "model": loaded.name,
@@ -295,6 +297,7 @@ def _result(
         "tokens_per_sweep": generation.tokens_per_sweep,
         "prompt_lookup": request.prompt_lookup,
         "prefill_chunk_tokens": request.prefill_chunk_tokens,
+        "peak_resident_bytes": process_memory().peak_resident_bytes,
         "seed": request.seed,
         "temperature": request.temperature,
         "cache": cache_stats,
