@@ -135,7 +135,8 @@ def decode() -> str:
         first = data["runs"][0]
         blocks.append(
             f"**{title}**, batch {first['batch']}, context {first['context']}, {first['dtype']}, "
-            f"attention {data['runs'][0]['attention']}, KV {next(r['kv_bytes'] for r in data['runs'] if r['kv_bytes']) / GIB:.2f} GiB; "
+            f"attention {data['runs'][0]['attention']}, "
+            f"KV {next(r['kv_bytes'] for r in data['runs'] if r['kv_bytes']) / GIB:.2f} GiB; "
             f"`{data['command']}`\n\n{table(head, rows)}"
         )
     note = (
@@ -241,6 +242,48 @@ def context() -> str:
     )
 
 
+def lookup() -> str:
+    rows = []
+    for name in ("prompt-lookup-0", "prompt-lookup-10"):
+        data = load(name)
+        rows.append(
+            [
+                f"{data['prompt_lookup']}",
+                f"{data['tokens_per_sweep']:.2f}",
+                f"{data['read_bytes_per_token'] / MIB:.1f}",
+                f"{1 / data['decode_seconds_per_token']:.1f}",
+                data["tokens_sha256"][:12],
+            ]
+        )
+    head = ["candidates", "tokens per sweep", "MiB per token", "tokens per s", "tokens (sha256)"]
+    return (
+        f"{table(head, rows)}\n\nSmolLM2-135M in float32 copies the beginning of a text of "
+        f"{data['prompt_tokens']} tokens, {data['new_tokens']} of them, on the direct path; "
+        "`dualblade generate --model demo --dtype float32 --prompt-file FILE --max-new-tokens 100 "
+        "--path direct --prompt-lookup N --json`; files: `results/prompt-lookup-*.json`."
+    )
+
+
+def prefill() -> str:
+    rows = []
+    for name in ("prefill-2048-tiles", "prefill-2048-exact", "prefill-16000-exact"):
+        data = load(name)
+        rows.append(
+            [
+                f"{data['prefill_chunk_tokens']}, {data['cache']['attention']}",
+                f"{data['prefill_seconds']:.1f}",
+                f"{data['peak_resident_bytes'] / MIB:.0f}",
+            ]
+        )
+    return (
+        f"{table(['chunk, attention', 'prefill s', 'peak resident MiB'], rows)}\n\n"
+        f"{load('prefill-2048-tiles')['prompt_tokens']} tokens of prompt, {data['model']} in "
+        f"{data['dtype']}, direct path; `dualblade generate --model MODEL --prompt-file FILE "
+        "--max-new-tokens 2 --path direct --prefill-chunk-size N --attention WAY --json`; files: "
+        "`results/prefill-*.json`."
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "io": io,
@@ -248,6 +291,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention": attention,
     "smollm2": smollm2,
     "context": context,
+    "lookup": lookup,
+    "prefill": prefill,
 }
 
 
