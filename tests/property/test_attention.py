@@ -7,6 +7,7 @@ bits, 16 roundings of the result's type are allowed instead.
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
@@ -199,3 +200,18 @@ def test_masks_biases_and_caps_are_heeded() -> None:
     scores = torch.tanh(query @ keys.transpose(2, 3) * 0.2 / 3.0) * 3.0 + bias
     want = torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1) @ values
     torch.testing.assert_close(running.finish(), want.transpose(1, 2))
+
+
+def test_two_threads_attend_at_a_time() -> None:
+    problem = {
+        "dtype": torch.float32, "batch": 2, "kv_heads": 2, "group": 2, "dims": (64, 64),
+        "rows": 64, "stored": 1280, "tail": 20, "tokens": 2, "piece_tiles": 1,
+        "padding": None,
+    }  # fmt: skip
+    cases = [Case({**problem, "seed": seed}) for seed in range(2)]
+    alone = [case.run(case.kernel(), 1) for case in cases]
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(30):
+            together = threads.map(lambda case: case.run(case.kernel(), 1), cases)
+            for out, expected in zip(together, alone, strict=True):
+                assert torch.equal(out, expected)

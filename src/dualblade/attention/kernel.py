@@ -7,6 +7,7 @@ It exists because torch leaves more than a third of the memory bandwidth unused 
 from __future__ import annotations
 
 import os
+import threading
 from functools import lru_cache
 
 import torch
@@ -27,7 +28,7 @@ def kernel_name() -> str:
 
 
 class KernelAttention:
-    """One attention call. Not for two at a time: the threads and the scratch memory are shared."""
+    """One attention call. Not for two at a time in one thread: they would share scratch memory."""
 
     def __init__(self, query: AttentionQuery, kv_heads: int, value_dim: int) -> None:
         rows = query.query if query.query.stride(-1) == 1 else query.query.contiguous()
@@ -35,7 +36,7 @@ class KernelAttention:
         self._keep = (rows, query.first_visible)  # the kernel has their addresses
         self._sinks = None if query.sinks is None else query.sinks.float().contiguous()
         self._out = rows.new_empty((batch, tokens, heads, value_dim))
-        self._native = _native(os.getpid(), torch.get_num_threads())
+        self._native = _native(os.getpid(), threading.get_ident(), torch.get_num_threads())
         starts = query.first_visible
         assert starts is None or (starts.dtype == torch.int64 and starts.is_contiguous())
         self._native.begin(
@@ -78,9 +79,10 @@ class KernelAttention:
         return self._out
 
 
-@lru_cache(maxsize=1)
-def _native(process: int, threads: int) -> _attention.Attention:  # noqa: ARG001
-    """The kernel and its threads; another one after a fork, which takes no threads along."""
+@lru_cache(maxsize=4)
+def _native(process: int, caller: int, threads: int) -> _attention.Attention:  # noqa: ARG001
+    """The kernel, its scratch memory and its threads: one for each calling thread, for two models
+    may generate at a time; and another after a fork, which takes no threads along."""
     return _attention.Attention(threads, os.environ.get("DUALBLADE_KERNEL", ""))
 
 

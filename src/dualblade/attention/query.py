@@ -46,22 +46,19 @@ class AttentionQuery:
         """Query rows that share one KV head."""
         return self.query.shape[1] // kv_heads * self.tokens
 
-    def visible(self, first: int, last: int, sequences: slice = slice(None)) -> torch.Tensor | None:
+    def visible(self, first: int, last: int) -> torch.Tensor | None:
         """What of tokens [first, last) is seen: [batch or 1, heads or 1, tokens, last - first] as
         `mask`, or None when all of it is."""
         if self.mask is not None:
-            some = self.mask if self.mask.shape[0] == 1 else self.mask[sequences]
-            return some[..., first:last]
+            return self.mask[..., first:last]
         device, seen = self.query.device, None
         columns = torch.arange(first, last, device=device)
         if last > self.past + 1:
             own = torch.arange(self.past, self.past + self.tokens, device=device)
             seen = (columns <= own[:, None])[None, None]
-        if self.first_visible is not None:
-            starts = self.first_visible[sequences]
-            if first < int(starts.max()):
-                real = (columns >= starts.to(device)[:, None])[:, None, None]
-                seen = real if seen is None else seen & real
+        if self.first_visible is not None and first < int(self.first_visible.max()):
+            real = (columns >= self.first_visible.to(device)[:, None])[:, None, None]
+            seen = real if seen is None else seen & real
         return seen
 
 
