@@ -14,6 +14,7 @@ from dualblade.residency import (
     BudgetShares,
     DoorSpeeds,
     PlanInputs,
+    StepCompute,
     UnitDemand,
     decide,
     plan_by_size,
@@ -219,3 +220,36 @@ def test_a_budget_below_the_fixed_part_says_the_least_that_would_do() -> None:
     with pytest.raises(BudgetError, match="at least 9 MiB") as caught:
         shares(4 * MIB, 9 * MIB).require()
     assert caught.value.needed_bytes == 9 * MIB
+
+
+def steps_of(compute: StepCompute, *steps: tuple[float, float], rows: int = 1) -> float:
+    """Steps of (seconds, seconds of them waiting for reads), from one to the next boundary."""
+    now = waited = 0.0
+    compute.restart()
+    compute.begin(now, waited, rows)
+    for seconds, waits in steps:
+        now, waited = now + seconds, waited + waits
+        compute.begin(now, waited, rows)
+    return compute.seconds
+
+
+def test_compute_is_what_a_step_does_not_wait() -> None:
+    assert steps_of(StepCompute(), *[(0.1, 0.0)] * 7) == 0, "too few to tell"
+    compute = StepCompute()
+    assert steps_of(compute, *[(0.1, 0.005)] * 16) == pytest.approx(0.095)
+    # One pause, for a question say, and small changes are nothing new.
+    assert steps_of(compute, (9.0, 0.0), *[(0.11, 0.005)] * 16) == pytest.approx(0.095)
+    assert steps_of(compute, *[(0.2, 0.005)] * 16) == pytest.approx(0.195)
+
+
+def test_a_drive_that_is_waited_for_does_not_keep_up() -> None:
+    compute = StepCompute()
+    steps_of(compute, *[(0.1, 0.0)] * 16)
+    assert steps_of(compute, *[(0.2, 0.1)] * 16) == 0
+    assert steps_of(compute, *[(0.1, 0.0)] * 16) == pytest.approx(0.1)
+
+
+def test_prefill_says_nothing_of_the_steps_to_come() -> None:
+    compute = StepCompute()
+    assert steps_of(compute, *[(5.0, 0.0)] * 20, rows=2048) == 0
+    assert steps_of(compute, *[(0.1, 0.0)] * 20) == pytest.approx(0.1)

@@ -350,6 +350,7 @@ def _stats_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("engine", f"{engine['name']}{because}, {engine['queue_depth']} in flight"),
         *(("", note) for note in engine["notes"]),
         ("plan", f"{len(cached)} of {len(cache['plan'])} units through the page cache"),
+        *([("speeds", _speeds_line(cache["speeds"]))] if cache["speeds"] else []),
         *(("moved", _event_line(event)) for event in cache["events"]),
         ("memory", _memory_line(memory)),
         (
@@ -365,6 +366,13 @@ def _stats_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
             f"gathering {seconds['gather']:.2f} s, taking in rows {seconds['append']:.2f} s",
         ),
     ]
+
+
+def _speeds_line(speeds: dict[str, Any]) -> str:
+    direct, hit = (format_size(int(speeds[f"{n}_bytes_per_s"])) for n in ("direct", "cache_hit"))
+    compute = speeds["compute_seconds"]
+    computed = f"; a step computes {compute * 1000:.1f} ms" if compute else ""
+    return f"direct {direct}/s, page cache {hit}/s, measured by {speeds['measured_by']}{computed}"
 
 
 def _event_line(event: dict[str, Any]) -> str:

@@ -63,7 +63,7 @@ def plan(
     from dualblade.hf.geometry import item_bytes
     from dualblade.hf.models import config_of, default_dtype, parse_dtype
     from dualblade.hf.plan import PlanRequest, plan_cache
-    from dualblade.hf.speeds import door_speeds
+    from dualblade.hf.speeds import door_speeds, known_profile
 
     config = config_of(model)
     element = parse_dtype(dtype) or default_dtype(config, device)
@@ -77,7 +77,7 @@ def plan(
         engine=engine,
         gather_on_host=device == "cpu",
         over_tiles=way_in == "tiles",
-        speeds=door_speeds(store),
+        speeds=door_speeds(known_profile(store)),
     )
     made = plan_cache(config, request)
     result = _result(model, str(element).removeprefix("torch."), request, made)

@@ -247,7 +247,7 @@ class KVPipeline:
             if other is layer or (layer.index == 0 and other.tokens == layer.tokens)
         ]
         if layer.index == 0:
-            self._placements.look(self._budget.shares)
+            self._placements.look(self._budget.shares, self._read_wait_seconds, new_rows)
             self._budget.raise_to(self._placements.budget_bytes)
         if self._budget.needs_claim(layer, tokens) or self._machinery is None:
             self._claim(layer, tokens)
@@ -478,6 +478,11 @@ class KVPipeline:
     def events(self) -> tuple[ResidencyEvent, ...]:
         """What the plan in force was changed by, oldest first."""
         return self._placements.events()
+
+    @property
+    def compute_seconds(self) -> float:
+        """Of a decode step, as far as it is known; see `StepCompute`."""
+        return self._placements.compute_seconds
 
     @property
     def stored_bytes(self) -> int:

@@ -30,6 +30,7 @@ from dualblade.residency import (
     Observation,
     PlanInputs,
     ResidencyPlan,
+    StepCompute,
     UnitDemand,
     after,
     decide,
@@ -158,6 +159,7 @@ class Placements:
         self._watch = watch
         self._clock = clock
         self._speeds = speeds
+        self._compute = StepCompute()
         self._cache_percent = cache_percent
         self._policy = ControlPolicy()
         self._hits = HitSweep(2 * layer_count, store.cached_bytes)
@@ -174,6 +176,7 @@ class Placements:
         self._demands: tuple[UnitDemand, ...] = ()
         self._planned_for: tuple[int, int, int] = (0, 0, 0)
         self._hits.restart()
+        self._compute.restart()
 
     # -- at a step boundary ----------------------------------------------------------------------
 
@@ -182,11 +185,23 @@ class Placements:
         """The budget in force."""
         return self._watch.budget_bytes
 
-    def look(self, shares: BudgetShares) -> None:
-        """Learn what memory there is, if it is time. Raises: Unsupported."""
-        if self._path is Path.DUAL:
-            own = OwnMemory(page_cache_bytes=self.page_cache_bytes, fixed_bytes=shares.fixed_bytes)
-            self._watch.look(self._clock(), own)
+    @property
+    def compute_seconds(self) -> float:
+        """See `StepCompute`; 0 on a fixed path."""
+        return self._compute.seconds
+
+    def look(self, shares: BudgetShares, waited_seconds: float, rows: int) -> None:
+        """Learn what memory there is, if it is time, and what the last step computed. A step of
+        `rows` begins; all steps so far waited `waited_seconds` for reads. Raises: Unsupported."""
+        if self._path is not Path.DUAL:
+            return
+        now = self._clock()
+        self._compute.begin(now, waited_seconds, rows)
+        speeds, compute = self._speeds, self._compute.seconds
+        if speeds is not None and speeds.compute_seconds != compute:
+            self._speeds = replace(speeds, compute_seconds=compute)
+        own = OwnMemory(page_cache_bytes=self.page_cache_bytes, fixed_bytes=shares.fixed_bytes)
+        self._watch.look(now, own)
 
     def follow(
         self, like: Layer, layers: Mapping[int, Layer], tokens: int, shares: BudgetShares

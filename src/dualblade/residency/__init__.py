@@ -13,7 +13,7 @@ from dualblade.residency.plan import (
     plan_fixed,
     resized,
 )
-from dualblade.residency.speeds import DoorSpeeds, StepTime, predict
+from dualblade.residency.speeds import DoorSpeeds, StepCompute, StepTime, predict
 
 __all__ = [
     "BudgetShares",
@@ -26,6 +26,7 @@ __all__ = [
     "Placement",
     "PlanInputs",
     "ResidencyPlan",
+    "StepCompute",
     "StepTime",
     "UnitDemand",
     "after",
