@@ -16,7 +16,7 @@ import torch
 
 from dualblade.attention import AttentionQuery
 from dualblade.config import EngineConfig, Path
-from dualblade.errors import Closed, ConfigError, DualBladeError
+from dualblade.errors import ConfigError, DualBladeError
 from dualblade.io import Engine
 from dualblade.metrics import (
     EngineFacts,
@@ -31,8 +31,8 @@ from dualblade.pipeline.budget import TAIL_SHARE_OF_BUDGET, MemoryBudget
 from dualblade.pipeline.facts import engine_facts, transfer_totals
 from dualblade.pipeline.gather import GatherBuffers, scatter
 from dualblade.pipeline.layer import HalfLayer, Layer, LayerMaker, check_continues, check_rows
+from dualblade.pipeline.layers import LayeredKV
 from dualblade.pipeline.machinery import Machinery
-from dualblade.pipeline.offer import Offer
 from dualblade.pipeline.read_ahead import Landing, ReadAhead
 from dualblade.pipeline.residence import MemorySource, MemoryWatch, Placements
 from dualblade.pipeline.staging import staging_shape
@@ -58,19 +58,14 @@ class KVSettings:
     speeds: DoorSpeeds | None = None
 
 
-class KVPipeline:
-    """The KV of the offloaded layers of one model, in one store.
-
-    Layers are numbered by their order in the sweep. Tensors are [batch, kv_heads, tokens, dim].
-    Used by one thread. After an error in the middle of a step the content is lost: every further
-    call raises `Closed` with the cause; `close` always works.
-    """
+class KVPipeline(LayeredKV):
+    """The KV of the offloaded layers of one model, in one store."""
 
     def __init__(self, store: Store, engine: Engine, settings: KVSettings) -> None:
+        super().__init__()
         self._store = store
         self._engine = engine
         self._settings = settings
-        self._layers: dict[int, Layer] = {}
         self._machinery: Machinery | None = None
         self._reads: ReadAhead | None = None
         self._gather = GatherBuffers(settings.device)
@@ -96,9 +91,6 @@ class KVPipeline:
             tile_tokens=settings.config.tile_tokens,
             tail_bytes_max=settings.budget_bytes // TAIL_SHARE_OF_BUDGET // settings.layer_count,
         )
-        self._offer: Offer | None = None
-        self._failure: BaseException | None = None
-        self._closed = False
         self._read_wait_seconds = 0.0
         self._attention_seconds = 0.0
         self._gather_seconds = 0.0
@@ -106,29 +98,6 @@ class KVPipeline:
         self._dead_read_bytes = 0
 
     # -- one step ----------------------------------------------------------------------------
-
-    def offer(self, index: int, key_rows: torch.Tensor, value_rows: torch.Tensor) -> Offer:
-        """New rows of layer `index`, to attend to (or to gather) and so to take in.
-
-        Raises: ConfigError, BudgetError, NoSpace before anything changed; DeviceError, Closed.
-        """
-        layer = self._admit(index, key_rows, value_rows)
-        self._offer = Offer(self, layer, NewRows(key_rows, value_rows))
-        return self._offer
-
-    def update(
-        self, index: int, key_rows: torch.Tensor, value_rows: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values of layer `index`, the new rows included; the rows are taken in.
-
-        What is returned belongs to the cache and is valid until the next layer's update.
-        Raises: as `offer`.
-        """
-        return self.offer(index, key_rows, value_rows).gather()
-
-    def append(self, index: int, key_rows: torch.Tensor, value_rows: torch.Tensor) -> None:
-        """Take in rows of layer `index` without attending to them. Raises: as `offer`."""
-        self.offer(index, key_rows, value_rows).settle()
 
     def attend_to(self, layer: Layer, new: NewRows, query: AttentionQuery) -> torch.Tensor:
         """See `Offer.attend`."""
@@ -197,10 +166,6 @@ class KVPipeline:
         if is_sweeping and len(self._layers) == self._settings.layer_count:
             self._sweep().finish(layer.index)
 
-    def fail(self, cause: BaseException) -> None:
-        """See `Taker`."""
-        self._failure = cause
-
     # -- before a step: does it fit? -----------------------------------------------------------
 
     def _admit(self, index: int, key_rows: torch.Tensor, value_rows: torch.Tensor) -> Layer:
@@ -209,8 +174,6 @@ class KVPipeline:
         A refusal at the first layer of a step leaves everything as it was; later in a step the
         layers before it have the new rows already, and the content is lost.
         """
-        self.check_usable()
-        self._settle()
         in_step = index > 0 and self._tokens_of(0) != self._tokens_of(index)
         layer = self._layers.get(index)
         is_new = layer is None
@@ -327,95 +290,30 @@ class KVPipeline:
         assert self._machinery is not None, "no rows yet"
         return self._machinery
 
-    def _tokens_of(self, index: int) -> int:
-        layer = self._layers.get(index)
-        return 0 if layer is None else layer.tokens
-
-    # -- sequences and tokens --------------------------------------------------------------------
-
-    def tokens(self, index: int) -> int:
-        """Tokens of each sequence in layer `index`, those on offer included."""
-        if self._offer is not None and self._offer.layer.index == index:
-            return self._offer.tokens
-        return self._tokens_of(index)
-
-    def select(self, index: int, indices: torch.Tensor) -> None:
-        """In layer `index`, sequence i becomes what `indices[i]` was. No stored byte moves."""
-        self.check_usable()
-        self._settle()
-        layer = self._layers.get(index)
-        if layer is not None and layer.tokens:
-            layer.select(indices)
-
-    def batch(self, index: int) -> int:
-        """Sequences in layer `index`; 0 before its first rows."""
-        layer = self._layers.get(index)
-        return layer.batch if layer is not None and layer.tokens else 0
-
-    def set_recall(self, index: int, recall: bool) -> None:
-        """Keep a tile's worth of rows more in memory, for candidates that may be taken back."""
-        self._settle()
-        if index in self._layers:
-            self._layers[index].recall = recall
-
-    def crop(self, index: int, count: int) -> None:
-        """Forget the newest `count` tokens of layer `index`. Raises: DeviceError, Closed."""
-        self.check_usable()
-        self._settle()
-        layer = self._layers.get(index)
-        if layer is None or count == 0:
-            return
-        if count > layer.tokens:
-            raise ConfigError(f"cannot take back {count} tokens of {layer.tokens}")
-        try:
-            if count > layer.tail_rows:
-                self._drop_sweep()
-                for half in layer.halves:
-                    self._require_machinery().writes.wait(half.unit.id)
-            machinery = self._require_machinery()
-            layer.drop_tokens(
-                count,
-                machinery.shape.slot_bytes,
-                lambda half, piece: machinery.fetch(layer, half, piece),
-            )
-        except BaseException as exc:
-            self._failure = exc
-            raise
+    def _drop_tokens(self, layer: Layer, count: int) -> None:
+        machinery = self._require_machinery()
+        if count > layer.tail_rows:
+            self._drop_sweep()
+            for half in layer.halves:
+                machinery.writes.wait(half.unit.id)
+        layer.drop_tokens(
+            count,
+            machinery.shape.slot_bytes,
+            lambda half, piece: machinery.fetch(layer, half, piece),
+        )
 
     def reset(self) -> None:
-        """Forget all tokens; memory and blocks stay for the next prompt. Raises: DeviceError."""
-        self.check_usable()
-        self._settle()
-        self._drop_sweep()
-        if self._machinery is not None:
-            self._machinery.writes.drain()
-        for layer in self._layers.values():
-            for half in layer.halves:
-                half.unit.free()
-        self._layers.clear()
+        """Forget all tokens; staging stays for the next prompt. Raises: DeviceError, Closed."""
+        super().reset()
         self._placements.forget()
         self._budget.forget()
 
+    def _quiesce(self) -> None:
+        self._drop_sweep()
+        if self._machinery is not None:
+            self._machinery.writes.drain()
+
     # -- the end, and what there is to tell ------------------------------------------------------
-
-    def check_usable(self) -> None:
-        """Raises: Closed after close, or after an error that lost the content."""
-        if self._closed:
-            raise Closed("this cache is closed", hint="make a new one with for_model")
-        if self._failure is not None:
-            cause = str(self._failure).splitlines()[0] if str(self._failure) else ""
-            raise Closed(
-                f"this cache failed earlier ({type(self._failure).__name__}: {cause}) "
-                "and its content is lost",
-                hint="close it and start again with a new one",
-            ) from self._failure
-
-    def _settle(self) -> None:
-        """Take in what is still on offer."""
-        offer, self._offer = self._offer, None
-        if offer is not None:
-            offer.settle()
-            self.check_usable()
 
     def _drop_sweep(self) -> None:
         if self._reads is not None:
@@ -482,11 +380,6 @@ class KVPipeline:
     def stored_bytes(self) -> int:
         """Bytes of all tiles in the store."""
         return sum(half.unit.stored_bytes for la in self._layers.values() for half in la.halves)
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of all rows, stored or in tails."""
-        return sum(layer.tokens * layer.token_bytes() for layer in self._layers.values())
 
 
 def _buffer_shape(layer: Layer, half: HalfLayer, capacity: int) -> tuple[int, int, int, int]:
