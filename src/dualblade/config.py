@@ -55,6 +55,8 @@ class EngineConfig:
     disk_capacity_bytes  most that the store may occupy; None: free space less a reserve.
     memory_reserve_bytes  memory left to everything else. None: with an `auto` budget 256 MiB, at
                          most a quarter of what there is; a stated budget leaves nothing.
+    trace_events         spans that are kept for `DualBladeCache.write_trace`, the newest; about
+                         200 bytes each, outside the budget. 0: none.
     keep_store_blocks    keep a named store's blocks allocated at close (the KV stays on the drive
                          until the next open); the default gives them back.
     """
@@ -68,6 +70,7 @@ class EngineConfig:
     disk_capacity_bytes: int | None = None
     memory_reserve_bytes: int | None = None
     keep_store_blocks: bool = False
+    trace_events: int = 0
 
     def __post_init__(self) -> None:
         if self.io_engine not in ("auto", "io_uring", "posix"):
@@ -79,6 +82,7 @@ class EngineConfig:
         if self.chunk_bytes % BLOCK_BYTES:
             raise ConfigError(f"chunk_bytes must be a multiple of {BLOCK_BYTES}")
         _check("lookahead", self.lookahead, 1, 1024)
+        _check("trace_events", self.trace_events, 0, 10_000_000)
         if self.tile_tokens is not None:
             _check("tile_tokens", self.tile_tokens, 1, 4096)
         if self.staging_bytes is not None:

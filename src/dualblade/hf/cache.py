@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path as FilePath
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ from dualblade.hf.layer import MemoryLayer, StoredLayer
 from dualblade.hf.speeds import door_speeds
 from dualblade.host.memory import MemoryProbe
 from dualblade.io import open_engine
-from dualblade.metrics import CacheStats, MemoryUse, StageSeconds, TransferTotals
+from dualblade.metrics import CacheStats, MemoryUse, PipelineStages, StageSeconds, TransferTotals
 from dualblade.pipeline import KVPipeline, KVSettings, MemoryKV
 from dualblade.pipeline.residence import MemorySource
 from dualblade.pipeline.staging import staging_shape
@@ -98,7 +99,7 @@ class DualBladeCache(Cache):
         choice = choose(model, attention)
         borrower = model if choice.over_tiles else None
         if way is Path.MEMORY:
-            memory = MemoryKV(model.device, settings.tile_tokens, max_tokens)
+            memory = MemoryKV(model.device, settings.tile_tokens, max_tokens, settings.trace_events)
             kept: Callable[[int], Any] = (
                 (lambda index: StoredLayer(memory, index, max_tokens, choice))
                 if choice.over_tiles
@@ -159,6 +160,16 @@ class DualBladeCache(Cache):
             "a cache in a store cannot be copied", hint="make a second one with for_model"
         )
 
+    def write_trace(self, path: str | os.PathLike[str]) -> int:
+        """Write what each stage did when, for Perfetto or chrome://tracing; the number of spans.
+
+        The newest `EngineConfig.trace_events` of them are kept. Also after close.
+        Raises: Unsupported where nothing is kept, OSError.
+        """
+        if self._pipeline is None:
+            raise Unsupported("nothing is traced in memory with the model's own attention")
+        return self._pipeline.write_trace(FilePath(path))
+
     def stats(self) -> CacheStats:
         """Where bytes and time went, and what is in force. Asks the kernel once; cheap."""
         stored_count = sum(isinstance(layer, StoredLayer) for layer in self.layers)
@@ -182,6 +193,7 @@ class DualBladeCache(Cache):
                 memory=_NO_MEMORY,
                 io=TransferTotals(),
                 seconds=StageSeconds() if pipeline is None else pipeline.seconds(),
+                stages=PipelineStages() if pipeline is None else pipeline.stages(),
                 plan=(),
             )
         return CacheStats(
@@ -199,6 +211,7 @@ class DualBladeCache(Cache):
             memory=pipeline.memory_use(),
             io=pipeline.transfers(),
             seconds=pipeline.seconds(),
+            stages=pipeline.stages(),
             plan=pipeline.placements(),
             events=pipeline.events(),
         )

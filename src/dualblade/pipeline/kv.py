@@ -7,26 +7,24 @@ compute; let the reads for the layers to come go on.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from dualblade.attention import AttentionQuery
 from dualblade.config import EngineConfig, Path
 from dualblade.errors import ConfigError, DualBladeError
 from dualblade.io import Engine
 from dualblade.metrics import (
     EngineFacts,
     MemoryUse,
+    PipelineStages,
     ResidencyEvent,
     StageSeconds,
     TransferTotals,
     UnitPlacement,
 )
-from dualblade.pipeline.attend import Arrived, NewRows, attend
+from dualblade.pipeline.attend import Arrived, NewRows
 from dualblade.pipeline.budget import TAIL_SHARE_OF_BUDGET, MemoryBudget
 from dualblade.pipeline.facts import engine_facts, transfer_totals
 from dualblade.pipeline.gather import GatherBuffers, scatter
@@ -36,6 +34,7 @@ from dualblade.pipeline.machinery import Machinery
 from dualblade.pipeline.read_ahead import Landing, ReadAhead
 from dualblade.pipeline.residence import MemorySource, MemoryWatch, Placements
 from dualblade.pipeline.staging import staging_shape
+from dualblade.pipeline.timeline import Lane, now_ns
 from dualblade.pipeline.unit import Unit
 from dualblade.residency import DoorSpeeds
 from dualblade.store import Store
@@ -62,7 +61,7 @@ class KVPipeline(LayeredKV):
     """The KV of the offloaded layers of one model, in one store."""
 
     def __init__(self, store: Store, engine: Engine, settings: KVSettings) -> None:
-        super().__init__()
+        super().__init__(settings.config.trace_events)
         self._store = store
         self._engine = engine
         self._settings = settings
@@ -91,43 +90,32 @@ class KVPipeline(LayeredKV):
             tile_tokens=settings.config.tile_tokens,
             tail_bytes_max=settings.budget_bytes // TAIL_SHARE_OF_BUDGET // settings.layer_count,
         )
-        self._read_wait_seconds = 0.0
-        self._attention_seconds = 0.0
-        self._gather_seconds = 0.0
-        self._append_seconds = 0.0
+        self._gather_ns = 0
         self._dead_read_bytes = 0
 
     # -- one step ----------------------------------------------------------------------------
 
-    def attend_to(self, layer: Layer, new: NewRows, query: AttentionQuery) -> torch.Tensor:
-        """See `Offer.attend`."""
+    def _arriving(self, layer: Layer) -> Iterator[Arrived]:
         machinery = self._require_machinery()
-        started, waited = time.perf_counter(), self._wait_seconds()
-
-        def arriving() -> Iterator[Arrived]:
-            for landing in self._sweep().take(layer.index) if layer.tokens else ():
-                piece = landing.piece
-                with machinery.copies.issuing():
-                    tiles = machinery.landed_tiles(landing, layer.dtype)
-                machinery.copies.landed(landing.slot)
-                # Without this the model's stream could read tiles that are not copied yet.
-                machinery.copies.end()
-                yield Arrived(landing.half, tiles, piece.tile, piece.sequence)
-                self._count_dead(layer, landing)
-
-        out = attend(layer, new, query, arriving(), partial(self._group_buffers, layer))
-        waited = self._wait_seconds() - waited
-        self._read_wait_seconds += waited
-        self._attention_seconds += time.perf_counter() - started - waited
-        return out
+        for landing in self._sweep().take(layer.index) if layer.tokens else ():
+            piece = landing.piece
+            with machinery.copies.issuing():
+                tiles = machinery.landed_tiles(landing, layer.dtype)
+            machinery.copies.landed(landing.slot)
+            # Without this the model's stream could read tiles that are not copied yet.
+            machinery.copies.end()
+            yield Arrived(landing.half, tiles, piece.tile, piece.sequence)
+            self._count_dead(layer, landing)
 
     def gather_all(self, layer: Layer, new: NewRows) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Offer.gather`."""
+        timeline = self._timeline
+        timeline.enter()
         if not layer.tokens:
             return new.keys.contiguous(), new.values.contiguous()
         self._gather_whole_layers(layer, new.count)
         machinery = self._require_machinery()
-        started, waited = time.perf_counter(), self._wait_seconds()
+        began, stalled = now_ns(), timeline.stalled_ns
         capacity = self._budget.capacity_tokens
         together = {
             id(half): buffer(_buffer_shape(layer, half, capacity), layer.dtype)
@@ -137,12 +125,16 @@ class KVPipeline(LayeredKV):
         }
         machinery.copies.begin()
         for landing in self._sweep().take(layer.index):
+            copying = now_ns()
             with machinery.copies.issuing():
                 tiles = machinery.landed_tiles(landing, layer.dtype)
                 geometry = landing.half.unit.geometry
                 out = together[id(landing.half)]
                 scatter(landing.piece, tiles, layer.table, geometry, out, machinery.copies.copy)
             machinery.copies.landed(landing.slot)
+            size = landing.piece.size_bytes(geometry)
+            if landing.slot.busy is None:  # the copy has ended: here, in this thread
+                timeline.span(Lane.COPIES, "gather", copying, now_ns(), layer.index, size)
             self._count_dead(layer, landing)
         stored, past = layer.stored_tiles * layer.rows, layer.tokens
         for half, rows in zip(layer.halves, (new.keys, new.values), strict=True):
@@ -150,19 +142,14 @@ class KVPipeline(LayeredKV):
             out[:, :, stored:past] = half.tail[:, :, : layer.tail_rows]
             out[:, :, past : past + new.count] = rows
         machinery.copies.end()
-        waited = self._wait_seconds() - waited
-        self._read_wait_seconds += waited
-        self._gather_seconds += time.perf_counter() - started - waited
+        self._gather_ns += now_ns() - began - (timeline.stalled_ns - stalled)
         keys, values = (together[id(half)][:, :, : past + new.count] for half in layer.halves)
         return keys, values
 
-    def take_in(self, layer: Layer, new: NewRows, *, is_sweeping: bool) -> None:
-        """See `Taker`."""
-        started = time.perf_counter()
+    def _append(self, layer: Layer, new: NewRows, *, is_sweeping: bool) -> None:
         if self._reads is not None and not (is_sweeping and layer.tokens):
             self._reads.cancel()  # what was read ahead would miss the tiles that are stored now
         layer.append(new.keys, new.values, self._require_machinery().store_tiles)
-        self._append_seconds += time.perf_counter() - started
         if is_sweeping and len(self._layers) == self._settings.layer_count:
             self._sweep().finish(layer.index)
 
@@ -230,7 +217,9 @@ class KVPipeline(LayeredKV):
             self._layers.values(), self._settings.layer_count, shape.total_bytes, tokens
         )
         if self._machinery is None:
-            self._machinery = Machinery(shape, self._store, self._engine, self._settings.device)
+            self._machinery = Machinery(
+                shape, self._store, self._engine, self._settings.device, self._timeline
+            )
         if not self._budget.over_tiles:
             self._gather.ensure(self._budget.keys_bytes, self._budget.values_bytes)
 
@@ -272,11 +261,9 @@ class KVPipeline(LayeredKV):
                 ordered,
                 lookahead=self._settings.config.lookahead,
                 before_visit=self._before_visit,
+                timeline=self._timeline,
             )
         return self._reads
-
-    def _wait_seconds(self) -> float:
-        return 0.0 if self._reads is None else self._reads.wait_seconds
 
     def _count_dead(self, layer: Layer, landing: Landing) -> None:
         piece = landing.piece
@@ -359,13 +346,20 @@ class KVPipeline(LayeredKV):
 
     def seconds(self) -> StageSeconds:
         """Where the model's thread spent time in the cache."""
-        writes = self._machinery.writes.wait_seconds if self._machinery else 0.0
         return StageSeconds(
-            read_wait=self._read_wait_seconds,
-            attention=self._attention_seconds,
-            gather=self._gather_seconds,
-            append=self._append_seconds,
-            write_wait=writes,
+            read_wait=self._timeline.stalled_seconds(Lane.READS),
+            attention=self._attention_ns / 1e9,
+            gather=self._gather_ns / 1e9,
+            append=self._append_ns / 1e9,
+            write_wait=self._timeline.stalled_seconds(Lane.WRITES),
+        )
+
+    def stages(self) -> PipelineStages:
+        """How long each stage had something to do, and what was waited for."""
+        moved, speeds = self.transfers(), self._settings.speeds
+        return self._timeline.stages(
+            drive_bytes=moved.direct_read_bytes + moved.direct_write_bytes,
+            profile_bytes_per_second=None if speeds is None else speeds.direct_bytes_per_s,
         )
 
     def placements(self) -> tuple[UnitPlacement, ...]:

@@ -7,14 +7,18 @@ tiles are, and how they come to attention, is for `KVPipeline` (a store) and `Me
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import torch
 
 from dualblade.attention import AttentionQuery
 from dualblade.errors import Closed, ConfigError
-from dualblade.pipeline.attend import NewRows
+from dualblade.pipeline.attend import Arrived, NewRows, attend
 from dualblade.pipeline.layer import Layer
 from dualblade.pipeline.offer import Offer
+from dualblade.pipeline.timeline import Lane, Timeline, now_ns
 
 
 class LayeredKV(ABC):
@@ -24,11 +28,14 @@ class LayeredKV(ABC):
     call raises `Closed` with the cause; `close` always works.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trace_events: int) -> None:
+        self._timeline = Timeline(trace_events)
         self._layers: dict[int, Layer] = {}
         self._offer: Offer | None = None
         self._failure: BaseException | None = None
         self._closed = False
+        self._attention_ns = 0
+        self._append_ns = 0
 
     # -- one step ----------------------------------------------------------------------------
 
@@ -38,9 +45,13 @@ class LayeredKV(ABC):
         Raises: ConfigError, BudgetError, NoSpace before anything changed; DeviceError, Closed.
         """
         self.check_usable()
+        self._timeline.enter()
         self._settle()
+        began = now_ns()
         layer = self._admit(index, key_rows, value_rows)
         self._offer = Offer(self, layer, NewRows(key_rows, value_rows))
+        self._timeline.span(Lane.CONTROL, "admit", began, now_ns(), index)
+        self._timeline.leave()
         return self._offer
 
     def update(
@@ -61,17 +72,53 @@ class LayeredKV(ABC):
     def _admit(self, index: int, key_rows: torch.Tensor, value_rows: torch.Tensor) -> Layer:
         """The layer, made when it is new, ready to take the rows. Raises: as `offer`."""
 
-    @abstractmethod
     def attend_to(self, layer: Layer, new: NewRows, query: AttentionQuery) -> torch.Tensor:
         """See `Taker`."""
+        timeline = self._timeline
+        timeline.enter()
+        began, stalled = now_ns(), timeline.stalled_ns
+        computed = began
+
+        def arriving() -> Iterator[Arrived]:
+            nonlocal computed
+            for some in self._arriving(layer):
+                began = now_ns()
+                yield some
+                computed = now_ns()
+                part = some.half.unit.id.part.value
+                timeline.span(Lane.COMPUTE, part, began, computed, layer.index, some.tiles.nbytes)
+
+        out = attend(layer, new, query, arriving(), partial(self._group_buffers, layer))
+        ended = now_ns()
+        timeline.span(Lane.COMPUTE, "newest rows", computed, ended, layer.index)
+        self._attention_ns += ended - began - (timeline.stalled_ns - stalled)
+        return out
+
+    @abstractmethod
+    def _arriving(self, layer: Layer) -> Iterator[Arrived]:
+        """The layer's stored tiles as they come to hand, keys before the values of the same."""
+
+    @abstractmethod
+    def _group_buffers(self, layer: Layer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where a group of the layer's tiles is copied together, for attention of many rows."""
 
     @abstractmethod
     def gather_all(self, layer: Layer, new: NewRows) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Taker`."""
 
-    @abstractmethod
     def take_in(self, layer: Layer, new: NewRows, *, is_sweeping: bool) -> None:
         """See `Taker`."""
+        timeline = self._timeline
+        began, others = now_ns(), timeline.copies_ns + timeline.stalled_ns
+        self._append(layer, new, is_sweeping=is_sweeping)
+        ended, others = now_ns(), timeline.copies_ns + timeline.stalled_ns - others
+        self._append_ns += ended - began
+        timeline.span(Lane.CONTROL, "take in", began, ended, layer.index, idle_ns=others)
+        timeline.leave()
+
+    @abstractmethod
+    def _append(self, layer: Layer, new: NewRows, *, is_sweeping: bool) -> None:
+        """Have the rows in the tail, and send on what fills tiles."""
 
     def fail(self, cause: BaseException) -> None:
         """See `Taker`."""
@@ -131,6 +178,7 @@ class LayeredKV(ABC):
             for half in layer.halves:
                 half.unit.free()
         self._layers.clear()
+        self._timeline.pause()
 
     @abstractmethod
     def _quiesce(self) -> None:
@@ -164,6 +212,10 @@ class LayeredKV(ABC):
     @abstractmethod
     def close(self) -> None:
         """Free everything. Twice is once."""
+
+    def write_trace(self, path: Path) -> int:
+        """See `Timeline.write_trace`."""
+        return self._timeline.write_trace(path)
 
     @property
     def kv_bytes(self) -> int:

@@ -9,6 +9,7 @@ from dualblade.pipeline.copies import CudaCopies, HostCopies, copies_for
 from dualblade.pipeline.layer import HalfLayer, Layer
 from dualblade.pipeline.read_ahead import Landing
 from dualblade.pipeline.staging import Slots, StagingShape
+from dualblade.pipeline.timeline import Lane, Timeline, now_ns
 from dualblade.pipeline.unit import Piece, Unit, tile_view
 from dualblade.pipeline.write_behind import WriteBehind
 from dualblade.store import Store
@@ -18,13 +19,19 @@ class Machinery:
     """Exists from the first rows on, when the shapes are known."""
 
     def __init__(
-        self, shape: StagingShape, store: Store, engine: Engine, device: torch.device
+        self,
+        shape: StagingShape,
+        store: Store,
+        engine: Engine,
+        device: torch.device,
+        timeline: Timeline,
     ) -> None:
         self.shape = shape
         self.arena = Arena(shape.total_bytes)
         engine.register_arena(self.arena)
         self._store = store
-        self.read_slots = Slots(self.arena, 0, shape.read_slots, shape.slot_bytes)
+        self._timeline = timeline
+        self.read_slots = Slots(self.arena, 0, shape.read_slots, shape.slot_bytes, timeline)
         self.writes = WriteBehind(
             store,
             Slots(
@@ -32,7 +39,9 @@ class Machinery:
                 shape.read_slots * shape.slot_bytes,
                 shape.write_slots,
                 shape.slot_bytes,
+                timeline,
             ),
+            timeline,
         )
         self.copies: HostCopies | CudaCopies = copies_for(device, self.arena)
 
@@ -46,7 +55,11 @@ class Machinery:
             low = (piece.tile - first_tile) * size
             some = rows[piece.sequence : piece.sequence + piece.sequences]
             some = some[:, :, low : low + piece.tiles * size].unflatten(2, (piece.tiles, size))
+            began = now_ns()
             self.copies.fill(slot, view, some.permute(2, 0, 1, 3, 4))
+            if slot.busy is None:  # the copy has ended: here, in this thread
+                size = piece.size_bytes(geometry)
+                self._timeline.span(Lane.COPIES, "fill", began, now_ns(), unit.id.layer, size)
             self.writes.write(unit, piece, slot)
 
     def fetch(self, layer: Layer, half: HalfLayer, piece: Piece) -> None:

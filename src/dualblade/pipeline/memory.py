@@ -5,15 +5,13 @@ It is what computing costs when no byte has to be fetched: the yardstick of the 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import torch
 
-from dualblade.attention import AttentionQuery
 from dualblade.io import Arena
-from dualblade.metrics import StageSeconds
-from dualblade.pipeline.attend import Arrived, NewRows, attend
+from dualblade.metrics import PipelineStages, StageSeconds
+from dualblade.pipeline.attend import Arrived, NewRows
 from dualblade.pipeline.gather import scatter
 from dualblade.pipeline.layer import HalfLayer, Layer, LayerMaker, check_continues, check_rows
 from dualblade.pipeline.layers import LayeredKV
@@ -70,9 +68,13 @@ class MemoryKV(LayeredKV):
     """The KV of all full-attention layers, in memory. Like `KVPipeline`, without a store."""
 
     def __init__(
-        self, device: torch.device, tile_tokens: int | None, tokens_max: int | None
+        self,
+        device: torch.device,
+        tile_tokens: int | None,
+        tokens_max: int | None,
+        trace_events: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(trace_events)
         self._memory = TileMemory(device)
         self._maker = LayerMaker(
             space=self._memory,
@@ -80,8 +82,6 @@ class MemoryKV(LayeredKV):
             tile_tokens=tile_tokens,
             tail_bytes_max=_NO_LIMIT,
         )
-        self._attention_seconds = 0.0
-        self._append_seconds = 0.0
 
     def _admit(self, index: int, key_rows: torch.Tensor, value_rows: torch.Tensor) -> Layer:
         check_rows(key_rows, value_rows)
@@ -92,24 +92,14 @@ class MemoryKV(LayeredKV):
         layer.fit_tails()
         return layer
 
-    def attend_to(self, layer: Layer, new: NewRows, query: AttentionQuery) -> torch.Tensor:
-        """See `Offer.attend`."""
-        started = time.perf_counter()
-
-        def buffers(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-            tokens = min(layer.group_tiles * layer.rows, layer.tokens + new.count)
-            keys, values = (
-                half.tail.new_empty(
-                    (layer.batch, half.unit.geometry.kv_heads, tokens, half.unit.geometry.dim),
-                    dtype=dtype,
-                )
-                for half in layer.halves
-            )
-            return keys, values
-
-        out = attend(layer, new, query, self._arriving(layer), buffers)
-        self._attention_seconds += time.perf_counter() - started
-        return out
+    def _group_buffers(self, layer: Layer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = layer.group_tiles * layer.rows
+        shapes = (
+            (layer.batch, half.unit.geometry.kv_heads, tokens, half.unit.geometry.dim)
+            for half in layer.halves
+        )
+        keys, values = (layer.keys.tail.new_empty(shape, dtype=dtype) for shape in shapes)
+        return keys, values
 
     def gather_all(self, layer: Layer, new: NewRows) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Offer.gather`."""
@@ -127,16 +117,13 @@ class MemoryKV(LayeredKV):
             together.append(out)
         return together[0], together[1]
 
-    def take_in(self, layer: Layer, new: NewRows, *, is_sweeping: bool) -> None:  # noqa: ARG002
-        """See `Taker`."""
-        started = time.perf_counter()
+    def _append(self, layer: Layer, new: NewRows, *, is_sweeping: bool) -> None:  # noqa: ARG002
         tiles = layer.full_tiles(new.count)
         for half in layer.halves:
             half.unit.make_room(tiles, layer.batch, Door.DIRECT)
         layer.append(
             new.keys, new.values, lambda unit, tile, rows: self._store(layer, unit, tile, rows)
         )
-        self._append_seconds += time.perf_counter() - started
 
     def _store(self, layer: Layer, unit: Unit, first_tile: int, rows: torch.Tensor) -> None:
         tiles = rows.unflatten(2, (-1, unit.geometry.rows)).permute(2, 0, 1, 3, 4)
@@ -169,4 +156,8 @@ class MemoryKV(LayeredKV):
 
     def seconds(self) -> StageSeconds:
         """Where the model's thread spent time in the cache."""
-        return StageSeconds(attention=self._attention_seconds, append=self._append_seconds)
+        return StageSeconds(attention=self._attention_ns / 1e9, append=self._append_ns / 1e9)
+
+    def stages(self) -> PipelineStages:
+        """How long each stage had something to do."""
+        return self._timeline.stages()

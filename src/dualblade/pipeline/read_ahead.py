@@ -8,7 +8,6 @@ consumer has finished with it, because the layer's next rows are not stored yet.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -18,6 +17,7 @@ from dualblade.errors import StorageError
 from dualblade.io import Ticket
 from dualblade.pipeline.layer import HalfLayer, Layer
 from dualblade.pipeline.staging import Slot, Slots
+from dualblade.pipeline.timeline import Lane, Timeline, now_ns
 from dualblade.pipeline.unit import Piece, Unit, paired_pieces
 from dualblade.store import Store
 
@@ -30,6 +30,7 @@ class Landing:
     piece: Piece
     slot: Slot
     ticket: Ticket
+    submitted_ns: int
 
 
 @dataclass(slots=True, eq=False)
@@ -56,16 +57,17 @@ class ReadAhead:
         *,
         lookahead: int,
         before_visit: Callable[[Unit], None],
+        timeline: Timeline,
     ) -> None:
         self._store = store
         self._slots = slots
         self._layers = layers
         self._lookahead = lookahead
         self._before_visit = before_visit
+        self._timeline = timeline
         self._visits: deque[_Visit] = deque()
         self._closed_to_cursor: set[int] = set()
         self._cursor = 0
-        self.wait_seconds = 0.0
 
     def take(self, index: int) -> Iterator[Landing]:
         """All stored pieces of layer `index`, each landed; its slot is free again afterwards. Keys
@@ -80,18 +82,31 @@ class ReadAhead:
         visit = self._visits[0]
         while visit.landing:
             landing = visit.landing.popleft()
-            started = time.perf_counter()
-            try:
-                landing.ticket.wait()
-            except BaseException:
-                visit.landing.appendleft(landing)  # so that cancel() finds the slot
-                raise
-            self.wait_seconds += time.perf_counter() - started
+            self._wait_for(visit, landing)
             yield landing
             self._slots.release(landing.slot)
             self.advance()
         assert not visit.waiting, "a free slot always serves the head of the sweep first"
         self._visits.popleft()
+
+    def _wait_for(self, visit: _Visit, landing: Landing) -> None:
+        began = now_ns()
+        try:
+            # Without this wait attention would read what the drive has not delivered yet.
+            landing.ticket.wait()
+        except BaseException:
+            visit.landing.appendleft(landing)  # so that cancel() finds the slot
+            raise
+        timeline, piece, unit = self._timeline, landing.piece, landing.half.unit
+        timeline.stall(Lane.READS, began, now_ns())
+        timeline.span(
+            Lane.READS,
+            f"{unit.id.part.value}, {piece.segment.extent.door.value}",
+            landing.submitted_ns,
+            landing.ticket.ended_ns,
+            visit.index,
+            piece.size_bytes(unit.geometry),
+        )
 
     def finish(self, index: int) -> None:
         """The layer's next tiles are stored (or on their way): the cursor may visit it again."""
@@ -143,12 +158,12 @@ class ReadAhead:
             if slot is None:
                 return False
             half, piece = visit.waiting.popleft()
-            geometry = half.unit.geometry
+            geometry, submitted = half.unit.geometry, now_ns()
             ticket = self._store.read(
                 piece.segment.extent,
                 piece.offset(geometry),
                 slot.address,
                 piece.size_bytes(geometry),
             )
-            visit.landing.append(Landing(half, piece, slot, ticket))
+            visit.landing.append(Landing(half, piece, slot, ticket, submitted))
         return True

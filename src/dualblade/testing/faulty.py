@@ -229,6 +229,10 @@ class _FaultyTicket(Ticket):
         return self._started.is_set() and (self._inner is None or self._inner.done)
 
     @property
+    def ended_ns(self) -> int:
+        return self._inner.ended_ns if self._inner else 0
+
+    @property
     def landed_bytes(self) -> int:
         return self._inner.landed_bytes if self._inner else 0
 
