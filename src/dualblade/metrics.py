@@ -102,9 +102,27 @@ class ResidencyEvent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedFacts:
+    """Speeds of the store's device that the plan goes by, in bytes per second, and who measured
+    them when: `tune`, or a short measurement at `first use`.
+
+    `compute_seconds`: of a decode step, those that are not waiting for reads, as far as they are
+    known by now; 0: not known, or reads are what a step waits for.
+    """
+
+    measured_by: str
+    measured_at: str
+    direct_bytes_per_s: float
+    cache_hit_bytes_per_s: float
+    cache_miss_bytes_per_s: float
+    compute_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CacheStats:
     """A snapshot of a cache. `attention` is the way in force; `tokens` are those of each sequence;
-    `kv_bytes` is all KV, in store and memory; `events` are the newest changes of the plan."""
+    `kv_bytes` is all KV, in store and memory; `events` are the newest changes of the plan; `speeds`
+    None: the device was not measured, and what fits is cached."""
 
     path: str
     attention: str
@@ -122,6 +140,7 @@ class CacheStats:
     seconds: StageSeconds
     plan: tuple[UnitPlacement, ...]
     events: tuple[ResidencyEvent, ...] = ()
+    speeds: SpeedFacts | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON types."""

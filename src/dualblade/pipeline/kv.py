@@ -84,6 +84,7 @@ class KVPipeline(LayeredKV):
             MemoryWatch(source, settings.budget_bytes),
             clock=source.clock,
             speeds=settings.speeds,
+            cache_percent=settings.config.cache_percent,
         )
         self._maker = LayerMaker(
             space=store,
@@ -209,7 +210,7 @@ class KVPipeline(LayeredKV):
             if other is layer or (layer.index == 0 and other.tokens == layer.tokens)
         ]
         if layer.index == 0:
-            self._placements.look(self._budget.shares)
+            self._placements.look(self._budget.shares, self._read_wait_seconds, new_rows)
             self._budget.raise_to(self._placements.budget_bytes)
         if self._budget.needs_claim(layer, tokens) or self._machinery is None:
             self._claim(layer, tokens)
@@ -375,6 +376,11 @@ class KVPipeline(LayeredKV):
     def events(self) -> tuple[ResidencyEvent, ...]:
         """What the plan in force was changed by, oldest first."""
         return self._placements.events()
+
+    @property
+    def compute_seconds(self) -> float:
+        """Of a decode step, as far as it is known; see `StepCompute`."""
+        return self._placements.compute_seconds
 
     @property
     def stored_bytes(self) -> int:
