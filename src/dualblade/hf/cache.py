@@ -19,7 +19,7 @@ from dualblade.hf.layer import MemoryLayer, StoredLayer
 from dualblade.hf.speeds import door_speeds
 from dualblade.host.memory import MemoryProbe
 from dualblade.io import open_engine
-from dualblade.metrics import CacheStats, MemoryUse, StageSeconds, TransferTotals
+from dualblade.metrics import CacheStats, ChecksumTotals, MemoryUse, StageSeconds, TransferTotals
 from dualblade.pipeline import KVPipeline, KVSettings, MemoryKV
 from dualblade.pipeline.residence import MemorySource
 from dualblade.pipeline.staging import staging_shape
@@ -181,6 +181,7 @@ class DualBladeCache(Cache):
                 memory_layers=len(self.layers),
                 memory=_NO_MEMORY,
                 io=TransferTotals(),
+                checksums=ChecksumTotals(),
                 seconds=StageSeconds() if pipeline is None else pipeline.seconds(),
                 plan=(),
             )
@@ -198,6 +199,7 @@ class DualBladeCache(Cache):
             memory_layers=len(self.layers) - stored_count,
             memory=pipeline.memory_use(),
             io=pipeline.transfers(),
+            checksums=pipeline.checksums.totals(),
             seconds=pipeline.seconds(),
             plan=pipeline.placements(),
             events=pipeline.events(),
