@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dualblade.errors import ConfigError
 from dualblade.units import BLOCK_BYTES, GIB, KIB, MIB, parse_size
@@ -42,6 +42,10 @@ def check_attention(word: str) -> None:
         )
 
 
+ChecksumMode = Literal["off", "sample", "all"]
+"""What of stored KV is verified as it is read."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """How bytes are moved. Every default is the one that the benchmarks chose.
@@ -57,6 +61,8 @@ class EngineConfig:
                          most a quarter of what there is; a stated budget leaves nothing.
     cache_percent        `dual` path only: this part of the KV goes through the page cache for good,
                          whether it fits memory or not. None: the plan follows the memory there is.
+    checksums            verify what is read: `sample`, a sixteenth at each step and so all of it in
+                         16 steps; `all`, before it is used; or `off`.
     keep_store_blocks    keep a named store's blocks allocated at close (the KV stays on the drive
                          until the next open); the default gives them back.
     """
@@ -70,6 +76,7 @@ class EngineConfig:
     disk_capacity_bytes: int | None = None
     memory_reserve_bytes: int | None = None
     cache_percent: int | None = None
+    checksums: ChecksumMode = "sample"
     keep_store_blocks: bool = False
 
     def __post_init__(self) -> None:
@@ -77,6 +84,9 @@ class EngineConfig:
             raise ConfigError(
                 f"unknown io_engine {self.io_engine!r}", hint="use auto, io_uring or posix"
             )
+        if self.checksums not in get_args(ChecksumMode):
+            words = ", ".join(get_args(ChecksumMode))
+            raise ConfigError(f"unknown checksums {self.checksums!r}", hint=f"use one of: {words}")
         _check("queue_depth", self.queue_depth, 1, 1024)
         _check("chunk_bytes", self.chunk_bytes, BLOCK_BYTES, GIB)
         if self.chunk_bytes % BLOCK_BYTES:

@@ -60,16 +60,30 @@ class TransferTotals:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChecksumTotals:
+    """Of stored tiles, in bytes. `mismatches` are slabs that did not match when first verified,
+    `healed_reads` transfers with such slabs that were right when read again; where they are not,
+    the cache fails. After a mismatch everything is verified, whatever the mode."""
+
+    mode: str = "off"
+    made_bytes: int = 0
+    verified_bytes: int = 0
+    mismatches: int = 0
+    healed_reads: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageSeconds:
     """Wall time of the model's thread: waiting for reads, attending to tiles, gathering them,
     taking in new rows (waits for a free write slot included), and of those the waits for writes
-    alone."""
+    alone, and the checksums alone."""
 
     read_wait: float = 0.0
     attention: float = 0.0
     gather: float = 0.0
     append: float = 0.0
     write_wait: float = 0.0
+    checksums: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +151,7 @@ class CacheStats:
     memory_layers: int
     memory: MemoryUse
     io: TransferTotals
+    checksums: ChecksumTotals
     seconds: StageSeconds
     plan: tuple[UnitPlacement, ...]
     events: tuple[ResidencyEvent, ...] = ()

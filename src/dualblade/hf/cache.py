@@ -26,7 +26,14 @@ from dualblade.hf.speeds import (
 from dualblade.host.memory import MemoryProbe
 from dualblade.host.profile import DeviceProfile
 from dualblade.io import Engine, open_engine
-from dualblade.metrics import CacheStats, MemoryUse, SpeedFacts, StageSeconds, TransferTotals
+from dualblade.metrics import (
+    CacheStats,
+    ChecksumTotals,
+    MemoryUse,
+    SpeedFacts,
+    StageSeconds,
+    TransferTotals,
+)
 from dualblade.pipeline import KVPipeline, KVSettings, MemoryKV
 from dualblade.pipeline.residence import MemorySource
 from dualblade.pipeline.staging import staging_shape
@@ -181,6 +188,7 @@ class DualBladeCache(Cache):
                 memory_layers=len(self.layers),
                 memory=_NO_MEMORY,
                 io=TransferTotals(),
+                checksums=ChecksumTotals(),
                 seconds=StageSeconds() if pipeline is None else pipeline.seconds(),
                 plan=(),
             )
@@ -198,6 +206,7 @@ class DualBladeCache(Cache):
             memory_layers=len(self.layers) - stored_count,
             memory=pipeline.memory_use(),
             io=pipeline.transfers(),
+            checksums=pipeline.checksums.totals(),
             seconds=pipeline.seconds(),
             plan=pipeline.placements(),
             events=pipeline.events(),

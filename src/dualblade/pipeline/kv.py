@@ -28,6 +28,7 @@ from dualblade.metrics import (
 )
 from dualblade.pipeline.attend import Arrived, NewRows, attend
 from dualblade.pipeline.budget import TAIL_SHARE_OF_BUDGET, MemoryBudget
+from dualblade.pipeline.checksums import Checksums
 from dualblade.pipeline.facts import engine_facts, transfer_totals
 from dualblade.pipeline.gather import GatherBuffers, scatter
 from dualblade.pipeline.layer import HalfLayer, Layer, LayerMaker, check_continues, check_rows
@@ -68,6 +69,7 @@ class KVPipeline(LayeredKV):
         self._settings = settings
         self._machinery: Machinery | None = None
         self._reads: ReadAhead | None = None
+        self.checksums = Checksums(store, settings.config.checksums)
         self._gather = GatherBuffers(settings.device)
         self._budget = MemoryBudget(
             settings.budget_bytes,
@@ -231,7 +233,8 @@ class KVPipeline(LayeredKV):
             self._layers.values(), self._settings.layer_count, shape.total_bytes, tokens
         )
         if self._machinery is None:
-            self._machinery = Machinery(shape, self._store, self._engine, self._settings.device)
+            device, sums = self._settings.device, self.checksums
+            self._machinery = Machinery(shape, self._store, self._engine, device, sums)
         if not self._budget.over_tiles:
             self._gather.ensure(self._budget.keys_bytes, self._budget.values_bytes)
 
@@ -270,6 +273,7 @@ class KVPipeline(LayeredKV):
             self._reads = ReadAhead(
                 self._store,
                 machinery.read_slots,
+                self.checksums,
                 ordered,
                 lookahead=self._settings.config.lookahead,
                 before_visit=self._before_visit,
@@ -349,7 +353,7 @@ class KVPipeline(LayeredKV):
             staging_bytes=shares.staging_bytes,
             gather_bytes=shares.gather_bytes,
             tail_bytes=sum(layer.tail_bytes for layer in self._layers.values()),
-            table_bytes=sum(layer.table.size_bytes for layer in self._layers.values()),
+            table_bytes=sum(layer.table_bytes for layer in self._layers.values()),
             page_cache_planned_bytes=self._placements.page_cache_bytes,
             page_cache_bytes=0 if self._closed else self._store.page_cache_bytes(),
         )
@@ -367,6 +371,7 @@ class KVPipeline(LayeredKV):
             gather=self._gather_seconds,
             append=self._append_seconds,
             write_wait=writes,
+            checksums=self.checksums.seconds,
         )
 
     def placements(self) -> tuple[UnitPlacement, ...]:

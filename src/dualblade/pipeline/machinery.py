@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from dualblade.io import Arena, Engine
+from dualblade.pipeline.checksums import Checksums
 from dualblade.pipeline.copies import CudaCopies, HostCopies, copies_for
 from dualblade.pipeline.layer import HalfLayer, Layer
 from dualblade.pipeline.read_ahead import Landing
@@ -18,12 +19,18 @@ class Machinery:
     """Exists from the first rows on, when the shapes are known."""
 
     def __init__(
-        self, shape: StagingShape, store: Store, engine: Engine, device: torch.device
+        self,
+        shape: StagingShape,
+        store: Store,
+        engine: Engine,
+        device: torch.device,
+        checksums: Checksums,
     ) -> None:
         self.shape = shape
         self.arena = Arena(shape.total_bytes)
         engine.register_arena(self.arena)
         self._store = store
+        self._checksums = checksums
         self.read_slots = Slots(self.arena, 0, shape.read_slots, shape.slot_bytes)
         self.writes = WriteBehind(
             store,
@@ -33,6 +40,7 @@ class Machinery:
                 shape.write_slots,
                 shape.slot_bytes,
             ),
+            checksums,
         )
         self.copies: HostCopies | CudaCopies = copies_for(device, self.arena)
 
@@ -57,6 +65,7 @@ class Machinery:
         size = piece.size_bytes(geometry)
         extent = piece.segment.extent
         self._store.read(extent, piece.offset(geometry), slot.address, size).wait()
+        self._checksums.verify(half.unit, piece, slot, whole=True)
         staged = tile_view(slot.memory, geometry, layer.dtype, 1, piece.sequences)
         layer.recall_tile(half, piece, staged[0])
         self.read_slots.release(slot)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from dualblade.errors import StorageError
 from dualblade.io import Ticket
+from dualblade.pipeline.checksums import Checksums
 from dualblade.pipeline.layer import HalfLayer, Layer
 from dualblade.pipeline.staging import Slot, Slots
 from dualblade.pipeline.unit import Piece, Unit, paired_pieces
@@ -52,6 +53,7 @@ class ReadAhead:
         self,
         store: Store,
         slots: Slots,
+        checksums: Checksums,
         layers: Sequence[Layer],
         *,
         lookahead: int,
@@ -59,6 +61,7 @@ class ReadAhead:
     ) -> None:
         self._store = store
         self._slots = slots
+        self._checksums = checksums
         self._layers = layers
         self._lookahead = lookahead
         self._before_visit = before_visit
@@ -71,7 +74,8 @@ class ReadAhead:
         """All stored pieces of layer `index`, each landed; its slot is free again afterwards. Keys
         come before the values of the same tiles.
 
-        A layer out of the order of the sweep restarts it there. Raises: DeviceError.
+        A layer out of the order of the sweep restarts it there. Raises: DeviceError,
+        CorruptExtent.
         """
         if not self._visits or self._visits[0].index != index:
             self.cancel()
@@ -83,15 +87,17 @@ class ReadAhead:
             started = time.perf_counter()
             try:
                 landing.ticket.wait()
+                self.wait_seconds += time.perf_counter() - started
+                self._checksums.verify(landing.half.unit, landing.piece, landing.slot)
             except BaseException:
                 visit.landing.appendleft(landing)  # so that cancel() finds the slot
                 raise
-            self.wait_seconds += time.perf_counter() - started
             yield landing
             self._slots.release(landing.slot)
             self.advance()
         assert not visit.waiting, "a free slot always serves the head of the sweep first"
         self._visits.popleft()
+        self._checksums.swept(self._layers[index])
 
     def finish(self, index: int) -> None:
         """The layer's next tiles are stored (or on their way): the cursor may visit it again."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from dualblade.geometry import UnitId
 from dualblade.io import Ticket
+from dualblade.pipeline.checksums import Checksums
 from dualblade.pipeline.staging import Slot, Slots
 from dualblade.pipeline.unit import Piece, Unit
 from dualblade.store import Store
@@ -30,8 +31,9 @@ class WriteBehind:
     trusted copy is never a page that could still fail.
     """
 
-    def __init__(self, store: Store, slots: Slots) -> None:
+    def __init__(self, store: Store, slots: Slots, checksums: Checksums) -> None:
         self._store = store
+        self._checksums = checksums
         self._slots = slots
         self._writes: deque[_Write] = deque()
         self.wait_seconds = 0.0
@@ -80,6 +82,7 @@ class WriteBehind:
 
     def _submit(self, write: _Write) -> None:
         geometry = write.unit.geometry
+        self._checksums.make(write.unit, write.piece, write.slot)
         write.ticket = self._store.write(
             write.piece.segment.extent,
             write.piece.offset(geometry),
