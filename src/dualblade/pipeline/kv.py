@@ -26,6 +26,7 @@ from dualblade.metrics import (
 )
 from dualblade.pipeline.attend import Arrived, NewRows
 from dualblade.pipeline.budget import TAIL_SHARE_OF_BUDGET, MemoryBudget
+from dualblade.pipeline.checksums import Checksums
 from dualblade.pipeline.facts import engine_facts, transfer_totals
 from dualblade.pipeline.gather import GatherBuffers, scatter
 from dualblade.pipeline.layer import HalfLayer, Layer, LayerMaker, check_continues, check_rows
@@ -67,6 +68,7 @@ class KVPipeline(LayeredKV):
         self._settings = settings
         self._machinery: Machinery | None = None
         self._reads: ReadAhead | None = None
+        self.checksums = Checksums(store, settings.config.checksums)
         self._gather = GatherBuffers(settings.device)
         self._budget = MemoryBudget(
             settings.budget_bytes,
@@ -83,6 +85,7 @@ class KVPipeline(LayeredKV):
             MemoryWatch(source, settings.budget_bytes),
             clock=source.clock,
             speeds=settings.speeds,
+            cache_percent=settings.config.cache_percent,
         )
         self._maker = LayerMaker(
             space=store,
@@ -196,7 +199,8 @@ class KVPipeline(LayeredKV):
             if other is layer or (layer.index == 0 and other.tokens == layer.tokens)
         ]
         if layer.index == 0:
-            self._placements.look(self._budget.shares)
+            waited = self._timeline.stalled_seconds(Lane.READS)
+            self._placements.look(self._budget.shares, waited, new_rows)
             self._budget.raise_to(self._placements.budget_bytes)
         if self._budget.needs_claim(layer, tokens) or self._machinery is None:
             self._claim(layer, tokens)
@@ -217,9 +221,8 @@ class KVPipeline(LayeredKV):
             self._layers.values(), self._settings.layer_count, shape.total_bytes, tokens
         )
         if self._machinery is None:
-            self._machinery = Machinery(
-                shape, self._store, self._engine, self._settings.device, self._timeline
-            )
+            device, sums, timeline = self._settings.device, self.checksums, self._timeline
+            self._machinery = Machinery(shape, self._store, self._engine, device, sums, timeline)
         if not self._budget.over_tiles:
             self._gather.ensure(self._budget.keys_bytes, self._budget.values_bytes)
 
@@ -258,6 +261,7 @@ class KVPipeline(LayeredKV):
             self._reads = ReadAhead(
                 self._store,
                 machinery.read_slots,
+                self.checksums,
                 ordered,
                 lookahead=self._settings.config.lookahead,
                 before_visit=self._before_visit,
@@ -335,7 +339,7 @@ class KVPipeline(LayeredKV):
             staging_bytes=shares.staging_bytes,
             gather_bytes=shares.gather_bytes,
             tail_bytes=sum(layer.tail_bytes for layer in self._layers.values()),
-            table_bytes=sum(layer.table.size_bytes for layer in self._layers.values()),
+            table_bytes=sum(layer.table_bytes for layer in self._layers.values()),
             page_cache_planned_bytes=self._placements.page_cache_bytes,
             page_cache_bytes=0 if self._closed else self._store.page_cache_bytes(),
         )
@@ -352,6 +356,7 @@ class KVPipeline(LayeredKV):
             gather=self._gather_ns / 1e9,
             append=self._append_ns / 1e9,
             write_wait=self._timeline.stalled_seconds(Lane.WRITES),
+            checksums=self.checksums.seconds,
         )
 
     def stages(self) -> PipelineStages:
@@ -369,6 +374,11 @@ class KVPipeline(LayeredKV):
     def events(self) -> tuple[ResidencyEvent, ...]:
         """What the plan in force was changed by, oldest first."""
         return self._placements.events()
+
+    @property
+    def compute_seconds(self) -> float:
+        """Of a decode step, as far as it is known; see `StepCompute`."""
+        return self._placements.compute_seconds
 
     @property
     def stored_bytes(self) -> int:

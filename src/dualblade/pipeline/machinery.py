@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from dualblade.io import Arena, Engine
+from dualblade.pipeline.checksums import Checksums
 from dualblade.pipeline.copies import CudaCopies, HostCopies, copies_for
 from dualblade.pipeline.layer import HalfLayer, Layer
 from dualblade.pipeline.read_ahead import Landing
@@ -24,12 +25,14 @@ class Machinery:
         store: Store,
         engine: Engine,
         device: torch.device,
+        checksums: Checksums,
         timeline: Timeline,
     ) -> None:
         self.shape = shape
         self.arena = Arena(shape.total_bytes)
         engine.register_arena(self.arena)
         self._store = store
+        self._checksums = checksums
         self._timeline = timeline
         self.read_slots = Slots(self.arena, 0, shape.read_slots, shape.slot_bytes, timeline)
         self.writes = WriteBehind(
@@ -41,6 +44,7 @@ class Machinery:
                 shape.slot_bytes,
                 timeline,
             ),
+            checksums,
             timeline,
         )
         self.copies: HostCopies | CudaCopies = copies_for(device, self.arena)
@@ -58,8 +62,8 @@ class Machinery:
             began = now_ns()
             self.copies.fill(slot, view, some.permute(2, 0, 1, 3, 4))
             if slot.busy is None:  # the copy has ended: here, in this thread
-                size = piece.size_bytes(geometry)
-                self._timeline.span(Lane.COPIES, "fill", began, now_ns(), unit.id.layer, size)
+                moved = piece.size_bytes(geometry)
+                self._timeline.span(Lane.COPIES, "fill", began, now_ns(), unit.id.layer, moved)
             self.writes.write(unit, piece, slot)
 
     def fetch(self, layer: Layer, half: HalfLayer, piece: Piece) -> None:
@@ -70,6 +74,7 @@ class Machinery:
         size = piece.size_bytes(geometry)
         extent = piece.segment.extent
         self._store.read(extent, piece.offset(geometry), slot.address, size).wait()
+        self._checksums.verify(half.unit, piece, slot, whole=True)
         staged = tile_view(slot.memory, geometry, layer.dtype, 1, piece.sequences)
         layer.recall_tile(half, piece, staged[0])
         self.read_slots.release(slot)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from dualblade.errors import StorageError
 from dualblade.io import Ticket
+from dualblade.pipeline.checksums import Checksums
 from dualblade.pipeline.layer import HalfLayer, Layer
 from dualblade.pipeline.staging import Slot, Slots
 from dualblade.pipeline.timeline import Lane, Timeline, now_ns
@@ -53,6 +54,7 @@ class ReadAhead:
         self,
         store: Store,
         slots: Slots,
+        checksums: Checksums,
         layers: Sequence[Layer],
         *,
         lookahead: int,
@@ -61,6 +63,7 @@ class ReadAhead:
     ) -> None:
         self._store = store
         self._slots = slots
+        self._checksums = checksums
         self._layers = layers
         self._lookahead = lookahead
         self._before_visit = before_visit
@@ -73,7 +76,8 @@ class ReadAhead:
         """All stored pieces of layer `index`, each landed; its slot is free again afterwards. Keys
         come before the values of the same tiles.
 
-        A layer out of the order of the sweep restarts it there. Raises: DeviceError.
+        A layer out of the order of the sweep restarts it there. Raises: DeviceError,
+        CorruptExtent.
         """
         if not self._visits or self._visits[0].index != index:
             self.cancel()
@@ -82,31 +86,35 @@ class ReadAhead:
         visit = self._visits[0]
         while visit.landing:
             landing = visit.landing.popleft()
-            self._wait_for(visit, landing)
+            try:
+                self._wait_for(visit.index, landing)
+            except BaseException:
+                visit.landing.appendleft(landing)  # so that cancel() finds the slot
+                raise
             yield landing
             self._slots.release(landing.slot)
             self.advance()
         assert not visit.waiting, "a free slot always serves the head of the sweep first"
         self._visits.popleft()
+        self._checksums.swept(self._layers[index])
 
-    def _wait_for(self, visit: _Visit, landing: Landing) -> None:
+    def _wait_for(self, layer: int, landing: Landing) -> None:
         began = now_ns()
-        try:
-            # Without this wait attention would read what the drive has not delivered yet.
-            landing.ticket.wait()
-        except BaseException:
-            visit.landing.appendleft(landing)  # so that cancel() finds the slot
-            raise
+        # Without this wait attention would read what the drive has not delivered yet.
+        landing.ticket.wait()
+        landed = now_ns()
         timeline, piece, unit = self._timeline, landing.piece, landing.half.unit
-        timeline.stall(Lane.READS, began, now_ns())
+        timeline.stall(Lane.READS, began, landed)
         timeline.span(
             Lane.READS,
             f"{unit.id.part.value}, {piece.segment.extent.door.value}",
             landing.submitted_ns,
             landing.ticket.ended_ns,
-            visit.index,
+            layer,
             piece.size_bytes(unit.geometry),
         )
+        self._checksums.verify(unit, piece, landing.slot)
+        timeline.span(Lane.CONTROL, "verify", landed, now_ns(), layer)
 
     def finish(self, index: int) -> None:
         """The layer's next tiles are stored (or on their way): the cursor may visit it again."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dualblade.geometry import UnitId
 from dualblade.io import Ticket
+from dualblade.pipeline.checksums import Checksums
 from dualblade.pipeline.staging import Slot, Slots
 from dualblade.pipeline.timeline import Lane, Timeline, now_ns
 from dualblade.pipeline.unit import Piece, Unit
@@ -31,8 +32,11 @@ class WriteBehind:
     trusted copy is never a page that could still fail.
     """
 
-    def __init__(self, store: Store, slots: Slots, timeline: Timeline) -> None:
+    def __init__(
+        self, store: Store, slots: Slots, checksums: Checksums, timeline: Timeline
+    ) -> None:
         self._store = store
+        self._checksums = checksums
         self._slots = slots
         self._timeline = timeline
         self._writes: deque[_Write] = deque()
@@ -81,6 +85,7 @@ class WriteBehind:
 
     def _submit(self, write: _Write) -> None:
         geometry, write.submitted_ns = write.unit.geometry, now_ns()
+        self._checksums.make(write.unit, write.piece, write.slot)
         write.ticket = self._store.write(
             write.piece.segment.extent,
             write.piece.offset(geometry),
