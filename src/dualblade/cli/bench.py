@@ -176,6 +176,7 @@ def bench_decode(
     chunk: MaybeChunk = None,
     repeats: Repeats = 1,
     compare_fio: CompareFio = False,
+    trace: options.Trace = None,
     seed: Seed = 0,
     json: options.Json = False,
     debug: options.Debug = False,  # noqa: ARG001 - read by Command
@@ -211,6 +212,7 @@ def bench_decode(
         warmup_steps=warmup_steps,
         seed=seed,
         compare_fio=compare_fio,
+        trace=trace,
         engine={name: value for name, value in engine.items() if value is not None},
     )
     with Reporter() as reporter:

@@ -107,6 +107,18 @@ Context = Annotated[
     str,
     typer.Option("--context", metavar="T", help="Tokens of each sequence, such as 4096 or 32k."),
 ]
+Trace = Annotated[
+    Path | None,
+    typer.Option(
+        "--trace",
+        metavar="FILE",
+        help="Write what each stage (reads, copies, compute, writes, control) did when, for "
+        "ui.perfetto.dev or chrome://tracing: the newest 100,000 spans.",
+    ),
+]
+TRACE_EVENTS = 100_000
+"""20 MB of memory and of JSON; a step of 1 GiB in pieces of 4 MiB is about 800."""
+
 Json = Annotated[
     bool, typer.Option("--json", help="One JSON object on stdout; progress on stderr.")
 ]
