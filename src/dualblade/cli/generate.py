@@ -193,6 +193,7 @@ def _run(request: _Request) -> None:
         reporter.tell(f"loading {request.model}")
         from dualblade.hf.models import load_model, parse_dtype
 
+        _check_memory(request)
         loaded = load_model(
             request.model,
             dtype=parse_dtype(request.dtype),
@@ -209,6 +210,33 @@ def _run(request: _Request) -> None:
         write_json(result)
     if request.stats:
         _show_stats(result)
+
+
+def _check_memory(request: _Request) -> None:
+    """Refuse a model that cannot fit before its weights are read. Raises: BudgetError.
+
+    With a GPU of its own memory, host memory is not what the weights need.
+    """
+    import torch
+
+    from dualblade.hf.footprint import footprint, staging_and_tails
+    from dualblade.hf.models import config_of, default_dtype, is_packed, parse_dtype
+    from dualblade.host.memory import available_memory
+
+    if (request.device or ("cuda" if torch.cuda.is_available() else "cpu")) != "cpu":
+        return
+    config = config_of(request.model)
+    dtype = parse_dtype(request.dtype) or default_dtype(config, "cpu")
+    budget = 0 if request.memory_budget == "auto" else int(request.memory_budget)
+    staging, _ = staging_and_tails(config, dtype.itemsize, budget, request.engine)
+    footprint(
+        config,
+        dtype,
+        # A token has a byte at least.
+        rows=min(request.prefill_chunk_tokens, len(request.prompt.encode())),
+        staging_bytes=0 if request.path == "memory" else staging,
+        is_packed=is_packed(request.model),
+    ).require(request.model, available_memory())
 
 
 def _generate(
