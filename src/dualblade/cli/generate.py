@@ -107,6 +107,7 @@ def generate(
     disk_capacity_bytes: options.DiskCapacity = None,
     io_engine: options.IOEngine = "auto",
     queue_depth: options.QueueDepth = None,
+    checksums: options.Checksums = "sample",
     stats: Stats = False,
     json: options.Json = False,
     debug: options.Debug = False,  # noqa: ARG001 - read by Command
@@ -131,6 +132,7 @@ def generate(
     from dualblade import config
 
     config.check_attention(attention)
+    kept = {"disk_capacity_bytes": disk_capacity_bytes, "checksums": checksums}
     _run(
         _Request(
             model=model,
@@ -148,11 +150,7 @@ def generate(
             memory_budget=memory_budget if memory_budget == "auto" else parse_size(memory_budget),
             path=config.Path.parse(path).value,
             attention=attention,
-            engine=options.engine_config(
-                io_engine=io_engine,
-                queue_depth=queue_depth,
-                disk_capacity_bytes=disk_capacity_bytes,
-            ),
+            engine=options.engine_config(io_engine=io_engine, queue_depth=queue_depth, **kept),
             json=json,
             stats=stats,
         )
@@ -353,6 +351,7 @@ def _stats_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
             f"{format_size(io['page_cache_read_bytes'])} through the page cache",
         ),
         ("written", format_size(io["written_bytes"])),
+        ("checksums", _checksums_line(cache["checksums"], seconds["checksums"])),
         (
             "time",
             f"waiting for reads {seconds['read_wait']:.2f} s, "
@@ -360,6 +359,15 @@ def _stats_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
             f"gathering {seconds['gather']:.2f} s, taking in rows {seconds['append']:.2f} s",
         ),
     ]
+
+
+def _checksums_line(sums: dict[str, Any], seconds: float) -> str:
+    if sums["mode"] == "off":
+        return "off: what is read is believed"
+    return (
+        f"{sums['mode']}: {format_size(sums['verified_bytes'])} verified in {seconds:.2f} s, "
+        f"{sums['mismatches']} mismatches, {sums['healed_reads']} reads right the second time"
+    )
 
 
 def _event_line(event: dict[str, Any]) -> str:
