@@ -115,6 +115,7 @@ def generate(
     disk_capacity_bytes: options.DiskCapacity = None,
     io_engine: options.IOEngine = "auto",
     queue_depth: options.QueueDepth = None,
+    checksums: options.Checksums = "sample",
     stats: Stats = False,
     trace: options.Trace = None,
     json: options.Json = False,
@@ -158,6 +159,7 @@ def generate(
                 io_engine=io_engine,
                 queue_depth=queue_depth,
                 disk_capacity_bytes=disk_capacity_bytes,
+                checksums=checksums,
                 trace_events=options.TRACE_EVENTS if trace else None,
                 cache_percent=cache_percent,
             ),
@@ -393,6 +395,7 @@ def _stats_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
             f"{format_size(io['page_cache_read_bytes'])} through the page cache",
         ),
         ("written", format_size(io["written_bytes"])),
+        ("checksums", _checksums_line(cache["checksums"], seconds["checksums"])),
         (
             "time",
             f"waiting for reads {seconds['read_wait']:.2f} s, "
@@ -425,6 +428,15 @@ def _speeds_line(speeds: dict[str, Any]) -> str:
     compute = speeds["compute_seconds"]
     computed = f"; a step computes {compute * 1000:.1f} ms" if compute else ""
     return f"direct {direct}/s, page cache {hit}/s, measured by {speeds['measured_by']}{computed}"
+
+
+def _checksums_line(sums: dict[str, Any], seconds: float) -> str:
+    if sums["mode"] == "off":
+        return "off: what is read is believed"
+    return (
+        f"{sums['mode']}: {format_size(sums['verified_bytes'])} verified in {seconds:.2f} s, "
+        f"{sums['mismatches']} mismatches, {sums['healed_reads']} reads right the second time"
+    )
 
 
 def _event_line(event: dict[str, Any]) -> str:

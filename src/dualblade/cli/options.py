@@ -91,6 +91,23 @@ QueueDepth = Annotated[
         help="Requests in flight on the device.",
     ),
 ]
+Checksums = Annotated[
+    str,
+    typer.Option(
+        "--checksums",
+        metavar="WHICH",
+        help="Verify KV as it is read back: sample (a sixteenth at each step, all of it in 16), "
+        "all (before it is used), or off.",
+    ),
+]
+EngineSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--engine",
+        metavar="NAME=VALUE",
+        help="A setting of EngineConfig, such as checksums=all or lookahead=2; may be repeated.",
+    ),
+]
 Dtype = Annotated[
     str,
     typer.Option(
@@ -132,6 +149,17 @@ def parse_tokens(text: str) -> int:
     if tokens < 1:
         raise ConfigError(f"not a number of tokens: {text!r}", hint="write it like 4096 or 32k")
     return tokens
+
+
+def parse_settings(words: list[str] | None) -> dict[str, Any]:
+    """Settings of EngineConfig written NAME=VALUE, by name. Raises: ConfigError."""
+    settings: dict[str, Any] = {}
+    for word in words or ():
+        name, equals, value = word.partition("=")
+        if not (name and equals and value):
+            raise ConfigError(f"not a setting: {word!r}", hint="write it like checksums=all")
+        settings[name] = int(value) if value.isdecimal() else value
+    return settings
 
 
 def engine_config(
