@@ -233,7 +233,10 @@ def _open_pipeline(
     """The engine, the store and the pipeline over them; nothing stays open when one refuses."""
     config = settings.config
     engine = open_engine(
-        config.io_engine, queue_depth=config.queue_depth, chunk_bytes=config.chunk_bytes
+        config.io_engine,
+        queue_depth=config.queue_depth,
+        chunk_bytes=config.chunk_bytes,
+        io_poll=config.io_poll,
     )
     try:
         opened = Store.open(
@@ -242,6 +245,7 @@ def _open_pipeline(
             direct=settings.path is not Path.PAGE_CACHE,
             capacity_bytes=config.disk_capacity_bytes,
             keep_blocks=config.keep_store_blocks,
+            discard=config.discard,
         )
     except BaseException:
         engine.close()

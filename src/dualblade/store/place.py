@@ -37,6 +37,13 @@ class Backing(Protocol):
         """Have blocks for a range before its first write. Raises: OSError."""
         ...
 
+    def discard(self, offset: int, size_bytes: int) -> None:
+        """Tell the device that a range is of no use any more, where that is its to know.
+
+        Raises: OSError.
+        """
+        ...
+
     def pieces(self) -> int | None:
         """Contiguous pieces on the device; None where the file system cannot tell."""
         ...

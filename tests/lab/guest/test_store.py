@@ -261,18 +261,6 @@ def test_another_drive_is_not_taken_for_it(engine: Engine) -> None:
         carry_out_wipe(plan_wipe(place), lambda _: None)
 
 
-def test_without_passthrough_the_reason_is_told() -> None:
-    path = formatted(find_namespace("LABSMALL"))
-    with open_engine("posix") as engine, Store.open(path, engine) as store, Arena(MIB) as arena:
-        assert engine.name == "posix"
-        assert engine.reason == (
-            "the posix engine has no NVMe passthrough: O_DIRECT on " + block_of(path)
-        )
-        extent = store.allocate(2 * MIB, Door.DIRECT)
-        fill(store, extent, arena, pattern(MIB, seed=1))
-    carry_out_wipe(plan_wipe(path), lambda _: None)
-
-
 def test_a_drive_that_hangs_is_reset_and_asked_again(engine: Engine, arena: Arena) -> None:
     """The kernel gives the commands up after its time limit (2 s here) and resets the drive; each
     was tried once more by then, and nobody saw wrong bytes."""
