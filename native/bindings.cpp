@@ -164,6 +164,10 @@ class PyEngine {
     int unregister_file(int fd) {
         return on_engine([&] { return engine_->unregister_file(fd); });
     }
+    void limit_direct_pieces(std::uint64_t size_bytes) {
+        if (size_bytes == 0) throw nb::value_error("pieces of nothing");
+        if (!forked()) engine_->limit_direct_pieces(size_bytes);
+    }
     bool drain(double timeout_seconds) {
         if (forked()) return true;
         return wait_in_slices(deadline_after(timeout_seconds), [this](Clock::time_point deadline) {
@@ -226,6 +230,7 @@ NB_MODULE(_native, module) {
         .def("register_namespace", &PyEngine::register_namespace, nb::arg("fd"), nb::arg("limits"))
         .def("register_file", &PyEngine::register_file, nb::arg("fd"))
         .def("unregister_file", &PyEngine::unregister_file, nb::arg("fd"))
+        .def("limit_direct_pieces", &PyEngine::limit_direct_pieces, nb::arg("size_bytes"))
         .def("drain", &PyEngine::drain, nb::arg("timeout_seconds"))
         .def("close", &PyEngine::close)
         .def("abandon", &PyEngine::abandon)

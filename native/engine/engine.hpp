@@ -47,6 +47,9 @@ class Engine {
     // 0 or a positive errno; EOPNOTSUPP: this engine has no passthrough. From then on transfers on
     // `fd`, a namespace's character device, are NVMe commands; unregister_file() ends it.
     virtual int register_namespace(int fd, const NvmeNamespace& space) = 0;
+    // From now on pieces of direct transfers are at most this long. The block layer splits what is
+    // longer than its limit, and does not poll for what it split.
+    virtual void limit_direct_pieces(std::uint64_t size_bytes) = 0;
     // In a forked child, instead of destruction: lets go of inherited descriptors, locks nothing.
     virtual void abandon() = 0;
 };

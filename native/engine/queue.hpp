@@ -1,6 +1,8 @@
 // An engine's queue: a scheduler and the threads that work it off, whatever they do it with.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <mutex>
 #include <optional>
 #include <utility>
@@ -13,7 +15,8 @@ namespace dualblade {
 
 class Queue : public Engine {
   public:
-    explicit Queue(EngineOptions options) : options_(options), scheduler_(options.queue_depth) {}
+    explicit Queue(EngineOptions options)
+        : scheduler_(options.queue_depth), piece_bytes_(options.chunk_bytes) {}
     // Derived classes call close() in their destructors: their threads must be gone before their
     // members.
 
@@ -22,6 +25,9 @@ class Queue : public Engine {
     Counters counters() override;
     void begin_close() override;
     void close() override;
+    void limit_direct_pieces(std::uint64_t size_bytes) override {
+        piece_bytes_ = std::min(piece_bytes_.load(), size_bytes);
+    }
 
   protected:
     virtual void wake() = 0;
@@ -37,12 +43,12 @@ class Queue : public Engine {
     // with the scheduler's lock.
     const NvmeNamespace* space_of(int fd) const;
 
-    const EngineOptions options_;
     Scheduler scheduler_;
 
   private:
     std::uint64_t piece_bytes_max(const std::vector<Transfer>& transfers);
 
+    std::atomic<std::uint64_t> piece_bytes_;
     // Changed under the scheduler's lock.
     std::vector<std::pair<int, NvmeNamespace>> spaces_;
     // Without it two threads that close at once would join the same thread twice.

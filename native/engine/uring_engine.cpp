@@ -70,6 +70,9 @@ class UringEngine final : public Engine {
         spaces_.push_back(fd);
         return 0;
     }
+    void limit_direct_pieces(std::uint64_t size_bytes) override {
+        direct_->limit_direct_pieces(size_bytes);
+    }
     void abandon() override {
         buffered_->abandon();
         direct_->abandon();

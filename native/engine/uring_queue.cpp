@@ -103,7 +103,7 @@ class UringQueue final : public Queue {
   private:
     void run(std::promise<int>& ready) {
         // One entry per piece and one for the poll of the eventfd.
-        int error = setup_ring(options_.queue_depth + 1, polled_, ring_);
+        int error = setup_ring(static_cast<unsigned>(requests_.size()) + 1, polled_, ring_);
         if (error == 0 && (error = prove_ring(ring_)) != 0) io_uring_queue_exit(&ring_);
         if (error == 0) {
             io_uring_ring_dontfork(&ring_);

@@ -218,6 +218,15 @@ class Engine:
             raise Unsupported(f"NVMe passthrough: {os.strerror(error)}")
         self.name = "uring-cmd" if self._has_ring else "nvme-ioctl"
 
+    def limit_direct_pieces(self, size_bytes: int) -> None:
+        """Cut direct transfers to pieces of at most `size_bytes` from now on, where that is less.
+
+        The block layer splits what is longer than its limit, and does not poll for what it split.
+        """
+        if size_bytes < self.chunk_bytes:
+            self._native.limit_direct_pieces(size_bytes)
+            self._note(f"direct pieces of {format_size(size_bytes)}: longer ones are not polled")
+
     def fall_back(self, reason: str) -> None:
         """Take note that a better way was wanted, and why it is not in force."""
         self.reason = reason if self.reason is None else f"{reason}; {self.reason}"

@@ -25,7 +25,7 @@ from dualblade.store.device import open_device
 from dualblade.store.fiemap import contiguous_pieces, file_extents
 from dualblade.store.format import DATA_OFFSET, Superblock
 from dualblade.store.place import Backing, read_superblock, storage_error, write_superblock
-from dualblade.units import EXTENT_ALIGN_BYTES, GIB, format_size
+from dualblade.units import EXTENT_ALIGN_BYTES, GIB, KIB, format_size
 
 _RESERVE_BYTES_MAX = 2 * GIB
 _RESERVE_FRACTION = 20
@@ -134,6 +134,8 @@ def _check_engine(path: str | os.PathLike[str] | None, engine: Engine, *, direct
                 f"io_poll: {queue.name if queue else place} has no poll queues",
                 hint="leave it off, or give the driver some (nvme.poll_queues=N at boot)",
             )
+        if queue.max_sectors_kb:
+            engine.limit_direct_pieces(queue.max_sectors_kb * KIB)
 
 
 def is_device(path: str | os.PathLike[str]) -> bool:
