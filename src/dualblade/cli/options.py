@@ -80,7 +80,21 @@ IOEngine = Annotated[
     typer.Option(
         "--io-engine",
         metavar="ENGINE",
-        help="auto, io_uring or posix.",
+        help="auto, uring-cmd (NVMe commands or nothing), io_uring (O_DIRECT) or posix (threads).",
+    ),
+]
+IOPoll = Annotated[
+    bool,
+    typer.Option(
+        "--io-poll",
+        help="Poll the drive for completions of direct I/O; needs poll queues and a core to spare.",
+    ),
+]
+Discard = Annotated[
+    bool,
+    typer.Option(
+        "--discard",
+        help="Tell the device (TRIM) of each freed extent at once, not only of all at the end.",
     ),
 ]
 QueueDepth = Annotated[

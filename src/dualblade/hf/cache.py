@@ -257,7 +257,10 @@ def _open_pipeline(
     stays open when one refuses. `kv_bytes`: the least that is to be expected, None: no end."""
     config = settings.config
     engine = open_engine(
-        config.io_engine, queue_depth=config.queue_depth, chunk_bytes=config.chunk_bytes
+        config.io_engine,
+        queue_depth=config.queue_depth,
+        chunk_bytes=config.chunk_bytes,
+        io_poll=config.io_poll,
     )
     try:
         opened = Store.open(
@@ -266,6 +269,7 @@ def _open_pipeline(
             direct=settings.path is not Path.PAGE_CACHE,
             capacity_bytes=config.disk_capacity_bytes,
             keep_blocks=config.keep_store_blocks,
+            discard=config.discard,
         )
     except BaseException:
         engine.close()
