@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dualblade.errors import ConfigError
 from dualblade.units import BLOCK_BYTES, GIB, KIB, MIB, parse_size
@@ -42,11 +42,21 @@ def check_attention(word: str) -> None:
         )
 
 
+ChecksumMode = Literal["off", "sample", "all"]
+"""What of stored KV is verified as it is read."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """How bytes are moved. Every default is the one that the benchmarks chose.
 
-    io_engine            `auto`, `io_uring` or `posix`; `auto` falls to posix, openly.
+    io_engine            `auto`: the best that store and machine allow, openly. `uring-cmd`: NVMe
+                         commands or nothing. `io_uring`: O_DIRECT, on a namespace's block device
+                         too. `posix`: threads; to a namespace, commands by ioctl.
+    io_poll              poll for completions of direct I/O (IOPOLL) instead of sleeping until the
+                         drive interrupts. Off: it keeps a core busy that the model could use. With
+                         cores to spare and a fast drive with poll queues it saves the interrupt.
+                         Refused where the drive has none.
     queue_depth          requests in flight on the device.
     chunk_bytes          largest single request; longer transfers are split.
     tile_tokens          rows in a tile; None: 64, unless whole blocks ask for more.
@@ -57,11 +67,19 @@ class EngineConfig:
                          most a quarter of what there is; a stated budget leaves nothing.
     cache_percent        `dual` path only: this part of the KV goes through the page cache for good,
                          whether it fits memory or not. None: the plan follows the memory there is.
+    checksums            verify what is read: `sample`, a sixteenth at each step and so all of it in
+                         16 steps; `all`, before it is used; or `off`.
+    trace_events         spans that are kept for `DualBladeCache.write_trace`, the newest; about
+                         200 bytes each, outside the budget. 0: none.
+    discard              tell a device (TRIM) of each extent when it is freed. Off: all are told of
+                         at close, and a discard stops the step in which it happens. For caches
+                         that live long on drives that want to know. Files do not need it.
     keep_store_blocks    keep a named store's blocks allocated at close (the KV stays on the drive
                          until the next open); the default gives them back.
     """
 
-    io_engine: Literal["auto", "io_uring", "posix"] = "auto"
+    io_engine: Literal["auto", "uring-cmd", "io_uring", "posix"] = "auto"
+    io_poll: bool = False
     queue_depth: int = 8
     chunk_bytes: int = MIB
     tile_tokens: int | None = None
@@ -70,18 +88,29 @@ class EngineConfig:
     disk_capacity_bytes: int | None = None
     memory_reserve_bytes: int | None = None
     cache_percent: int | None = None
+    checksums: ChecksumMode = "sample"
+    discard: bool = False
     keep_store_blocks: bool = False
+    trace_events: int = 0
 
     def __post_init__(self) -> None:
-        if self.io_engine not in ("auto", "io_uring", "posix"):
+        if self.io_engine not in ("auto", "uring-cmd", "io_uring", "posix"):
             raise ConfigError(
-                f"unknown io_engine {self.io_engine!r}", hint="use auto, io_uring or posix"
+                f"unknown io_engine {self.io_engine!r}",
+                hint="use auto, uring-cmd, io_uring or posix",
             )
+        if self.checksums not in get_args(ChecksumMode):
+            words = ", ".join(get_args(ChecksumMode))
+            raise ConfigError(f"unknown checksums {self.checksums!r}", hint=f"use one of: {words}")
+        for name in ("io_poll", "discard"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
         _check("queue_depth", self.queue_depth, 1, 1024)
         _check("chunk_bytes", self.chunk_bytes, BLOCK_BYTES, GIB)
         if self.chunk_bytes % BLOCK_BYTES:
             raise ConfigError(f"chunk_bytes must be a multiple of {BLOCK_BYTES}")
         _check("lookahead", self.lookahead, 1, 1024)
+        _check("trace_events", self.trace_events, 0, 10_000_000)
         if self.tile_tokens is not None:
             _check("tile_tokens", self.tile_tokens, 1, 4096)
         if self.staging_bytes is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path as FilePath
 from typing import Any, Literal
 
 import torch
@@ -26,7 +27,15 @@ from dualblade.hf.speeds import (
 from dualblade.host.memory import MemoryProbe
 from dualblade.host.profile import DeviceProfile
 from dualblade.io import Engine, open_engine
-from dualblade.metrics import CacheStats, MemoryUse, SpeedFacts, StageSeconds, TransferTotals
+from dualblade.metrics import (
+    CacheStats,
+    ChecksumTotals,
+    MemoryUse,
+    PipelineStages,
+    SpeedFacts,
+    StageSeconds,
+    TransferTotals,
+)
 from dualblade.pipeline import KVPipeline, KVSettings, MemoryKV
 from dualblade.pipeline.residence import MemorySource
 from dualblade.store import Store
@@ -105,7 +114,7 @@ class DualBladeCache(Cache):
         choice = choose(model, attention)
         borrower = model if choice.over_tiles else None
         if way is Path.MEMORY:
-            memory = MemoryKV(model.device, settings.tile_tokens, max_tokens)
+            memory = MemoryKV(model.device, settings.tile_tokens, max_tokens, settings.trace_events)
             _keep(layers, stored, memory, max_tokens, choice)
             pipeline = memory if choice.over_tiles else None
             return cls(layers, path=way, attention=choice, model=borrower, pipeline=pipeline)
@@ -158,6 +167,16 @@ class DualBladeCache(Cache):
             "a cache in a store cannot be copied", hint="make a second one with for_model"
         )
 
+    def write_trace(self, path: str | os.PathLike[str]) -> int:
+        """Write what each stage did when, for Perfetto or chrome://tracing; the number of spans.
+
+        The newest `EngineConfig.trace_events` of them are kept. Also after close.
+        Raises: Unsupported where nothing is kept, OSError.
+        """
+        if self._pipeline is None:
+            raise Unsupported("nothing is traced in memory with the model's own attention")
+        return self._pipeline.write_trace(FilePath(path))
+
     def stats(self) -> CacheStats:
         """Where bytes and time went, and what is in force. Asks the kernel once; cheap."""
         stored_count = sum(isinstance(layer, StoredLayer) for layer in self.layers)
@@ -180,7 +199,9 @@ class DualBladeCache(Cache):
                 memory_layers=len(self.layers),
                 memory=_NO_MEMORY,
                 io=TransferTotals(),
+                checksums=ChecksumTotals(),
                 seconds=StageSeconds() if pipeline is None else pipeline.seconds(),
+                stages=PipelineStages() if pipeline is None else pipeline.stages(),
                 plan=(),
             )
         return CacheStats(
@@ -197,7 +218,9 @@ class DualBladeCache(Cache):
             memory_layers=len(self.layers) - stored_count,
             memory=pipeline.memory_use(),
             io=pipeline.transfers(),
+            checksums=pipeline.checksums.totals(),
             seconds=pipeline.seconds(),
+            stages=pipeline.stages(),
             plan=pipeline.placements(),
             events=pipeline.events(),
             speeds=_speed_facts(self._profile, pipeline.compute_seconds),
@@ -234,7 +257,10 @@ def _open_pipeline(
     stays open when one refuses. `kv_bytes`: the least that is to be expected, None: no end."""
     config = settings.config
     engine = open_engine(
-        config.io_engine, queue_depth=config.queue_depth, chunk_bytes=config.chunk_bytes
+        config.io_engine,
+        queue_depth=config.queue_depth,
+        chunk_bytes=config.chunk_bytes,
+        io_poll=config.io_poll,
     )
     try:
         opened = Store.open(
@@ -243,6 +269,7 @@ def _open_pipeline(
             direct=settings.path is not Path.PAGE_CACHE,
             capacity_bytes=config.disk_capacity_bytes,
             keep_blocks=config.keep_store_blocks,
+            discard=config.discard,
         )
     except BaseException:
         engine.close()
