@@ -218,6 +218,7 @@ NB_MODULE(_native, module) {
         .def_prop_ro("done", [](const PyTicket& self) { return self.ticket->done(); })
         .def_prop_ro("landed_bytes",
                      [](const PyTicket& self) { return self.ticket->landed_bytes(); })
+        .def_prop_ro("ended_ns", [](const PyTicket& self) { return self.ticket->ended_ns(); })
         .def_prop_ro("failure", &PyTicket::failure)
         .def("wait", &PyTicket::wait, nb::arg("size_bytes"), nb::arg("timeout_seconds"));
     nb::class_<PyEngine>(module, "Engine")

@@ -122,7 +122,10 @@ void Ticket::publish(bool done) {
     std::lock_guard lock(mutex_);
     const std::uint64_t landed = landed_base_ + (window_.empty() ? 0 : window_.front().done_bytes);
     landed_.store(landed, std::memory_order_release);
-    if (done) done_.store(true, std::memory_order_release);
+    if (done) {
+        ended_ns_ = std::chrono::nanoseconds(Clock::now().time_since_epoch()).count();
+        done_.store(true, std::memory_order_release);
+    }
     // Waking only those whose bytes are there saves two context switches for each piece.
     if (done || landed >= wake_at_) {
         wake_at_ = UINT64_MAX;

@@ -39,6 +39,8 @@ class Ticket {
     std::uint64_t size_bytes() const { return size_bytes_; }
     bool done() const { return done_.load(std::memory_order_acquire); }
     std::uint64_t landed_bytes() const { return landed_.load(std::memory_order_acquire); }
+    // When the ticket ended, nanoseconds of CLOCK_MONOTONIC; 0 before.
+    std::int64_t ended_ns() const { return done() ? ended_ns_ : 0; }
     // The failure of the lowest piece that failed; empty until the ticket ended.
     std::optional<Failure> failure() const;
     // Blocks until the first `bytes` landed (kAll: until the ticket ended), or `deadline`.
@@ -90,6 +92,7 @@ class Ticket {
     std::condition_variable changed_;
     std::uint64_t wake_at_ = UINT64_MAX;  // the least that a sleeping waiter waits for
     std::atomic<std::uint64_t> landed_{0};
+    std::int64_t ended_ns_ = 0;  // constant once done: done_ is released after it is written
     std::atomic<bool> done_{false};
 };
 

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dualblade.errors import ConfigError
 from dualblade.units import BLOCK_BYTES, GIB, KIB, MIB, parse_size
@@ -42,6 +42,10 @@ def check_attention(word: str) -> None:
         )
 
 
+ChecksumMode = Literal["off", "sample", "all"]
+"""What of stored KV is verified as it is read."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """How bytes are moved. Every default is the one that the benchmarks chose.
@@ -61,6 +65,12 @@ class EngineConfig:
     disk_capacity_bytes  most that the store may occupy; None: free space less a reserve.
     memory_reserve_bytes  memory left to everything else. None: with an `auto` budget 256 MiB, at
                          most a quarter of what there is; a stated budget leaves nothing.
+    cache_percent        `dual` path only: this part of the KV goes through the page cache for good,
+                         whether it fits memory or not. None: the plan follows the memory there is.
+    checksums            verify what is read: `sample`, a sixteenth at each step and so all of it in
+                         16 steps; `all`, before it is used; or `off`.
+    trace_events         spans that are kept for `DualBladeCache.write_trace`, the newest; about
+                         200 bytes each, outside the budget. 0: none.
     discard              tell a device (TRIM) of each extent when it is freed. Off: all are told of
                          at close, and a discard stops the step in which it happens. For caches
                          that live long on drives that want to know. Files do not need it.
@@ -77,8 +87,11 @@ class EngineConfig:
     lookahead: int = 4
     disk_capacity_bytes: int | None = None
     memory_reserve_bytes: int | None = None
+    cache_percent: int | None = None
+    checksums: ChecksumMode = "sample"
     discard: bool = False
     keep_store_blocks: bool = False
+    trace_events: int = 0
 
     def __post_init__(self) -> None:
         if self.io_engine not in ("auto", "uring-cmd", "io_uring", "posix"):
@@ -86,6 +99,9 @@ class EngineConfig:
                 f"unknown io_engine {self.io_engine!r}",
                 hint="use auto, uring-cmd, io_uring or posix",
             )
+        if self.checksums not in get_args(ChecksumMode):
+            words = ", ".join(get_args(ChecksumMode))
+            raise ConfigError(f"unknown checksums {self.checksums!r}", hint=f"use one of: {words}")
         for name in ("io_poll", "discard"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
@@ -94,12 +110,23 @@ class EngineConfig:
         if self.chunk_bytes % BLOCK_BYTES:
             raise ConfigError(f"chunk_bytes must be a multiple of {BLOCK_BYTES}")
         _check("lookahead", self.lookahead, 1, 1024)
+        _check("trace_events", self.trace_events, 0, 10_000_000)
         if self.tile_tokens is not None:
             _check("tile_tokens", self.tile_tokens, 1, 4096)
         if self.staging_bytes is not None:
             _check("staging_bytes", self.staging_bytes, 64 * KIB, 64 * GIB)
         if self.memory_reserve_bytes is not None:
             _check("memory_reserve_bytes", self.memory_reserve_bytes, 0, 1 << 50)
+        if self.cache_percent is not None:
+            _check("cache_percent", self.cache_percent, 0, 100)
+
+    def check_path(self, path: Path) -> None:
+        """Raises: ConfigError for a setting that means nothing on `path`."""
+        if self.cache_percent is not None and path is not Path.DUAL:
+            raise ConfigError(
+                f"cache_percent splits the dual path; {path.value} is one way for all KV",
+                hint="leave one of them out",
+            )
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> EngineConfig:

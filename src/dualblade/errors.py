@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import errno as errno_module
 import os
+from typing import Any
 
 
 class DualBladeError(Exception):
@@ -159,7 +160,12 @@ class NoSpace(StorageError):
 
 
 class CorruptExtent(StorageError):
-    """Stored bytes are not what was written."""
+    """Stored bytes are not what was written. `block` is the logical block address on the device
+    where `path` is one; None in a file."""
+
+    def __init__(self, message: str, *, block: int | None = None, **where: Any) -> None:
+        super().__init__(message, **where)
+        self.block = block
 
 
 class NotAStore(StorageError):

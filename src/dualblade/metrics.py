@@ -60,16 +60,68 @@ class TransferTotals:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChecksumTotals:
+    """Of stored tiles, in bytes. `mismatches` are slabs that did not match when first verified,
+    `healed_reads` transfers with such slabs that were right when read again; where they are not,
+    the cache fails. After a mismatch everything is verified, whatever the mode."""
+
+    mode: str = "off"
+    made_bytes: int = 0
+    verified_bytes: int = 0
+    mismatches: int = 0
+    healed_reads: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageSeconds:
     """Wall time of the model's thread: waiting for reads, attending to tiles, gathering them,
     taking in new rows (waits for a free write slot included), and of those the waits for writes
-    alone."""
+    alone, and the checksums alone."""
 
     read_wait: float = 0.0
     attention: float = 0.0
     gather: float = 0.0
     append: float = 0.0
     write_wait: float = 0.0
+    checksums: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineStages:
+    """How long each stage had something to do, from the first rows on, and what was waited for.
+
+    compute   the model's thread attending, and all that the model does between two calls.
+    control   plans, and taking in rows.
+    stalled   the model's thread waited: for a read, for a copy to give its slot back, for a write.
+    drive_bytes  through the direct door, both ways; `profile_bytes_per_second` is what
+              `dualblade tune` measured that the drive reads, None without it.
+    """
+
+    wall_seconds: float = 0.0
+    reads_seconds: float = 0.0
+    copies_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    writes_seconds: float = 0.0
+    control_seconds: float = 0.0
+    stalled_on_reads_seconds: float = 0.0
+    stalled_on_copies_seconds: float = 0.0
+    stalled_on_writes_seconds: float = 0.0
+    drive_bytes: int = 0
+    profile_bytes_per_second: float | None = None
+
+    @property
+    def overlap_efficiency(self) -> float | None:
+        """The stages' times together over the wall time: 1 is one after another."""
+        together = self.reads_seconds + self.copies_seconds + self.compute_seconds
+        together += self.writes_seconds + self.control_seconds
+        return together / self.wall_seconds if self.wall_seconds else None
+
+    @property
+    def drive_utilisation(self) -> float | None:
+        """Of the drive's measured bandwidth; None where it was not measured."""
+        if not self.wall_seconds or not self.profile_bytes_per_second:
+            return None
+        return self.drive_bytes / self.wall_seconds / self.profile_bytes_per_second
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,9 +154,27 @@ class ResidencyEvent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedFacts:
+    """Speeds of the store's device that the plan goes by, in bytes per second, and who measured
+    them when: `tune`, or a short measurement at `first use`.
+
+    `compute_seconds`: of a decode step, those that are not waiting for reads, as far as they are
+    known by now; 0: not known, or reads are what a step waits for.
+    """
+
+    measured_by: str
+    measured_at: str
+    direct_bytes_per_s: float
+    cache_hit_bytes_per_s: float
+    cache_miss_bytes_per_s: float
+    compute_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CacheStats:
     """A snapshot of a cache. `attention` is the way in force; `tokens` are those of each sequence;
-    `kv_bytes` is all KV, in store and memory; `events` are the newest changes of the plan."""
+    `kv_bytes` is all KV, in store and memory; `events` are the newest changes of the plan; `speeds`
+    None: the device was not measured, and what fits is cached."""
 
     path: str
     attention: str
@@ -119,13 +189,18 @@ class CacheStats:
     memory_layers: int
     memory: MemoryUse
     io: TransferTotals
+    checksums: ChecksumTotals
     seconds: StageSeconds
     plan: tuple[UnitPlacement, ...]
+    stages: PipelineStages = PipelineStages()
     events: tuple[ResidencyEvent, ...] = ()
+    speeds: SpeedFacts | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON types."""
         fields = asdict(self)
         fields["io"]["written_bytes"] = self.io.written_bytes
         fields["memory"]["used_bytes"] = self.memory.used_bytes
+        fields["stages"]["overlap_efficiency"] = self.stages.overlap_efficiency
+        fields["stages"]["drive_utilisation"] = self.stages.drive_utilisation
         return fields

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from dualblade.host.cgroup import MemoryCgroup
-from dualblade.units import MIB
+from dualblade.host.profile import DeviceProfile, device_identity, save_profile
+from dualblade.units import GIB, MIB
 from tests.integration.squeeze_child import KV_BYTES
 
 REASON = MemoryCgroup.available()
@@ -47,6 +48,21 @@ class Child:
         line = self.process.stdout.readline()
         assert line, f"the child ended with {self.process.wait()}"
         return dict(json.loads(line))
+
+
+@pytest.fixture(autouse=True)
+def slow_drive(tmp_path: Path) -> None:
+    """Page cache is worth having whatever this machine computes: its drive is said to be slow."""
+    save_profile(
+        DeviceProfile(
+            device=device_identity(tmp_path),
+            engine="io_uring",
+            measured_at="2026-01-01T00:00:00+00:00",
+            direct_bytes_per_s=0.1 * GIB,
+            cache_hit_bytes_per_s=8.0 * GIB,
+            cache_miss_bytes_per_s=0.1 * GIB,
+        )
+    )
 
 
 PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

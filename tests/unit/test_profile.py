@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,16 @@ from dualblade.bench.doors import TuneOptions, measure_doors
 from dualblade.cli.app import app
 from dualblade.config import EngineConfig
 from dualblade.config import Path as KVPath
-from dualblade.errors import ConfigError
+from dualblade.errors import ConfigError, NotAStore
 from dualblade.hf.models import config_of, load_model
 from dualblade.hf.plan import PlanRequest, plan_cache
-from dualblade.hf.speeds import door_speeds
+from dualblade.hf.speeds import (
+    FIRST_USE_BYTES,
+    door_speeds,
+    known_profile,
+    measure_at_first_use,
+)
+from dualblade.host.process import process_io
 from dualblade.host.profile import (
     DeviceProfile,
     device_identity,
@@ -26,7 +33,15 @@ from dualblade.host.profile import (
     profiles_file,
     save_profile,
 )
+from dualblade.io import open_engine
+from dualblade.metrics import TransferTotals
+from dualblade.store import Store
+from dualblade.store.formatting import carry_out_format, plan_format
+from dualblade.store.inspect import inspect_store
+from dualblade.store.measure import SWEEP_BYTES
+from dualblade.store.store import DoorCounters
 from dualblade.units import GIB, MIB
+from tests.devices import contents, loop_device, needs_root
 
 TINY = "random:llama?layers=4,hidden=64,heads=4,kv_heads=2"
 
@@ -66,11 +81,101 @@ def test_profiles_that_cannot_be_used_are_left_out(tmp_path: Path) -> None:
 
 
 def test_tune_measures_both_doors_and_leaves_nothing(tmp_path: Path) -> None:
-    profile = measure_doors(TuneOptions(folder=tmp_path, size_bytes=16 * MIB, repeats=1))
+    profile = measure_doors(TuneOptions(place=tmp_path, size_bytes=16 * MIB, repeats=1))
     assert profile.device == device_identity(tmp_path)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ConfigError):
-        TuneOptions(folder=tmp_path, size_bytes=MIB)
+        TuneOptions(place=tmp_path, size_bytes=MIB)
+
+
+@needs_root
+def test_tune_measures_a_formatted_device_itself(tmp_path: Path) -> None:
+    """Not the file system of /dev. One that is not ours keeps every byte; a store in use, too."""
+    (tmp_path / "image").write_bytes(b"precious" * (64 * MIB // 8))
+    with loop_device(tmp_path / "image", 64 * MIB) as device:
+        options = TuneOptions(place=Path(device), size_bytes=16 * MIB, repeats=1)
+        with pytest.raises(NotAStore):
+            measure_doors(options)
+        assert contents(device) == b"precious" * (64 * MIB // 8)
+        Path(device).write_bytes(bytes(64 * MIB))
+        carry_out_format(plan_format(device))
+        profile = measure_doors(options)
+        assert profile.device == device_identity(device)
+        assert "block device" in profile.device
+        assert profile.device != device_identity("/dev")
+        save_profile(profile)
+        assert load_profile(device) == profile
+        report = inspect_store(device)
+        assert report.problem is None
+        assert all(c.superblock and not c.superblock.in_use for c in report.copies)
+        with open_engine() as engine, Store.open(device, engine), pytest.raises(NotAStore):
+            measure_doors(options)
+
+
+def test_first_use_measures_once_and_costs_the_kv_nothing(tmp_path: Path) -> None:
+    """32 MiB written, seven times that read, none of it counted as KV; `tune` wins over it."""
+    store = tmp_path / "kv.store"
+    with open_engine() as engine, Store.open(store, engine) as opened:
+        before = process_io()
+        profile = measure_at_first_use(store, opened, engine)
+        engine.drain()
+        after = process_io()
+        assert profile is not None
+        assert profile.quick
+        assert load_profile(store) == profile
+        assert opened.counters == DoorCounters()
+        assert opened.used_bytes == opened.page_cache_bytes() == 0
+        assert SWEEP_BYTES <= after.write_bytes - before.write_bytes <= FIRST_USE_BYTES + MIB
+        assert after.read_bytes - before.read_bytes <= 5 * FIRST_USE_BYTES + MIB  # and 2 of hits
+    save_profile(profile_of(store))
+    assert load_profile(store) == profile_of(store)
+
+
+def test_caches_measure_only_when_the_plan_has_something_to_gain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("dualblade.hf.cache.FIRST_USE_KV_BYTES_MIN", 8 * MIB)
+    monkeypatch.setattr(
+        "dualblade.hf.cache.measure_at_first_use",
+        lambda *given: asked.append(given) or measure_at_first_use(*given),
+    )
+    model = load_model(TINY, dtype=torch.float32, device="cpu").model
+    quiet: list[dict[str, Any]] = [
+        {"path": "direct"},
+        {"path": "page-cache"},
+        {"max_tokens": 512},
+        {"memory_budget": 6 * MIB},
+        {"config": EngineConfig(cache_percent=50)},
+    ]
+    for options in quiet:
+        given = {"memory_budget": 64 * MIB, **options}
+        with DualBladeCache.for_model(model, store=tmp_path / "kv", **given) as cache:
+            assert cache.stats().speeds is None
+    assert asked == []
+    for _ in range(2):  # the second time it is known
+        with DualBladeCache.for_model(model, store=tmp_path / "kv", memory_budget=64 * MIB) as one:
+            stats = one.stats()
+        assert stats.speeds is not None
+        assert stats.speeds.measured_by == "first use"
+        assert stats.io == TransferTotals()
+    assert len(asked) == 1
+
+
+def test_a_first_use_that_does_not_work_out_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        open_engine() as engine,
+        Store.open(tmp_path / "kv", engine, capacity_bytes=16 * MIB) as store,
+    ):
+        assert measure_at_first_use(tmp_path / "kv", store, engine) is None  # no room
+        assert store.used_bytes == 0
+    with open_engine() as engine, Store.open(tmp_path / "kv", engine) as store:
+        monkeypatch.setattr(Store, "cached_bytes", lambda *_: MIB)  # pages went as they came
+        assert measure_at_first_use(tmp_path / "kv", store, engine) is None
+        assert store.counters == DoorCounters()
+    assert load_profile(tmp_path / "kv") is None
 
 
 def test_the_tune_command_saves_what_plan_then_uses(tmp_path: Path) -> None:
@@ -101,7 +206,7 @@ def test_a_measured_device_gives_plan_and_cache_the_same_units(tmp_path: Path) -
         budget_bytes=8 * MIB,
         path=KVPath.DUAL,
         engine=EngineConfig(),
-        speeds=door_speeds(store),
+        speeds=door_speeds(known_profile(store)),
     )
     plan = plan_cache(config_of(TINY), request)
     model = load_model(TINY, dtype=torch.float32, device="cpu").model

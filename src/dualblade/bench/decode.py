@@ -47,6 +47,9 @@ differ from run to run (8 MiB here between runs of one model)."""
 
 FRACTION_MAX = 16.0
 
+TRACE_EVENTS = 100_000
+"""Of the newest steps; 20 MB of memory."""
+
 Progress = Callable[[str], None]
 
 
@@ -58,6 +61,7 @@ class DecodeBenchOptions:
     memory_budget   for the caches of runs without a limit.
     warmup_steps    decoded and dropped before the timed ones: they bring the page cache to rest.
     engine          settings of EngineConfig by name.
+    trace           FILE.json: stored runs are traced to FILE-MODE-REPEAT.json (the last limit's).
     store           a store file; None: a private one, which is gone afterwards.
     """
 
@@ -76,6 +80,7 @@ class DecodeBenchOptions:
     seed: int = 0
     compare_fio: bool = False
     engine: Mapping[str, Any] = field(default_factory=dict)
+    trace: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch", "context", "steps", "repeats"):
@@ -158,7 +163,11 @@ def run_decode_bench(options: DecodeBenchOptions, progress: Progress = _quiet) -
     return {
         "benchmark": "decode",
         "command": command_line(),
-        "options": {**asdict(options), "store": str(options.store) if options.store else None},
+        "options": {
+            **asdict(options),
+            "store": str(options.store) if options.store else None,
+            "trace": str(options.trace) if options.trace else None,
+        },
         "machine": machine_facts(folder),
         "calibration": calibration,
         "fio": next((speed for speed in speeds if speed is not None), None),
@@ -217,6 +226,9 @@ def _one_run(
 ) -> dict[str, Any]:
     """One child; its result under the keys that every run has, null where there is none."""
     payload = _child_options(options, task="run", mode=mode)
+    if options.trace is not None and mode in STORED:
+        payload["trace"] = str(options.trace.with_stem(f"{options.trace.stem}-{mode}-{repeat}"))
+        payload["engine"]["trace_events"] = TRACE_EVENTS
     payload["memory_budget"] = limit.budget
     payload["limit_bytes"] = None if limit.holds_from_start else limit.limit_bytes
     with contextlib.ExitStack() as stack:

@@ -58,6 +58,7 @@ class ChildOptions:
     cgroup_directory: str | None = None
     cgroup_version: int = 1
     limit_bytes: int | None = None
+    trace: str | None = None
 
     def cgroup(self) -> MemoryLimit | None:
         """The memory cgroup that the parent put this process into."""
@@ -127,6 +128,8 @@ def run(options: ChildOptions) -> dict[str, Any]:
         steps = _timed_steps(options.steps, decoder, cache)
         last = _stats(cache)
         tokens_sha256 = decoder.sha256()
+        if options.trace is not None and hasattr(cache, "write_trace"):
+            cache.write_trace(options.trace)
     peak = limit.peak_bytes() if limit is not None else process_memory().peak_resident_bytes
     if limit is not None:
         limit.close()

@@ -1,13 +1,12 @@
-"""Measuring both doors of a store on a device: what `dualblade tune` saves.
+"""Measuring both doors of a store on a device, and copies in memory: what `dualblade tune` saves.
 
-Workload: one extent of seeded incompressible data, written before it is read (holes never touch the
-device), swept as a decode step does it, into huge-page staging that is touched. Direct passes come
-first; then the page-cache door opens and the first pass is all misses, those after it all hits.
-Medians; a pass that the page cache did not serve as it should is an error, not a figure.
+A folder or a file: a scratch store beside it, gone at the end. A device: the store on it, which
+has to be formatted for dualblade and free; nothing else is ever written to. Medians.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -21,34 +20,33 @@ from dualblade.errors import BudgetError, ConfigError
 from dualblade.host.memory import available_memory
 from dualblade.host.profile import DeviceProfile, device_identity
 from dualblade.io import Arena, open_engine
-from dualblade.store import Door, Extent, Store
+from dualblade.store import Store
+from dualblade.store.backing import is_device
+from dualblade.store.measure import SWEEP_BYTES, measure_rates
 from dualblade.units import MIB, format_size
-
-_SWEEP_BYTES = 8 * MIB
-"""Read at a time: eight requests of 1 MiB, the default queue."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuneOptions:
-    """`folder`: on the device to measure; a scratch store is made there and removed."""
+    """`place`: a folder, a store file in one (it may be missing), or a device formatted for us."""
 
-    folder: Path
+    place: Path
     size_bytes: int = 256 * MIB
     repeats: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.size_bytes < _SWEEP_BYTES or self.size_bytes % _SWEEP_BYTES or self.repeats < 1:
-            raise ConfigError(f"the size must be a multiple of {format_size(_SWEEP_BYTES)}")
+        if self.size_bytes < SWEEP_BYTES or self.size_bytes % SWEEP_BYTES or self.repeats < 1:
+            raise ConfigError(f"the size must be a multiple of {format_size(SWEEP_BYTES)}")
 
 
 def measure_doors(
     options: TuneOptions, progress: Callable[[str], None] = lambda _: None
 ) -> DeviceProfile:
-    """Speeds of both doors on the device of `folder`. Blocks for seconds.
+    """Speeds of both doors on the device of `options.place`. Blocks for seconds.
 
-    Raises: BudgetError when the hits do not fit memory; Unsupported without O_DIRECT; NoSpace,
-        DeviceError.
+    Raises: BudgetError when the hits do not fit memory; NotAStore for a device that is not
+        formatted or in use; Unsupported without O_DIRECT; NoSpace, DeviceError.
     """
     free = available_memory().available_bytes
     if free < 2 * options.size_bytes:
@@ -57,69 +55,39 @@ def measure_doors(
             needed_bytes=2 * options.size_bytes,
             hint="measure when there is more, or with a smaller --size",
         )
-    scratch = options.folder / f".dualblade-tune-{time.monotonic_ns()}"
+    place = options.place
+    scratch: Path | None = None
+    if not is_device(place):
+        folder = place if place.is_dir() else place.absolute().parent
+        scratch = folder / f".dualblade-tune-{os.getpid()}-{time.monotonic_ns()}"
     try:
         with (
-            Arena(_SWEEP_BYTES) as arena,  # outlives the engine that it is registered with
+            Arena(SWEEP_BYTES) as arena,  # outlives the engine that it is registered with
             open_engine("auto") as engine,
-            Store.open(scratch, engine, capacity_bytes=options.size_bytes) as store,
+            Store.open(
+                scratch or place,
+                engine,
+                capacity_bytes=None if scratch is None else options.size_bytes,
+            ) as store,
         ):
             engine.register_arena(arena)
-            extent = store.allocate(options.size_bytes, Door.DIRECT)
-            sweep = _Sweep(store, extent, arena, options)
-            sweep.fill()
-            sweep.read()  # the first pass is not counted
-            direct = statistics.median(sweep.read() for _ in range(options.repeats))
-            progress(f"direct: {format_size(int(direct))}/s")
-            misses = []
-            for _ in range(options.repeats):
-                store.move(extent, Door.DIRECT)
-                store.move(extent, Door.PAGE_CACHE)
-                misses.append(sweep.read())
-            hits = [sweep.read() for _ in range(options.repeats)]
-            held = store.cached_bytes(extent)
-            if held < options.size_bytes:
-                raise BudgetError(
-                    f"only {format_size(held)} of {format_size(options.size_bytes)} stayed cached",
-                    needed_bytes=options.size_bytes,
-                    hint="other programs need the memory now; try again",
-                )
+            progress(f"measuring {store.path}")
+            rates = measure_rates(
+                store, arena, options.size_bytes, options.repeats, seed=options.seed
+            )
             name = engine.name
     finally:
-        scratch.unlink(missing_ok=True)
-    hit, miss = statistics.median(hits), statistics.median(misses)
-    progress(f"page cache: {format_size(int(hit))}/s when cached, {format_size(int(miss))}/s not")
+        if scratch is not None:
+            scratch.unlink(missing_ok=True)
     return DeviceProfile(
-        device=device_identity(options.folder),
+        device=device_identity(place),
         engine=name,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        direct_bytes_per_s=direct,
-        cache_hit_bytes_per_s=hit,
-        cache_miss_bytes_per_s=miss,
+        direct_bytes_per_s=statistics.median(rates.direct),
+        cache_hit_bytes_per_s=statistics.median(rates.hit),
+        cache_miss_bytes_per_s=statistics.median(rates.miss),
         memory_copy_bytes_per_s=_copy_rate(options.repeats),
     )
-
-
-class _Sweep:
-    """Passes over one extent, a few MiB at a time."""
-
-    def __init__(self, store: Store, extent: Extent, arena: Arena, options: TuneOptions) -> None:
-        self._store, self._extent, self._arena = store, extent, arena
-        self._size_bytes, self._seed = options.size_bytes, options.seed
-
-    def fill(self) -> None:
-        random = np.random.default_rng(self._seed)
-        memory = np.frombuffer(self._arena.buffer, dtype=np.uint8)
-        for at in range(0, self._size_bytes, _SWEEP_BYTES):
-            memory[:_SWEEP_BYTES] = np.frombuffer(random.bytes(_SWEEP_BYTES), dtype=np.uint8)
-            self._store.write(self._extent, at, self._arena.address, _SWEEP_BYTES).wait()
-
-    def read(self) -> float:
-        """One pass; bytes per second."""
-        began = time.perf_counter()
-        for at in range(0, self._size_bytes, _SWEEP_BYTES):
-            self._store.read(self._extent, at, self._arena.address, _SWEEP_BYTES).wait()
-        return self._size_bytes / (time.perf_counter() - began)
 
 
 def _copy_rate(repeats: int) -> float:

@@ -8,6 +8,7 @@ import os
 import resource
 import stat
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dualblade.host.devices import device_facts
 from dualblade.host.machine import machine_facts
 from dualblade.host.memory import auto_budget_bytes, available_memory, find_memory_groups
 from dualblade.host.page_cache import cached_bytes
+from dualblade.host.profile import load_profile
 from dualblade.io import Arena, open_engine
 from dualblade.store.fiemap import contiguous_pieces, file_extents
 from dualblade.store.format import SUPERBLOCK_BYTES, Superblock
@@ -79,6 +81,7 @@ def store(path: Path | None) -> dict[str, Any]:
     return {
         "path": str(place),
         "is_default": path is None,
+        "speeds": _speeds(place),
         "file_system": facts.file_system,
         "mount_point": facts.mount_point,
         "free_bytes": facts.free_bytes,
@@ -163,6 +166,12 @@ def _cachestat_works(place: Path) -> bool | None:
             return cached_bytes(file.fileno(), 0, BLOCK_BYTES).dirty_bytes is not None
     except (OSError, DualBladeError):
         return None
+
+
+def _speeds(place: Path) -> dict[str, Any] | None:
+    """The profile of the device below; None when it was not measured."""
+    profile = load_profile(place)
+    return None if profile is None else asdict(profile)
 
 
 def _ways(direct: bool) -> dict[str, str]:

@@ -146,6 +146,7 @@ def _store_rows(result: dict[str, Any]) -> _Rows:
             direct if facts["direct"] else f"no: {facts['direct_reason']}",
         ),
         *(_drive_rows(facts) if facts["drive"] is not None else ()),
+        (_GOOD, "speeds", _speeds(facts)),
         (_GOOD, "page cache", f"counted by {told[facts['cachestat']]}"),
         *((_POOR, f"path {way}", text) for way, text in facts["ways"].items() if text != "works"),
     ]
@@ -183,6 +184,18 @@ def _drive_rows(facts: dict[str, Any]) -> _Rows:
     if found == [] and facts["store"] is None:
         rows.append((_GOOD, "free", f"yes: dualblade store format {drive['path']}"))
     return rows
+
+
+def _speeds(facts: dict[str, Any]) -> str:
+    known = facts["speeds"]
+    if known is None:
+        how = f"dualblade tune {facts['path']} does it well"
+        return f"not measured yet: briefly done at first use; {how}"
+    names = ("direct", "cache_hit", "cache_miss")
+    direct, hit, miss = (format_size(int(known[f"{name}_bytes_per_s"])) for name in names)
+    by = "briefly at first use" if known["quick"] else "by tune"
+    when = f"measured {by}, {known['measured_at'][:10]}"
+    return f"direct {direct}/s, page cache {hit}/s, {miss}/s when missed ({when})"
 
 
 def _state(facts: dict[str, Any]) -> str:

@@ -45,6 +45,13 @@ class _Request:
     engine: EngineConfig
     json: bool
     stats: bool
+    trace: Path | None
+
+    def __post_init__(self) -> None:
+        from dualblade import config
+
+        config.check_attention(self.attention)
+        self.engine.check_path(config.Path.parse(self.path))
 
     def __post_init__(self) -> None:
         from dualblade import config
@@ -109,13 +116,16 @@ def generate(
     store: options.Store = None,
     memory_budget: options.MemoryBudget = "auto",
     path: options.KVPath = "dual",
+    cache_percent: options.CachePercent = None,
     attention: options.Attention = "auto",
     disk_capacity_bytes: options.DiskCapacity = None,
     io_engine: options.IOEngine = "auto",
     io_poll: options.IOPoll = False,
     discard: options.Discard = False,
     queue_depth: options.QueueDepth = None,
+    checksums: options.Checksums = "sample",
     stats: Stats = False,
+    trace: options.Trace = None,
     json: options.Json = False,
     debug: options.Debug = False,  # noqa: ARG001 - read by Command
 ) -> None:
@@ -155,11 +165,15 @@ def generate(
                 io_engine=io_engine,
                 queue_depth=queue_depth,
                 disk_capacity_bytes=disk_capacity_bytes,
+                checksums=checksums,
+                trace_events=options.TRACE_EVENTS if trace else None,
+                cache_percent=cache_percent,
                 io_poll=io_poll,
                 discard=discard,
             ),
             json=json,
             stats=stats,
+            trace=trace,
         )
     )
 
@@ -189,6 +203,7 @@ def _run(request: _Request) -> None:
         reporter.tell(f"loading {request.model}")
         from dualblade.hf.models import load_model, parse_dtype
 
+        _check_memory(request)
         loaded = load_model(
             request.model,
             dtype=parse_dtype(request.dtype),
@@ -205,6 +220,33 @@ def _run(request: _Request) -> None:
         write_json(result)
     if request.stats:
         _show_stats(result)
+
+
+def _check_memory(request: _Request) -> None:
+    """Refuse a model that cannot fit before its weights are read. Raises: BudgetError.
+
+    With a GPU of its own memory, host memory is not what the weights need.
+    """
+    import torch
+
+    from dualblade.hf.footprint import footprint, staging_and_tails
+    from dualblade.hf.models import config_of, default_dtype, is_packed, parse_dtype
+    from dualblade.host.memory import available_memory
+
+    if (request.device or ("cuda" if torch.cuda.is_available() else "cpu")) != "cpu":
+        return
+    config = config_of(request.model)
+    dtype = parse_dtype(request.dtype) or default_dtype(config, "cpu")
+    budget = 0 if request.memory_budget == "auto" else int(request.memory_budget)
+    staging, _ = staging_and_tails(config, dtype.itemsize, budget, request.engine)
+    footprint(
+        config,
+        dtype,
+        # A token has a byte at least.
+        rows=min(request.prefill_chunk_tokens, len(request.prompt.encode())),
+        staging_bytes=0 if request.path == "memory" else staging,
+        is_packed=is_packed(request.model),
+    ).require(request.model, available_memory())
 
 
 def _generate(
@@ -252,6 +294,8 @@ def _generate(
         finally:
             reporter.finish()
             write("\n")
+            if request.trace is not None:  # after Ctrl-C too: what was done until then
+                reporter.tell(f"{cache.write_trace(request.trace)} spans in {request.trace}")
         return generation, at_first, cache.stats().to_dict()
 
 
@@ -350,6 +394,7 @@ def _stats_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("engine", f"{engine['name']}{because}, {engine['queue_depth']} in flight"),
         *(("", note) for note in engine["notes"]),
         ("plan", f"{len(cached)} of {len(cache['plan'])} units through the page cache"),
+        *([("speeds", _speeds_line(cache["speeds"]))] if cache["speeds"] else []),
         *(("moved", _event_line(event)) for event in cache["events"]),
         ("memory", _memory_line(memory)),
         (
@@ -358,13 +403,48 @@ def _stats_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
             f"{format_size(io['page_cache_read_bytes'])} through the page cache",
         ),
         ("written", format_size(io["written_bytes"])),
+        ("checksums", _checksums_line(cache["checksums"], seconds["checksums"])),
         (
             "time",
             f"waiting for reads {seconds['read_wait']:.2f} s, "
             f"attention over tiles {seconds['attention']:.2f} s, "
             f"gathering {seconds['gather']:.2f} s, taking in rows {seconds['append']:.2f} s",
         ),
+        *_stage_rows(cache["stages"]),
     ]
+
+
+def _stage_rows(stages: dict[str, Any]) -> list[tuple[str, str]]:
+    """How busy each stage was, how much of it at the same time, and what was waited for."""
+    wall, efficiency = stages["wall_seconds"], stages["overlap_efficiency"]
+    if not wall:
+        return []
+    names = ("reads", "copies", "compute", "writes", "control")
+    busy = ", ".join(f"{name} {stages[f'{name}_seconds'] / wall:.0%}" for name in names)
+    causes = ("reads", "copies", "writes")
+    stalls = ", ".join(f"{c} {stages[f'stalled_on_{c}_seconds']:.2f} s" for c in causes)
+    used = stages["drive_utilisation"]
+    return [
+        ("busy", f"{busy} of {wall:.2f} s: {efficiency:.2f} stages at a time"),
+        ("stalls", f"waiting for {stalls}"),
+        ("drive", "speed not measured: dualblade tune" if used is None else f"{used:.0%} used"),
+    ]
+
+
+def _speeds_line(speeds: dict[str, Any]) -> str:
+    direct, hit = (format_size(int(speeds[f"{n}_bytes_per_s"])) for n in ("direct", "cache_hit"))
+    compute = speeds["compute_seconds"]
+    computed = f"; a step computes {compute * 1000:.1f} ms" if compute else ""
+    return f"direct {direct}/s, page cache {hit}/s, measured by {speeds['measured_by']}{computed}"
+
+
+def _checksums_line(sums: dict[str, Any], seconds: float) -> str:
+    if sums["mode"] == "off":
+        return "off: what is read is believed"
+    return (
+        f"{sums['mode']}: {format_size(sums['verified_bytes'])} verified in {seconds:.2f} s, "
+        f"{sums['mismatches']} mismatches, {sums['healed_reads']} reads right the second time"
+    )
 
 
 def _event_line(event: dict[str, Any]) -> str:

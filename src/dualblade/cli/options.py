@@ -47,6 +47,17 @@ KVPath = Annotated[
         help="dual (page cache up to the budget, the rest direct), page-cache, direct or memory.",
     ),
 ]
+CachePercent = Annotated[
+    int | None,
+    typer.Option(
+        "--cache-percent",
+        min=0,
+        max=100,
+        metavar="N",
+        help="Fix the split of the dual path: N % of the KV through the page cache, fit or not. By "
+        "default the plan follows the memory there is.",
+    ),
+]
 Attention = Annotated[
     str,
     typer.Option(
@@ -94,6 +105,23 @@ QueueDepth = Annotated[
         help="Requests in flight on the device.",
     ),
 ]
+Checksums = Annotated[
+    str,
+    typer.Option(
+        "--checksums",
+        metavar="WHICH",
+        help="Verify KV as it is read back: sample (a sixteenth at each step, all of it in 16), "
+        "all (before it is used), or off.",
+    ),
+]
+EngineSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--engine",
+        metavar="NAME=VALUE",
+        help="A setting of EngineConfig, such as checksums=all or lookahead=2; may be repeated.",
+    ),
+]
 Dtype = Annotated[
     str,
     typer.Option(
@@ -110,6 +138,18 @@ Context = Annotated[
     str,
     typer.Option("--context", metavar="T", help="Tokens of each sequence, such as 4096 or 32k."),
 ]
+Trace = Annotated[
+    Path | None,
+    typer.Option(
+        "--trace",
+        metavar="FILE",
+        help="Write what each stage (reads, copies, compute, writes, control) did when, for "
+        "ui.perfetto.dev or chrome://tracing: the newest 100,000 spans.",
+    ),
+]
+TRACE_EVENTS = 100_000
+"""20 MB of memory and of JSON; a step of 1 GiB in pieces of 4 MiB is about 800."""
+
 Json = Annotated[
     bool, typer.Option("--json", help="One JSON object on stdout; progress on stderr.")
 ]
@@ -123,6 +163,17 @@ def parse_tokens(text: str) -> int:
     if tokens < 1:
         raise ConfigError(f"not a number of tokens: {text!r}", hint="write it like 4096 or 32k")
     return tokens
+
+
+def parse_settings(words: list[str] | None) -> dict[str, Any]:
+    """Settings of EngineConfig written NAME=VALUE, by name. Raises: ConfigError."""
+    settings: dict[str, Any] = {}
+    for word in words or ():
+        name, equals, value = word.partition("=")
+        if not (name and equals and value):
+            raise ConfigError(f"not a setting: {word!r}", hint="write it like checksums=all")
+        settings[name] = int(value) if value.isdecimal() else value
+    return settings
 
 
 def engine_config(

@@ -14,7 +14,11 @@ from dualblade.units import format_size, parse_size
 
 def tune(
     store: Annotated[
-        Path, typer.Argument(metavar="STORE", help="A store file or folder on the device.")
+        Path,
+        typer.Argument(
+            metavar="STORE",
+            help="A folder or store file on the device, or a device formatted for dualblade.",
+        ),
     ],
     size: Annotated[
         str, typer.Option("--size", metavar="SIZE", help="Of the scratch file; gone at the end.")
@@ -25,21 +29,23 @@ def tune(
     """Measure a device and save its profile.
 
     Reads through both doors and copies in memory, for a few seconds. `plan` then predicts the time
-    of a step, and `generate` caches only what the page cache makes faster.
+    of a step, and `generate` caches only what the page cache makes faster. Files are measured with
+    a scratch store beside them; a device only if it was formatted (dualblade store format) and no
+    cache is using it: nothing else is written to.
 
     \b
     Examples:
       dualblade tune /mnt/nvme
       dualblade tune kv.store --json
+      dualblade tune /dev/ng0n1
     """
     from dualblade.bench.doors import TuneOptions, measure_doors
     from dualblade.cli.output import Reporter, result_console, write_json
     from dualblade.host.profile import save_profile
 
-    folder = store if store.is_dir() else store.absolute().parent
     with Reporter() as reporter:
         profile = measure_doors(
-            TuneOptions(folder=folder, size_bytes=parse_size(size)), reporter.tell
+            TuneOptions(place=store, size_bytes=parse_size(size)), reporter.tell
         )
     saved = save_profile(profile)
     if json:
@@ -51,7 +57,7 @@ def tune(
         ("direct", profile.direct_bytes_per_s),
         ("page cache, hits", profile.cache_hit_bytes_per_s),
         ("page cache, misses", profile.cache_miss_bytes_per_s),
-        ("memory copy", profile.memory_copy_bytes_per_s),
+        ("memory copy", profile.memory_copy_bytes_per_s or 0),
     ):
         console.print(f"  {name}: {format_size(int(rate))}/s")
     console.print(f"saved in {saved}")

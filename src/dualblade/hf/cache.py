@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path as FilePath
 from typing import Any, Literal
 
 import torch
@@ -12,17 +14,30 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from dualblade.config import EngineConfig, Path, check_attention
 from dualblade.errors import BudgetError, ConfigError, Unsupported
-from dualblade.geometry import TILE_ROWS_DEFAULT
 from dualblade.hf.choice import AttentionChoice, choose, give_back, lend
+from dualblade.hf.footprint import staging_and_tails
 from dualblade.hf.geometry import item_bytes, layer_shapes, memory_layers, offloadable
 from dualblade.hf.layer import MemoryLayer, StoredLayer
-from dualblade.hf.speeds import door_speeds
+from dualblade.hf.speeds import (
+    FIRST_USE_KV_BYTES_MIN,
+    door_speeds,
+    known_profile,
+    measure_at_first_use,
+)
 from dualblade.host.memory import MemoryProbe
-from dualblade.io import open_engine
-from dualblade.metrics import CacheStats, MemoryUse, StageSeconds, TransferTotals
+from dualblade.host.profile import DeviceProfile
+from dualblade.io import Engine, open_engine
+from dualblade.metrics import (
+    CacheStats,
+    ChecksumTotals,
+    MemoryUse,
+    PipelineStages,
+    SpeedFacts,
+    StageSeconds,
+    TransferTotals,
+)
 from dualblade.pipeline import KVPipeline, KVSettings, MemoryKV
 from dualblade.pipeline.residence import MemorySource
-from dualblade.pipeline.staging import staging_shape
 from dualblade.store import Store
 from dualblade.units import format_size, parse_size
 
@@ -53,6 +68,7 @@ class DualBladeCache(Cache):
         self._model = model
         self._pipeline = pipeline
         self._store = store
+        self._profile: DeviceProfile | None = None
         if model is not None:  # last: what fails above leaves the model as it was
             lend(model)
 
@@ -77,7 +93,8 @@ class DualBladeCache(Cache):
                        the `dual` path the plan follows the memory that is there, and a stated
                        budget is a limit that less memory lowers.
         path           `dual` keeps in the page cache what fits under the budget and reads the
-                       rest directly; `page-cache`, `direct` and `memory` are one way for all.
+                       rest directly, or splits as EngineConfig.cache_percent says; `page-cache`,
+                       `direct` and `memory` are one way for all.
         attention      `exact`: the model's own attention on gathered tiles, bit-equal to
                        `DynamicCache`. `tiles`: ours on tiles where they lie, in memory that does
                        not grow with the context; rounding differs, as between sdpa and eager. The
@@ -89,44 +106,35 @@ class DualBladeCache(Cache):
         Raises: ConfigError, Unsupported, BudgetError, NotAStore, NoSpace, StorageError.
         """
         way, settings = Path.parse(path), config or EngineConfig()
-        check_attention(attention)
-        if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
-            raise ConfigError(f"max_tokens must be a positive number, not {max_tokens!r}")
+        settings.check_path(way)
+        _check_words(attention, max_tokens)
         layers = memory_layers(model.config)
         stored = offloadable(model.config, layers)
         _check_model(model, layers, stored)
         choice = choose(model, attention)
         borrower = model if choice.over_tiles else None
         if way is Path.MEMORY:
-            memory = MemoryKV(model.device, settings.tile_tokens, max_tokens)
-            kept: Callable[[int], Any] = (
-                (lambda index: StoredLayer(memory, index, max_tokens, choice))
-                if choice.over_tiles
-                else (lambda _: MemoryLayer(max_tokens))
-            )
-            _replace(layers, stored, kept)
+            memory = MemoryKV(model.device, settings.tile_tokens, max_tokens, settings.trace_events)
+            _keep(layers, stored, memory, max_tokens, choice)
             pipeline = memory if choice.over_tiles else None
             return cls(layers, path=way, attention=choice, model=borrower, pipeline=pipeline)
         budget, source = _budget(memory_budget, settings)
         _check_budget(model, budget, settings)
-        opened, stored_kv = _open_pipeline(
-            store,
-            KVSettings(
-                path=way,
-                budget_bytes=budget,
-                layer_count=sum(stored),
-                tokens_max=max_tokens,
-                device=model.device,
-                config=settings,
-                over_tiles=choice.over_tiles,
-                memory=source,
-                speeds=door_speeds(store),
-            ),
+        kv = KVSettings(
+            path=way,
+            budget_bytes=budget,
+            layer_count=sum(stored),
+            tokens_max=max_tokens,
+            device=model.device,
+            config=settings,
+            over_tiles=choice.over_tiles,
+            memory=source,
         )
-        _replace(layers, stored, lambda i: StoredLayer(stored_kv, i, max_tokens, choice))
-        return cls(
-            layers, path=way, attention=choice, model=borrower, pipeline=stored_kv, store=opened
-        )
+        opened, over, profile = _open_pipeline(store, kv, _kv_bytes_least(model, max_tokens))
+        _replace(layers, stored, lambda i: StoredLayer(over, i, max_tokens, choice))
+        made = cls(layers, path=way, attention=choice, model=borrower, pipeline=over, store=opened)
+        made._profile = profile
+        return made
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> None:
         """Take in rows [batch, kv_heads, n, dim] of a layer without attending to them.
@@ -159,6 +167,16 @@ class DualBladeCache(Cache):
             "a cache in a store cannot be copied", hint="make a second one with for_model"
         )
 
+    def write_trace(self, path: str | os.PathLike[str]) -> int:
+        """Write what each stage did when, for Perfetto or chrome://tracing; the number of spans.
+
+        The newest `EngineConfig.trace_events` of them are kept. Also after close.
+        Raises: Unsupported where nothing is kept, OSError.
+        """
+        if self._pipeline is None:
+            raise Unsupported("nothing is traced in memory with the model's own attention")
+        return self._pipeline.write_trace(FilePath(path))
+
     def stats(self) -> CacheStats:
         """Where bytes and time went, and what is in force. Asks the kernel once; cheap."""
         stored_count = sum(isinstance(layer, StoredLayer) for layer in self.layers)
@@ -181,7 +199,9 @@ class DualBladeCache(Cache):
                 memory_layers=len(self.layers),
                 memory=_NO_MEMORY,
                 io=TransferTotals(),
+                checksums=ChecksumTotals(),
                 seconds=StageSeconds() if pipeline is None else pipeline.seconds(),
+                stages=PipelineStages() if pipeline is None else pipeline.stages(),
                 plan=(),
             )
         return CacheStats(
@@ -198,9 +218,12 @@ class DualBladeCache(Cache):
             memory_layers=len(self.layers) - stored_count,
             memory=pipeline.memory_use(),
             io=pipeline.transfers(),
+            checksums=pipeline.checksums.totals(),
             seconds=pipeline.seconds(),
+            stages=pipeline.stages(),
             plan=pipeline.placements(),
             events=pipeline.events(),
+            speeds=_speed_facts(self._profile, pipeline.compute_seconds),
         )
 
 
@@ -228,9 +251,10 @@ def _budget(asked: str | int, config: EngineConfig) -> tuple[int, MemorySource]:
 
 
 def _open_pipeline(
-    store: str | os.PathLike[str] | None, settings: KVSettings
-) -> tuple[Store, KVPipeline]:
-    """The engine, the store and the pipeline over them; nothing stays open when one refuses."""
+    store: str | os.PathLike[str] | None, settings: KVSettings, kv_bytes: int | None
+) -> tuple[Store, KVPipeline, DeviceProfile | None]:
+    """The engine, the store and the pipeline over them, and the speeds that it goes by; nothing
+    stays open when one refuses. `kv_bytes`: the least that is to be expected, None: no end."""
     config = settings.config
     engine = open_engine(
         config.io_engine,
@@ -250,7 +274,66 @@ def _open_pipeline(
     except BaseException:
         engine.close()
         raise
-    return opened, KVPipeline(opened, engine, settings)
+    try:
+        profile = _profile(store, opened, engine, settings, kv_bytes)
+    except BaseException:
+        opened.close()
+        engine.close()
+        raise
+    settings = replace(settings, speeds=door_speeds(profile))
+    return opened, KVPipeline(opened, engine, settings), profile
+
+
+def _profile(
+    place: str | os.PathLike[str] | None,
+    store: Store,
+    engine: Engine,
+    settings: KVSettings,
+    kv_bytes: int | None,
+) -> DeviceProfile | None:
+    """What is known of the store's device; measured now where a plan of this size asks for it."""
+    known = known_profile(place)
+    if known is not None or settings.path is not Path.DUAL:
+        return known
+    worth = settings.budget_bytes if kv_bytes is None else min(kv_bytes, settings.budget_bytes)
+    is_fixed = settings.config.cache_percent is not None
+    if is_fixed or min(worth, store.capacity_bytes) < FIRST_USE_KV_BYTES_MIN:
+        return None
+    return measure_at_first_use(place, store, engine)
+
+
+def _kv_bytes_least(model: PreTrainedModel, tokens_max: int | None) -> int | None:
+    """KV of one sequence of the stated maximum; None where none is stated."""
+    shapes = [shape for shape in layer_shapes(model.config) if shape.offloaded]
+    elements = sum(shape.kv_heads * (shape.key_dim + shape.value_dim) for shape in shapes)
+    return None if tokens_max is None else elements * item_bytes(model.dtype) * tokens_max
+
+
+def _speed_facts(profile: DeviceProfile | None, compute_seconds: float) -> SpeedFacts | None:
+    if profile is None:
+        return None
+    return SpeedFacts(
+        measured_by="first use" if profile.quick else "tune",
+        measured_at=profile.measured_at,
+        direct_bytes_per_s=profile.direct_bytes_per_s,
+        cache_hit_bytes_per_s=profile.cache_hit_bytes_per_s,
+        cache_miss_bytes_per_s=profile.cache_miss_bytes_per_s,
+        compute_seconds=compute_seconds,
+    )
+
+
+def _keep(
+    layers: list[Any],
+    stored: list[bool],
+    memory: MemoryKV,
+    max_tokens: int | None,
+    choice: AttentionChoice,
+) -> None:
+    """Layers whose KV stays in memory; `memory` holds it where attention is ours."""
+    if choice.over_tiles:
+        _replace(layers, stored, lambda index: StoredLayer(memory, index, max_tokens, choice))
+    else:
+        _replace(layers, stored, lambda _: MemoryLayer(max_tokens))
 
 
 def _replace(layers: list[Any], stored: list[bool], made: Callable[[int], Any]) -> None:
@@ -264,6 +347,12 @@ def _layer_bytes(layer: Any) -> int:
     """Bytes of the KV that a layer in memory holds."""
     tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _check_words(attention: str, max_tokens: int | None) -> None:
+    check_attention(attention)
+    if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
+        raise ConfigError(f"max_tokens must be a positive number, not {max_tokens!r}")
 
 
 def _check_model(model: PreTrainedModel, layers: list[Any], stored: list[bool]) -> None:
@@ -289,12 +378,8 @@ def _check_model(model: PreTrainedModel, layers: list[Any], stored: list[bool]) 
 
 def _check_budget(model: PreTrainedModel, budget: int, config: EngineConfig) -> None:
     """Refuse at once a budget that not even one sequence's staging and tails fit in."""
-    size = item_bytes(model.dtype)
-    shapes = [shape for shape in layer_shapes(model.config) if shape.offloaded]
-    row_bytes = [s.kv_heads * (s.key_dim + s.value_dim) * size for s in shapes]
-    rows = config.tile_tokens or TILE_ROWS_DEFAULT
-    staging = staging_shape(config, budget, max(row_bytes) * rows // 2).total_bytes
-    needed = staging + sum(row_bytes) * rows // 8
+    staging, tails = staging_and_tails(model.config, item_bytes(model.dtype), budget, config)
+    needed = staging + tails
     if needed > budget:
         raise BudgetError(
             f"the memory budget of {format_size(budget)} is too small: staging alone needs "

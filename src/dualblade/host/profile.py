@@ -7,22 +7,28 @@ none until that one is measured.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import stat
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from dualblade.errors import StorageError
 from dualblade.host.devices import device_facts
+from dualblade.host.drives import find_drive
 
 log = logging.getLogger("dualblade.host")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceProfile:
-    """Bytes per second through each door, and of a copy in memory. `device` is its identity."""
+    """Bytes per second through each door, and of a copy in memory (None: not measured).
+
+    `device` is its identity. `quick`: measured briefly at first use, not by `tune`.
+    """
 
     device: str
     engine: str
@@ -30,14 +36,15 @@ class DeviceProfile:
     direct_bytes_per_s: float
     cache_hit_bytes_per_s: float
     cache_miss_bytes_per_s: float
-    memory_copy_bytes_per_s: float
+    memory_copy_bytes_per_s: float | None = None
+    quick: bool = False
 
     def __post_init__(self) -> None:
         rates = (
             self.direct_bytes_per_s,
             self.cache_hit_bytes_per_s,
             self.cache_miss_bytes_per_s,
-            self.memory_copy_bytes_per_s,
+            1 if self.memory_copy_bytes_per_s is None else self.memory_copy_bytes_per_s,
         )
         if not all(isinstance(rate, int | float) and rate > 0 for rate in rates):
             raise ValueError("a speed is a positive number")
@@ -52,8 +59,16 @@ def profiles_file() -> Path:
 def device_identity(path: str | os.PathLike[str]) -> str:
     """What `path` stands on, in words that stay the same from one start to the next.
 
-    Raises: StorageError when neither the path nor its folder exists.
+    Of a device node, the drive's serial; its character device, which is read by other commands,
+    is a device of its own. Raises: StorageError when neither the path nor its folder exists.
     """
+    if _is_device(path):
+        drive = find_drive(path)
+        way = "NVMe commands" if drive.is_ng else "block device"
+        part = "" if drive.partition is None else f" partition {drive.partition}"
+        # A loop device has neither: its name is all there is.
+        known = f"{drive.model} {drive.serial}".strip() or Path(drive.whole_path).name
+        return f"{known}{part}, {drive.block_bytes}-byte blocks, {way}"
     facts = device_facts(path)
     queue = facts.queue
     device = "no block device" if queue is None else f"{queue.name} {queue.model or 'no model'}"
@@ -91,10 +106,17 @@ def load_profile(path: str | os.PathLike[str]) -> DeviceProfile | None:
         return None
     try:
         names = {field.name for field in fields(DeviceProfile)}
-        return DeviceProfile(**{name: found[name] for name in names})
+        return DeviceProfile(**{name: found[name] for name in names if name in found})
     except (KeyError, TypeError, ValueError) as exc:
         log.warning("the profile in %s is not usable (%s); measure again with tune", file, exc)
         return None
+
+
+def _is_device(path: str | os.PathLike[str]) -> bool:
+    with contextlib.suppress(OSError):
+        mode = os.stat(path).st_mode
+        return stat.S_ISBLK(mode) or stat.S_ISCHR(mode)
+    return False
 
 
 def _read_all(file: Path) -> dict[str, Any]:

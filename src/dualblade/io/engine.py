@@ -88,6 +88,11 @@ class Ticket:
         return self._native.done
 
     @property
+    def ended_ns(self) -> int:
+        """When it ended, on the clock of `time.monotonic_ns`; 0 before."""
+        return self._native.ended_ns
+
+    @property
     def landed_bytes(self) -> int:
         """The first n contiguous bytes, in batch order, that have been transferred."""
         return self._native.landed_bytes

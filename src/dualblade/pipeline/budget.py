@@ -16,8 +16,8 @@ _GROWTH_TOKENS_MIN = 256
 CAPACITY_STEP_TOKENS = 64
 """Gather buffers hold a multiple of this many tokens."""
 
-TABLE_ITEM_BYTES = 4
-"""Of the sequence table: one int32 for each tile and sequence."""
+TABLE_ITEM_BYTES = 4 + 2 * 8
+"""For each tile and sequence: an int32 of the sequence table, checksums of keys and of values."""
 
 TAIL_SHARE_OF_BUDGET = 10
 """Tails take at most a tenth of the budget; tiles have fewer rows where they would take more."""

@@ -96,6 +96,12 @@ class Layer:
         """Memory of both tails."""
         return self.keys.tail.nbytes + self.values.tail.nbytes
 
+    @property
+    def table_bytes(self) -> int:
+        """Memory of what is kept about tiles: their sequences, and checksums of both halves."""
+        sums = [segment.checksums for half in self.halves for segment in half.unit.segments]
+        return self.table.size_bytes + sum(len(some) * some.itemsize for some in sums)
+
     def token_bytes(self) -> int:
         """Bytes of one token of all sequences, keys and values."""
         return sum(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 from dualblade.io import Arena, Engine
+from dualblade.pipeline.checksums import Checksums
 from dualblade.pipeline.copies import CudaCopies, HostCopies, copies_for
 from dualblade.pipeline.layer import HalfLayer, Layer
 from dualblade.pipeline.read_ahead import Landing
 from dualblade.pipeline.staging import Slots, StagingShape
+from dualblade.pipeline.timeline import Lane, Timeline, now_ns
 from dualblade.pipeline.unit import Piece, Unit, tile_view
 from dualblade.pipeline.write_behind import WriteBehind
 from dualblade.store import Store
@@ -18,13 +20,21 @@ class Machinery:
     """Exists from the first rows on, when the shapes are known."""
 
     def __init__(
-        self, shape: StagingShape, store: Store, engine: Engine, device: torch.device
+        self,
+        shape: StagingShape,
+        store: Store,
+        engine: Engine,
+        device: torch.device,
+        checksums: Checksums,
+        timeline: Timeline,
     ) -> None:
         self.shape = shape
         self.arena = Arena(shape.total_bytes)
         engine.register_arena(self.arena)
         self._store = store
-        self.read_slots = Slots(self.arena, 0, shape.read_slots, shape.slot_bytes)
+        self._checksums = checksums
+        self._timeline = timeline
+        self.read_slots = Slots(self.arena, 0, shape.read_slots, shape.slot_bytes, timeline)
         self.writes = WriteBehind(
             store,
             Slots(
@@ -32,7 +42,10 @@ class Machinery:
                 shape.read_slots * shape.slot_bytes,
                 shape.write_slots,
                 shape.slot_bytes,
+                timeline,
             ),
+            checksums,
+            timeline,
         )
         self.copies: HostCopies | CudaCopies = copies_for(device, self.arena)
 
@@ -46,7 +59,11 @@ class Machinery:
             low = (piece.tile - first_tile) * size
             some = rows[piece.sequence : piece.sequence + piece.sequences]
             some = some[:, :, low : low + piece.tiles * size].unflatten(2, (piece.tiles, size))
+            began = now_ns()
             self.copies.fill(slot, view, some.permute(2, 0, 1, 3, 4))
+            if slot.busy is None:  # the copy has ended: here, in this thread
+                moved = piece.size_bytes(geometry)
+                self._timeline.span(Lane.COPIES, "fill", began, now_ns(), unit.id.layer, moved)
             self.writes.write(unit, piece, slot)
 
     def fetch(self, layer: Layer, half: HalfLayer, piece: Piece) -> None:
@@ -57,6 +74,7 @@ class Machinery:
         size = piece.size_bytes(geometry)
         extent = piece.segment.extent
         self._store.read(extent, piece.offset(geometry), slot.address, size).wait()
+        self._checksums.verify(half.unit, piece, slot, whole=True)
         staged = tile_view(slot.memory, geometry, layer.dtype, 1, piece.sequences)
         layer.recall_tile(half, piece, staged[0])
         self.read_slots.release(slot)

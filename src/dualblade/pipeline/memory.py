@@ -5,19 +5,16 @@ It is what computing costs when no byte has to be fetched: the yardstick of the 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import torch
 
-from dualblade.attention import AttentionQuery
-from dualblade.errors import Closed, ConfigError
 from dualblade.io import Arena
-from dualblade.metrics import StageSeconds
-from dualblade.pipeline.attend import Arrived, NewRows, attend
+from dualblade.metrics import PipelineStages, StageSeconds
+from dualblade.pipeline.attend import Arrived, NewRows
 from dualblade.pipeline.gather import scatter
 from dualblade.pipeline.layer import HalfLayer, Layer, LayerMaker, check_continues, check_rows
-from dualblade.pipeline.offer import Offer
+from dualblade.pipeline.layers import LayeredKV
 from dualblade.pipeline.unit import Piece, Unit, paired_pieces, tile_view
 from dualblade.store import Door, Extent
 from dualblade.store.extents import Range
@@ -67,12 +64,17 @@ class TileMemory:
         return tile_view(memory, unit.geometry, dtype, piece.tiles, piece.sequences)
 
 
-class MemoryKV:
+class MemoryKV(LayeredKV):
     """The KV of all full-attention layers, in memory. Like `KVPipeline`, without a store."""
 
     def __init__(
-        self, device: torch.device, tile_tokens: int | None, tokens_max: int | None
+        self,
+        device: torch.device,
+        tile_tokens: int | None,
+        tokens_max: int | None,
+        trace_events: int = 0,
     ) -> None:
+        super().__init__(trace_events)
         self._memory = TileMemory(device)
         self._maker = LayerMaker(
             space=self._memory,
@@ -80,59 +82,24 @@ class MemoryKV:
             tile_tokens=tile_tokens,
             tail_bytes_max=_NO_LIMIT,
         )
-        self._layers: dict[int, Layer] = {}
-        self._offer: Offer | None = None
-        self._failure: BaseException | None = None
-        self._closed = False
-        self._attention_seconds = 0.0
-        self._append_seconds = 0.0
 
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of all rows."""
-        return sum(layer.tokens * layer.token_bytes() for layer in self._layers.values())
-
-    def offer(self, index: int, key_rows: torch.Tensor, value_rows: torch.Tensor) -> Offer:
-        """New rows of layer `index`. Raises: ConfigError, Closed."""
-        self.check_usable()
-        self._settle()
+    def _admit(self, index: int, key_rows: torch.Tensor, value_rows: torch.Tensor) -> Layer:
         check_rows(key_rows, value_rows)
         layer = self._layers.get(index)
         if layer is None:
             layer = self._layers[index] = self._maker.make(index, key_rows, value_rows)
         check_continues(layer, key_rows, value_rows)
         layer.fit_tails()
-        self._offer = Offer(self, layer, NewRows(key_rows, value_rows))
-        return self._offer
+        return layer
 
-    def update(
-        self, index: int, key_rows: torch.Tensor, value_rows: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values of layer `index`, the new rows included; the rows are taken in."""
-        return self.offer(index, key_rows, value_rows).gather()
-
-    def append(self, index: int, key_rows: torch.Tensor, value_rows: torch.Tensor) -> None:
-        """Take in rows of layer `index` without attending to them."""
-        self.offer(index, key_rows, value_rows).settle()
-
-    def attend_to(self, layer: Layer, new: NewRows, query: AttentionQuery) -> torch.Tensor:
-        """See `Offer.attend`."""
-        started = time.perf_counter()
-
-        def buffers(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-            tokens = min(layer.group_tiles * layer.rows, layer.tokens + new.count)
-            keys, values = (
-                half.tail.new_empty(
-                    (layer.batch, half.unit.geometry.kv_heads, tokens, half.unit.geometry.dim),
-                    dtype=dtype,
-                )
-                for half in layer.halves
-            )
-            return keys, values
-
-        out = attend(layer, new, query, self._arriving(layer), buffers)
-        self._attention_seconds += time.perf_counter() - started
-        return out
+    def _group_buffers(self, layer: Layer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = layer.group_tiles * layer.rows
+        shapes = (
+            (layer.batch, half.unit.geometry.kv_heads, tokens, half.unit.geometry.dim)
+            for half in layer.halves
+        )
+        keys, values = (layer.keys.tail.new_empty(shape, dtype=dtype) for shape in shapes)
+        return keys, values
 
     def gather_all(self, layer: Layer, new: NewRows) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Offer.gather`."""
@@ -150,20 +117,13 @@ class MemoryKV:
             together.append(out)
         return together[0], together[1]
 
-    def take_in(self, layer: Layer, new: NewRows, *, is_sweeping: bool) -> None:  # noqa: ARG002
-        """See `Taker`."""
-        started = time.perf_counter()
+    def _append(self, layer: Layer, new: NewRows, *, is_sweeping: bool) -> None:  # noqa: ARG002
         tiles = layer.full_tiles(new.count)
         for half in layer.halves:
             half.unit.make_room(tiles, layer.batch, Door.DIRECT)
         layer.append(
             new.keys, new.values, lambda unit, tile, rows: self._store(layer, unit, tile, rows)
         )
-        self._append_seconds += time.perf_counter() - started
-
-    def fail(self, cause: BaseException) -> None:
-        """See `Taker`."""
-        self._failure = cause
 
     def _store(self, layer: Layer, unit: Unit, first_tile: int, rows: torch.Tensor) -> None:
         tiles = rows.unflatten(2, (-1, unit.geometry.rows)).permute(2, 0, 1, 3, 4)
@@ -178,69 +138,14 @@ class MemoryKV:
                 tiles = self._memory.view(half.unit, piece, layer.dtype)
                 yield Arrived(half, tiles, piece.tile, piece.sequence)
 
-    def tokens(self, index: int) -> int:
-        """Tokens of each sequence in layer `index`, those on offer included."""
-        if self._offer is not None and self._offer.layer.index == index:
-            return self._offer.tokens
-        return self._layers[index].tokens if index in self._layers else 0
-
-    def batch(self, index: int) -> int:
-        """Sequences in layer `index`; 0 before its first rows."""
-        layer = self._layers.get(index)
-        return layer.batch if layer is not None and layer.tokens else 0
-
-    def select(self, index: int, indices: torch.Tensor) -> None:
-        """In layer `index`, sequence i becomes what `indices[i]` was."""
-        self.check_usable()
-        self._settle()
-        if self.batch(index):
-            self._layers[index].select(indices)
-
-    def set_recall(self, index: int, recall: bool) -> None:
-        """Keep a tile's worth of rows more in the tail, as a store does: the same arithmetic."""
-        self._settle()
-        if index in self._layers:
-            self._layers[index].recall = recall
-
-    def crop(self, index: int, count: int) -> None:
-        """Forget the newest `count` tokens of layer `index`."""
-        self.check_usable()
-        self._settle()
-        layer = self._layers.get(index)
-        if layer is None or count == 0:
-            return
-        if count > layer.tokens:
-            raise ConfigError(f"cannot take back {count} tokens of {layer.tokens}")
-
+    def _drop_tokens(self, layer: Layer, count: int) -> None:
         def fetch(half: HalfLayer, piece: Piece) -> None:
             layer.recall_tile(half, piece, self._memory.view(half.unit, piece, layer.dtype)[0])
 
         layer.drop_tokens(count, _NO_LIMIT, fetch)
 
-    def reset(self) -> None:
-        """Forget all tokens and give the memory back."""
-        self.check_usable()
-        self._settle()
-        for layer in self._layers.values():
-            for half in layer.halves:
-                half.unit.free()
-        self._layers.clear()
-
-    def check_usable(self) -> None:
-        """Raises: Closed after close, or after an error that lost the content."""
-        if self._closed:
-            raise Closed("this cache is closed", hint="make a new one with for_model")
-        if self._failure is not None:
-            raise Closed(
-                f"this cache failed earlier ({self._failure}) and its content is lost",
-                hint="close it and start again with a new one",
-            ) from self._failure
-
-    def _settle(self) -> None:
-        offer, self._offer = self._offer, None
-        if offer is not None:
-            offer.settle()
-            self.check_usable()
+    def _quiesce(self) -> None:
+        """Nothing moves by itself here."""
 
     def close(self) -> None:
         """Free all memory. Twice is once."""
@@ -251,4 +156,8 @@ class MemoryKV:
 
     def seconds(self) -> StageSeconds:
         """Where the model's thread spent time in the cache."""
-        return StageSeconds(attention=self._attention_seconds, append=self._append_seconds)
+        return StageSeconds(attention=self._attention_ns / 1e9, append=self._append_ns / 1e9)
+
+    def stages(self) -> PipelineStages:
+        """How long each stage had something to do."""
+        return self._timeline.stages()

@@ -8,7 +8,6 @@ consumer has finished with it, because the layer's next rows are not stored yet.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -16,8 +15,10 @@ from dataclasses import dataclass, field
 
 from dualblade.errors import StorageError
 from dualblade.io import Ticket
+from dualblade.pipeline.checksums import Checksums
 from dualblade.pipeline.layer import HalfLayer, Layer
 from dualblade.pipeline.staging import Slot, Slots
+from dualblade.pipeline.timeline import Lane, Timeline, now_ns
 from dualblade.pipeline.unit import Piece, Unit, paired_pieces
 from dualblade.store import Store
 
@@ -30,6 +31,7 @@ class Landing:
     piece: Piece
     slot: Slot
     ticket: Ticket
+    submitted_ns: int
 
 
 @dataclass(slots=True, eq=False)
@@ -52,26 +54,30 @@ class ReadAhead:
         self,
         store: Store,
         slots: Slots,
+        checksums: Checksums,
         layers: Sequence[Layer],
         *,
         lookahead: int,
         before_visit: Callable[[Unit], None],
+        timeline: Timeline,
     ) -> None:
         self._store = store
         self._slots = slots
+        self._checksums = checksums
         self._layers = layers
         self._lookahead = lookahead
         self._before_visit = before_visit
+        self._timeline = timeline
         self._visits: deque[_Visit] = deque()
         self._closed_to_cursor: set[int] = set()
         self._cursor = 0
-        self.wait_seconds = 0.0
 
     def take(self, index: int) -> Iterator[Landing]:
         """All stored pieces of layer `index`, each landed; its slot is free again afterwards. Keys
         come before the values of the same tiles.
 
-        A layer out of the order of the sweep restarts it there. Raises: DeviceError.
+        A layer out of the order of the sweep restarts it there. Raises: DeviceError,
+        CorruptExtent.
         """
         if not self._visits or self._visits[0].index != index:
             self.cancel()
@@ -80,18 +86,35 @@ class ReadAhead:
         visit = self._visits[0]
         while visit.landing:
             landing = visit.landing.popleft()
-            started = time.perf_counter()
             try:
-                landing.ticket.wait()
+                self._wait_for(visit.index, landing)
             except BaseException:
                 visit.landing.appendleft(landing)  # so that cancel() finds the slot
                 raise
-            self.wait_seconds += time.perf_counter() - started
             yield landing
             self._slots.release(landing.slot)
             self.advance()
         assert not visit.waiting, "a free slot always serves the head of the sweep first"
         self._visits.popleft()
+        self._checksums.swept(self._layers[index])
+
+    def _wait_for(self, layer: int, landing: Landing) -> None:
+        began = now_ns()
+        # Without this wait attention would read what the drive has not delivered yet.
+        landing.ticket.wait()
+        landed = now_ns()
+        timeline, piece, unit = self._timeline, landing.piece, landing.half.unit
+        timeline.stall(Lane.READS, began, landed)
+        timeline.span(
+            Lane.READS,
+            f"{unit.id.part.value}, {piece.segment.extent.door.value}",
+            landing.submitted_ns,
+            landing.ticket.ended_ns,
+            layer,
+            piece.size_bytes(unit.geometry),
+        )
+        self._checksums.verify(unit, piece, landing.slot)
+        timeline.span(Lane.CONTROL, "verify", landed, now_ns(), layer)
 
     def finish(self, index: int) -> None:
         """The layer's next tiles are stored (or on their way): the cursor may visit it again."""
@@ -143,12 +166,12 @@ class ReadAhead:
             if slot is None:
                 return False
             half, piece = visit.waiting.popleft()
-            geometry = half.unit.geometry
+            geometry, submitted = half.unit.geometry, now_ns()
             ticket = self._store.read(
                 piece.segment.extent,
                 piece.offset(geometry),
                 slot.address,
                 piece.size_bytes(geometry),
             )
-            visit.landing.append(Landing(half, piece, slot, ticket))
+            visit.landing.append(Landing(half, piece, slot, ticket, submitted))
         return True

@@ -30,10 +30,12 @@ from dualblade.residency import (
     Observation,
     PlanInputs,
     ResidencyPlan,
+    StepCompute,
     UnitDemand,
     after,
     decide,
     plan_fixed,
+    resized,
 )
 from dualblade.store import Door, Extent, Store
 from dualblade.units import format_size
@@ -134,7 +136,8 @@ class HitSweep:
 class Placements:
     """The residency plan in force, the controller that changes it, and the doors that follow.
 
-    A fixed path has a plan and no controller. Only the `dual` path looks at memory.
+    A fixed path and a fixed split (`cache_percent`) have a plan and no controller. Only the `dual`
+    path looks at memory.
     """
 
     def __init__(
@@ -156,6 +159,7 @@ class Placements:
         self._watch = watch
         self._clock = clock
         self._speeds = speeds
+        self._compute = StepCompute()
         self._cache_percent = cache_percent
         self._policy = ControlPolicy()
         self._hits = HitSweep(2 * layer_count, store.cached_bytes)
@@ -172,6 +176,7 @@ class Placements:
         self._demands: tuple[UnitDemand, ...] = ()
         self._planned_for: tuple[int, int, int] = (0, 0, 0)
         self._hits.restart()
+        self._compute.restart()
 
     # -- at a step boundary ----------------------------------------------------------------------
 
@@ -180,11 +185,23 @@ class Placements:
         """The budget in force."""
         return self._watch.budget_bytes
 
-    def look(self, shares: BudgetShares) -> None:
-        """Learn what memory there is, if it is time. Raises: Unsupported."""
-        if self._path is Path.DUAL:
-            own = OwnMemory(page_cache_bytes=self.page_cache_bytes, fixed_bytes=shares.fixed_bytes)
-            self._watch.look(self._clock(), own)
+    @property
+    def compute_seconds(self) -> float:
+        """See `StepCompute`; 0 on a fixed path."""
+        return self._compute.seconds
+
+    def look(self, shares: BudgetShares, waited_seconds: float, rows: int) -> None:
+        """Learn what memory there is, if it is time, and what the last step computed. A step of
+        `rows` begins; all steps so far waited `waited_seconds` for reads. Raises: Unsupported."""
+        if self._path is not Path.DUAL:
+            return
+        now = self._clock()
+        self._compute.begin(now, waited_seconds, rows)
+        speeds, compute = self._speeds, self._compute.seconds
+        if speeds is not None and speeds.compute_seconds != compute:
+            self._speeds = replace(speeds, compute_seconds=compute)
+        own = OwnMemory(page_cache_bytes=self.page_cache_bytes, fixed_bytes=shares.fixed_bytes)
+        self._watch.look(now, own)
 
     def follow(
         self, like: Layer, layers: Mapping[int, Layer], tokens: int, shares: BudgetShares
@@ -201,7 +218,7 @@ class Placements:
             self._begin(room)
         elif self._controller is None:
             if has_changed:
-                self._plan = self._fixed_plan(room)
+                self._plan = resized(self._plan, self._demands)
         elif like.index == 0 or has_changed or room < self._controller.planned_bytes:
             self._re_decide(self._controller, layers, room)
         if self._controller is not None:
@@ -247,30 +264,23 @@ class Placements:
 
     def _begin(self, room: int) -> None:
         """The first plan. A prompt that does not fit is written directly where it does not."""
-        if self._path is not Path.DUAL or self._cache_percent is not None:
-            self._plan = self._fixed_plan(room)
-        else:
-            self._plan = decide(
-                PlanInputs(demands=self._demands, page_cache_bytes=room, speeds=self._speeds)
-            )
-            self._controller = Controller(self._plan.cached_units, self._policy)
-            # Told at once, so that it knows sizes and room before the next boundary.
-            event = self._controller.decide(self._observation(room))
-            assert event is None, "a plan just made needs no change"
-        self._cached = self._plan.cached_units
-
-    def _fixed_plan(self, room: int) -> ResidencyPlan:
         if self._path is not Path.DUAL:
-            return plan_fixed(self._demands, self._path)
-        return decide(
+            self._plan = plan_fixed(self._demands, self._path)
+            return
+        self._plan = decide(
             PlanInputs(
                 demands=self._demands,
                 page_cache_bytes=room,
                 speeds=self._speeds,
                 cache_percent=self._cache_percent,
-                among=None if self._plan is None else self._cached,
             )
         )
+        self._cached = self._plan.cached_units
+        if self._cache_percent is None:
+            self._controller = Controller(self._plan.cached_units, self._policy)
+            # Told at once, so that it knows sizes and room before the next boundary.
+            event = self._controller.decide(self._observation(room))
+            assert event is None, "a plan just made needs no change"
 
     def _observation(self, room: int, hits: float | None = None) -> Observation:
         return Observation(

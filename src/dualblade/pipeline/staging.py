@@ -9,6 +9,7 @@ import torch
 
 from dualblade.config import EngineConfig
 from dualblade.io import Arena
+from dualblade.pipeline.timeline import Lane, Timeline, now_ns
 from dualblade.units import BLOCK_BYTES, EXTENT_ALIGN_BYTES, KIB, MIB, round_up
 
 _SHARE_OF_BUDGET = 8
@@ -67,10 +68,13 @@ class Slot:
 class Slots:
     """A fixed set of slots. An empty one answers None: back-pressure, not growth."""
 
-    def __init__(self, arena: Arena, offset: int, count: int, slot_bytes: int) -> None:
+    def __init__(
+        self, arena: Arena, offset: int, count: int, slot_bytes: int, timeline: Timeline
+    ) -> None:
         whole = torch.frombuffer(arena.buffer, dtype=torch.uint8)
         starts = range(offset, offset + count * slot_bytes, slot_bytes)
         self.slot_bytes = slot_bytes
+        self._timeline = timeline
         self._free = deque(
             Slot(memory=whole[at : at + slot_bytes], address=arena.address + at) for at in starts
         )
@@ -86,9 +90,11 @@ class Slots:
             return None
         slot = self._free.popleft()
         if slot.busy is not None:
+            began = now_ns()
             # Without this wait the drive would overwrite bytes that a device copy still reads.
             slot.busy.synchronize()
             slot.busy = None
+            self._timeline.stall(Lane.COPIES, began, now_ns())
         return slot
 
     def release(self, slot: Slot) -> None:

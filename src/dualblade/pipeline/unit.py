@@ -6,8 +6,9 @@ to 256 MiB; a change of batch starts a new one, because its tiles have another s
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -22,12 +23,16 @@ _SEGMENT_BYTES_MAX = 256 * MIB
 
 @dataclass(slots=True, eq=False)
 class Segment:
-    """Tiles [first_tile, first_tile + capacity) of a unit, `batch` sequences each."""
+    """Tiles [first_tile, first_tile + capacity) of a unit, `batch` sequences each.
+
+    `checksums` are those of its slabs, tile after tile, 8 bytes each; see `checksums.Checksums`.
+    """
 
     extent: Extent
     batch: int
     first_tile: int
     capacity: int
+    checksums: array[int] = field(default_factory=lambda: array("Q"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +86,8 @@ class Space(Protocol):
 class Unit:
     """The stored part of the keys or values of one layer. Knows places, holds no tensors.
 
-    `tokens_max` None: segments grow; else the first segment holds that many tokens.
+    `tokens_max` None: segments grow; else the first segment holds that many tokens. `sweeps`
+    counts how often all its tiles were read.
     """
 
     def __init__(
@@ -90,6 +96,7 @@ class Unit:
         self.id = unit_id
         self.geometry = geometry
         self.stored_tiles = 0
+        self.sweeps = 0
         self.segments: list[Segment] = []
         self._space = space
         self._tiles_max = None if tokens_max is None else -(-tokens_max // geometry.rows)

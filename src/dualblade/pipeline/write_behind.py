@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from dataclasses import dataclass
 
 from dualblade.geometry import UnitId
 from dualblade.io import Ticket
+from dualblade.pipeline.checksums import Checksums
 from dualblade.pipeline.staging import Slot, Slots
+from dualblade.pipeline.timeline import Lane, Timeline, now_ns
 from dualblade.pipeline.unit import Piece, Unit
 from dualblade.store import Store
 
@@ -21,6 +22,7 @@ class _Write:
     piece: Piece
     slot: Slot
     ticket: Ticket | None = None
+    submitted_ns: int = 0
 
 
 class WriteBehind:
@@ -30,11 +32,14 @@ class WriteBehind:
     trusted copy is never a page that could still fail.
     """
 
-    def __init__(self, store: Store, slots: Slots) -> None:
+    def __init__(
+        self, store: Store, slots: Slots, checksums: Checksums, timeline: Timeline
+    ) -> None:
         self._store = store
+        self._checksums = checksums
         self._slots = slots
+        self._timeline = timeline
         self._writes: deque[_Write] = deque()
-        self.wait_seconds = 0.0
 
     def slot(self) -> Slot:
         """A free slot to fill; waits for the oldest write when there is none.
@@ -79,7 +84,8 @@ class WriteBehind:
                 self._submit(write)
 
     def _submit(self, write: _Write) -> None:
-        geometry = write.unit.geometry
+        geometry, write.submitted_ns = write.unit.geometry, now_ns()
+        self._checksums.make(write.unit, write.piece, write.slot)
         write.ticket = self._store.write(
             write.piece.segment.extent,
             write.piece.offset(geometry),
@@ -88,7 +94,7 @@ class WriteBehind:
         )
 
     def _finish_oldest(self) -> None:
-        started = time.perf_counter()
+        began = now_ns()
         write = self._writes[0]
         if write.ticket is None:
             if write.slot.busy is not None:
@@ -100,4 +106,13 @@ class WriteBehind:
         self._writes.popleft()
         write.slot.busy = None
         self._slots.release(write.slot)
-        self.wait_seconds += time.perf_counter() - started
+        timeline, piece, unit = self._timeline, write.piece, write.unit
+        timeline.stall(Lane.WRITES, began, now_ns())
+        timeline.span(
+            Lane.WRITES,
+            f"{unit.id.part.value}, {piece.segment.extent.door.value}",
+            write.submitted_ns,
+            write.ticket.ended_ns,
+            unit.id.layer,
+            piece.size_bytes(unit.geometry),
+        )

@@ -11,8 +11,9 @@ from dualblade.residency.plan import (
     decide,
     plan_by_size,
     plan_fixed,
+    resized,
 )
-from dualblade.residency.speeds import DoorSpeeds, StepTime, predict
+from dualblade.residency.speeds import DoorSpeeds, StepCompute, StepTime, predict
 
 __all__ = [
     "BudgetShares",
@@ -25,6 +26,7 @@ __all__ = [
     "Placement",
     "PlanInputs",
     "ResidencyPlan",
+    "StepCompute",
     "StepTime",
     "UnitDemand",
     "after",
@@ -32,4 +34,5 @@ __all__ = [
     "plan_by_size",
     "plan_fixed",
     "predict",
+    "resized",
 ]

@@ -8,21 +8,29 @@ room that has been there for a while, and never more than half of it.
 The probe cannot see everything: to another process our page cache is reclaimable, as is its own
 to us. So evictions and stalls teach by how much the room is overstated. That is tried again
 after a wait, which doubles each time it fails: two of us on one machine come to rest.
+
+Memory that is not worth having is given back only where the drive keeps up by a clear margin: what
+a step computes depends a little on the plan. If it had to be taken again, the same wait doubles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dualblade.geometry import UnitId
 from dualblade.residency.events import Cause, Event, Observation
 from dualblade.residency.plan import MARGIN_FRACTION, UnitDemand, spread_order
-from dualblade.residency.speeds import worth_caching
+from dualblade.residency.speeds import Worth, worth_caching
 from dualblade.units import format_size
 
 _PRESSURE_SHARE = 8
 """Under pressure an eighth of what is cached goes, twice a second at most."""
+
+
+_CLEARLY_KEEPS_UP = 0.7
+"""Of the seconds that a step computes, those in which the drive must have read everything before
+memory is given back. Taken again, it is when the drive needs all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +44,8 @@ class ControlPolicy:
     settle_steps        hits are not judged before: the sweep after a move reads cold pages.
     stall_fraction_max  of wall time, in which some task waits for memory.
     retry_seconds       first wait before room that was found overstated is tried again, with one
-                        unit, then two, four ...; doubles with each failure to retry_seconds_max.
+                        unit, then two, four ..., and before memory is given back that had to be
+                        taken again; doubles with each failure to retry_seconds_max.
     """
 
     dwell_seconds: float = 1.0
@@ -73,6 +82,9 @@ class Controller:
         self._wait = self._next_wait = self._policy.retry_seconds
         self._retry_at = float("inf")
         self._retry_units = 1
+        self._gave_back = False
+        self._give_back_at = float("-inf")
+        self._give_back_wait = self._policy.retry_seconds
         self._stalls = _StallWindow(self._policy.stall_window_seconds)
 
     @property
@@ -178,7 +190,9 @@ class Controller:
 
     def _waste(self, seen: Observation) -> Event | None:
         """More is cached than is worth it: no hurry."""
-        worth = worth_caching(self._total_bytes, self._room(seen), seen.speeds)
+        if not self._planned_bytes or seen.time_seconds < self._give_back_at:
+            return None
+        worth = self._worth_keeping(seen)
         excess = self._beyond(worth.cache_bytes)[: self._policy.units_max]
         if not excess or worth.reason is None:
             self._excess_since = None
@@ -187,7 +201,18 @@ class Controller:
             self._excess_since = seen.time_seconds
         if not self._dwelt(seen, self._excess_since):
             return None
+        self._gave_back = True
         return self._move(seen, Cause.SPEEDS, worth.reason, down=excess)
+
+    def _worth_keeping(self, seen: Observation) -> Worth:
+        """As much as is worth having, and more where that is for a small lead of compute."""
+        room, speeds = self._room(seen), seen.speeds
+        worth = worth_caching(self._total_bytes, room, speeds)
+        if speeds is None or not speeds.compute_seconds:
+            return worth
+        less = replace(speeds, compute_seconds=speeds.compute_seconds * _CLEARLY_KEEPS_UP)
+        careful = worth_caching(self._total_bytes, room, less)
+        return max(worth, careful, key=lambda either: either.cache_bytes)
 
     def _promotion(self, seen: Observation) -> Event | None:
         if len(self._cached) == len(self._ordered):
@@ -200,6 +225,11 @@ class Controller:
                 self._room_since = seen.time_seconds
             if not self._dwelt(seen, self._room_since):
                 return None
+            if self._gave_back:
+                self._gave_back = False
+                self._give_back_at = seen.time_seconds + self._give_back_wait
+                longer = 2 * self._give_back_wait
+                self._give_back_wait = min(longer, self._policy.retry_seconds_max)
             words = f"{format_size(self._planned_bytes)} planned, room for {format_size(room)}"
             return self._move(seen, Cause.ROOM_ROSE, words, up=units)
         self._room_since = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
 from dataclasses import dataclass
 
 from dualblade.units import format_size
@@ -78,6 +80,46 @@ def predict(total_bytes: int, cached_bytes: int, room_bytes: int, speeds: DoorSp
         drive_seconds=direct + missed,
         copy_seconds=cached_bytes / speeds.cache_hit_bytes_per_s if fits else 0.0,
     )
+
+
+class StepCompute:
+    """Of a decode step, the seconds that are not waiting for reads. Pure: times are passed in.
+
+    A median of the last steps, which one slow step does not move, told anew only when it has
+    changed clearly. 0: not known yet, or most steps wait for reads, so the drive does not keep up
+    whatever its speeds say. Steps of many rows are prefill: their compute says nothing of the
+    steps to come.
+    """
+
+    ROWS_MAX = 64
+    _STEPS, _STEPS_MIN = 16, 8
+    _CHANGE_FRACTION = 0.2
+    _WAIT_FRACTION = 0.1
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._last: tuple[float, float, int] | None = None
+        self._recent: deque[tuple[float, bool]] = deque(maxlen=self._STEPS)
+
+    def begin(self, now_seconds: float, waited_seconds: float, rows: int) -> None:
+        """A step of `rows` begins, and the one before has ended. `waited_seconds`: for reads, in
+        all steps so far."""
+        last, self._last = self._last, (now_seconds, waited_seconds, rows)
+        if last is None or last[2] > self.ROWS_MAX:
+            return
+        step, waited = now_seconds - last[0], waited_seconds - last[1]
+        self._recent.append((max(0.0, step - waited), waited > step * self._WAIT_FRACTION))
+        if len(self._recent) < self._STEPS_MIN:
+            return
+        waits = sum(waits for _, waits in self._recent)
+        found = statistics.median(compute for compute, _ in self._recent)
+        found = 0.0 if 2 * waits > len(self._recent) else found
+        if not found or abs(found - self.seconds) > self._CHANGE_FRACTION * self.seconds:
+            self.seconds = found
+
+    def restart(self) -> None:
+        """Another prompt: the time since the last step is nobody's."""
+        self._last = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,13 @@ from dualblade.io import Engine
 from dualblade.store.device import open_device
 from dualblade.store.fiemap import contiguous_pieces, file_extents
 from dualblade.store.format import DATA_OFFSET, Superblock
-from dualblade.store.place import Backing, read_superblock, storage_error, write_superblock
+from dualblade.store.place import (
+    Backing,
+    Location,
+    read_superblock,
+    storage_error,
+    write_superblock,
+)
 from dualblade.units import EXTENT_ALIGN_BYTES, GIB, KIB, format_size
 
 _RESERVE_BYTES_MAX = 2 * GIB
@@ -53,6 +59,9 @@ class FileBacking:
 
     def allocate(self, offset: int, size_bytes: int) -> None:
         os.posix_fallocate(self.buffered_fd, offset, size_bytes)
+
+    def locate(self, offset: int) -> Location:
+        return Location(self.path, offset, None)
 
     def discard(self, offset: int, size_bytes: int) -> None:
         """A file keeps its blocks until it is closed: the next extent needs them."""

@@ -24,7 +24,7 @@ from dualblade.store.format import (
     choose_superblock,
     second_copy_offset,
 )
-from dualblade.store.place import read_superblock, storage_error, write_superblock
+from dualblade.store.place import Location, read_superblock, storage_error, write_superblock
 from dualblade.units import BLOCK_BYTES, EXTENT_ALIGN_BYTES, format_size
 
 _BLKDISCARD = 0x1277
@@ -47,6 +47,9 @@ class DeviceBacking:
 
     def allocate(self, offset: int, size_bytes: int) -> None:
         """A device has all its blocks."""
+
+    def locate(self, offset: int) -> Location:
+        return Location(self.path, offset, offset // self.drive.block_bytes)
 
     def discard(self, offset: int, size_bytes: int) -> None:
         discard(self.buffered_fd, self.drive, offset, size_bytes)

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import dataclass
 from typing import Protocol
 
 from dualblade.errors import NoSpace, StorageError
 from dualblade.host.page_cache import drop
 from dualblade.store.format import DATA_OFFSET, SUPERBLOCK_BYTES, Superblock
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A byte of a store: `offset` of the file or device at `path`, and there its logical block."""
+
+    path: str
+    offset: int
+    block: int | None
+
+    def __str__(self) -> str:
+        at = "" if self.block is None else f" (LBA {self.block})"
+        return f"offset {self.offset}{at} of {self.path}"
 
 
 class Backing(Protocol):
@@ -35,6 +49,10 @@ class Backing(Protocol):
 
     def allocate(self, offset: int, size_bytes: int) -> None:
         """Have blocks for a range before its first write. Raises: OSError."""
+        ...
+
+    def locate(self, offset: int) -> Location:
+        """Where `offset` of the store is, for people who look at the device."""
         ...
 
     def discard(self, offset: int, size_bytes: int) -> None:

@@ -14,7 +14,7 @@ from dualblade.store.backing import open_backing
 from dualblade.store.doors import LEGAL_MOVES, Door
 from dualblade.store.extents import ExtentAllocator, Range
 from dualblade.store.format import DATA_OFFSET
-from dualblade.store.place import Backing
+from dualblade.store.place import Backing, Location
 from dualblade.units import BLOCK_BYTES
 
 log = logging.getLogger("dualblade.store")
@@ -170,6 +170,19 @@ class Store:
         else:
             self.counters.page_cache_read_bytes += size_bytes
         return self._submit(extent, Op.READ, offset, address, size_bytes)
+
+    def read_again(self, extent: Extent, offset: int, address: int, size_bytes: int) -> Ticket:
+        """`read`, for bytes that were read wrong: from the device, whatever the door. All clean
+        pages of the extent are dropped for it, since large folios go whole or not at all.
+        """
+        self._check_open()
+        if extent.door is Door.PAGE_CACHE:
+            drop(self._backing.buffered_fd, extent.range.offset, extent.range.size_bytes)
+        return self.read(extent, offset, address, size_bytes)
+
+    def locate(self, extent: Extent, offset: int) -> Location:
+        """Where byte `offset` of `extent` is on its device."""
+        return self._backing.locate(extent.range.offset + offset)
 
     def write(self, extent: Extent, offset: int, address: int, size_bytes: int) -> Ticket:
         """Start writing memory at `address` to [offset, offset + size_bytes) of `extent`.

@@ -8,14 +8,17 @@ Fault model. What a device, a file system or a kernel does to a batch, seen from
 3. A transfer is late by `latency_seconds`; later batches pass it.
 4. Transfers stand still until the test releases them, in order.
 5. A sync fails: the data before it was transferred, and whether it is durable is unknown.
+6. A read lands, without an error, with one byte damaged on the way (`flipped_byte`): what is stored
+   is sound, and reading it again helps.
 
-Faults do not change bytes: silent corruption is a matter of checksums, not of transfers. A fault
-strikes by operation, by count (`nth`) or by place (`offsets`), a set number of times; or, with a
-seed and a rate, at random but reproducibly.
+Stored bytes that rot, and writes that are lost or go astray, are made by changing the file behind
+the engine's back: tests/fault/test_checksums.py. A fault strikes by operation, by count (`nth`) or
+by place (`offsets`), a set number of times; or, with a seed and a rate, at random but reproducibly.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import random
 import threading
@@ -34,7 +37,8 @@ class Fault:
 
     `nth` counts the transfers of `op` (of any, if None) from 0, since the engine was made.
     `offsets` strikes what touches that range of the file. `times` None: every time.
-    `errno` None: no failure, only latency; 0: end of file.
+    `errno` None: no failure, only latency or a flipped byte; 0: end of file.
+    `flipped_byte` of a read counts from its first one.
     """
 
     op: Op | None = None
@@ -43,6 +47,7 @@ class Fault:
     errno: int | None = errno.EIO
     landed_bytes: int = 0
     latency_seconds: float = 0.0
+    flipped_byte: int | None = None
     times: int | None = 1
 
     def matches(self, transfer: Transfer, nth_of_op: int, nth_of_all: int) -> bool:
@@ -127,9 +132,9 @@ class FaultyEngine(Engine):
         with self._lock:
             if self._closed:
                 raise Closed("the engine is closed")
-            kept, failure, delay = self._plan(transfers, path)
+            kept, failure, delay, flips = self._plan(transfers, path)
             size_bytes = sum(t.size_bytes for t in transfers if t.op in (Op.READ, Op.WRITE))
-            ticket = _FaultyTicket(kept, path, size_bytes, failure)
+            ticket = _FaultyTicket(kept, path, size_bytes, failure, flips)
             held = any(transfer.op in self._held_ops for transfer in transfers)
             if held or delay:
                 self._waiting.append(ticket)
@@ -169,9 +174,10 @@ class FaultyEngine(Engine):
 
     def _plan(
         self, transfers: Sequence[Transfer], path: str | None
-    ) -> tuple[list[Transfer], DeviceError | None, float]:
-        """What is left of the batch, how it fails, and how late it starts."""
+    ) -> tuple[list[Transfer], DeviceError | None, float, list[int]]:
+        """What is left of the batch, how it fails, how late it starts, and addresses to damage."""
         kept: list[Transfer] = []
+        flips: list[int] = []
         delay = 0.0
         for transfer in transfers:
             fault = self._strike(transfer)
@@ -179,9 +185,12 @@ class FaultyEngine(Engine):
                 self.struck.append((fault, transfer))
                 delay = max(delay, fault.latency_seconds)
                 if fault.errno is not None:
-                    return [*kept, *_torn(transfer, fault)], _error(transfer, fault, path), delay
+                    torn, error = _torn(transfer, fault), _error(transfer, fault, path)
+                    return [*kept, *torn], error, delay, flips
+                if fault.flipped_byte is not None and transfer.op is Op.READ:
+                    flips.append(transfer.address + fault.flipped_byte)
             kept.append(transfer)
-        return kept, None, delay
+        return kept, None, delay, flips
 
     def _strike(self, transfer: Transfer) -> Fault | None:
         nth_of_op, nth_of_all = self._counts[transfer.op], sum(self._counts.values())
@@ -198,7 +207,7 @@ class FaultyEngine(Engine):
 
 
 class _FaultyTicket(Ticket):
-    __slots__ = ("_cancelled", "_failure", "_inner", "_started", "_transfers")
+    __slots__ = ("_cancelled", "_failure", "_flips", "_inner", "_started", "_transfers")
 
     def __init__(
         self,
@@ -206,11 +215,13 @@ class _FaultyTicket(Ticket):
         path: str | None,
         size_bytes: int,
         failure: DeviceError | None,
+        flips: list[int],
     ) -> None:
         self._transfers = transfers
         self._path = path
         self._size_bytes = size_bytes
         self._failure = failure
+        self._flips = flips
         self._inner: Ticket | None = None
         self._started = threading.Event()
 
@@ -231,6 +242,10 @@ class _FaultyTicket(Ticket):
         return self._started.is_set() and (self._inner is None or self._inner.done)
 
     @property
+    def ended_ns(self) -> int:
+        return self._inner.ended_ns if self._inner else 0
+
+    @property
     def landed_bytes(self) -> int:
         return self._inner.landed_bytes if self._inner else 0
 
@@ -245,6 +260,8 @@ class _FaultyTicket(Ticket):
         if inner is not None:
             whole = size_bytes is None or size_bytes > inner.size_bytes
             inner.wait(None if whole else size_bytes, _seconds_left(deadline))
+            while self._flips:
+                ctypes.c_ubyte.from_address(self._flips.pop()).value ^= 0x10
             if not whole:
                 return
         if self._failure is not None:

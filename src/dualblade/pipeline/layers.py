@@ -1,0 +1,223 @@
+"""The KV of a model's full-attention layers: what is the same wherever their tiles are.
+
+Rows come in as offers, layer after layer; sequences are selected, tokens are taken back. Where
+tiles are, and how they come to attention, is for `KVPipeline` (a store) and `MemoryKV` to say.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from dualblade.attention import AttentionQuery
+from dualblade.errors import Closed, ConfigError
+from dualblade.pipeline.attend import Arrived, NewRows, attend
+from dualblade.pipeline.layer import Layer
+from dualblade.pipeline.offer import Offer
+from dualblade.pipeline.timeline import Lane, Timeline, now_ns
+
+
+class LayeredKV(ABC):
+    """Layers by their order in the sweep. Tensors are [batch, kv_heads, tokens, dim].
+
+    Used by one thread. After an error in the middle of a step the content is lost: every further
+    call raises `Closed` with the cause; `close` always works.
+    """
+
+    def __init__(self, trace_events: int) -> None:
+        self._timeline = Timeline(trace_events)
+        self._layers: dict[int, Layer] = {}
+        self._offer: Offer | None = None
+        self._failure: BaseException | None = None
+        self._closed = False
+        self._attention_ns = 0
+        self._append_ns = 0
+
+    # -- one step ----------------------------------------------------------------------------
+
+    def offer(self, index: int, key_rows: torch.Tensor, value_rows: torch.Tensor) -> Offer:
+        """New rows of layer `index`, to attend to (or to gather) and so to take in.
+
+        Raises: ConfigError, BudgetError, NoSpace before anything changed; DeviceError, Closed.
+        """
+        self.check_usable()
+        self._timeline.enter()
+        self._settle()
+        began = now_ns()
+        layer = self._admit(index, key_rows, value_rows)
+        self._offer = Offer(self, layer, NewRows(key_rows, value_rows))
+        self._timeline.span(Lane.CONTROL, "admit", began, now_ns(), index)
+        self._timeline.leave()
+        return self._offer
+
+    def update(
+        self, index: int, key_rows: torch.Tensor, value_rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of layer `index`, the new rows included; the rows are taken in.
+
+        What is returned belongs to the cache and is valid until the next layer's update.
+        Raises: as `offer`.
+        """
+        return self.offer(index, key_rows, value_rows).gather()
+
+    def append(self, index: int, key_rows: torch.Tensor, value_rows: torch.Tensor) -> None:
+        """Take in rows of layer `index` without attending to them. Raises: as `offer`."""
+        self.offer(index, key_rows, value_rows).settle()
+
+    @abstractmethod
+    def _admit(self, index: int, key_rows: torch.Tensor, value_rows: torch.Tensor) -> Layer:
+        """The layer, made when it is new, ready to take the rows. Raises: as `offer`."""
+
+    def attend_to(self, layer: Layer, new: NewRows, query: AttentionQuery) -> torch.Tensor:
+        """See `Taker`."""
+        timeline = self._timeline
+        timeline.enter()
+        began, stalled = now_ns(), timeline.stalled_ns
+        computed = began
+
+        def arriving() -> Iterator[Arrived]:
+            nonlocal computed
+            for some in self._arriving(layer):
+                began = now_ns()
+                yield some
+                computed = now_ns()
+                part = some.half.unit.id.part.value
+                timeline.span(Lane.COMPUTE, part, began, computed, layer.index, some.tiles.nbytes)
+
+        out = attend(layer, new, query, arriving(), partial(self._group_buffers, layer))
+        ended = now_ns()
+        timeline.span(Lane.COMPUTE, "newest rows", computed, ended, layer.index)
+        self._attention_ns += ended - began - (timeline.stalled_ns - stalled)
+        return out
+
+    @abstractmethod
+    def _arriving(self, layer: Layer) -> Iterator[Arrived]:
+        """The layer's stored tiles as they come to hand, keys before the values of the same."""
+
+    @abstractmethod
+    def _group_buffers(self, layer: Layer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where a group of the layer's tiles is copied together, for attention of many rows."""
+
+    @abstractmethod
+    def gather_all(self, layer: Layer, new: NewRows) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Taker`."""
+
+    def take_in(self, layer: Layer, new: NewRows, *, is_sweeping: bool) -> None:
+        """See `Taker`."""
+        timeline = self._timeline
+        began, others = now_ns(), timeline.copies_ns + timeline.stalled_ns
+        self._append(layer, new, is_sweeping=is_sweeping)
+        ended, others = now_ns(), timeline.copies_ns + timeline.stalled_ns - others
+        self._append_ns += ended - began
+        timeline.span(Lane.CONTROL, "take in", began, ended, layer.index, idle_ns=others)
+        timeline.leave()
+
+    @abstractmethod
+    def _append(self, layer: Layer, new: NewRows, *, is_sweeping: bool) -> None:
+        """Have the rows in the tail, and send on what fills tiles."""
+
+    def fail(self, cause: BaseException) -> None:
+        """See `Taker`."""
+        self._failure = cause
+
+    # -- sequences and tokens --------------------------------------------------------------------
+
+    def tokens(self, index: int) -> int:
+        """Tokens of each sequence in layer `index`, those on offer included."""
+        if self._offer is not None and self._offer.layer.index == index:
+            return self._offer.tokens
+        return self._tokens_of(index)
+
+    def batch(self, index: int) -> int:
+        """Sequences in layer `index`; 0 before its first rows."""
+        layer = self._layers.get(index)
+        return layer.batch if layer is not None and layer.tokens else 0
+
+    def select(self, index: int, indices: torch.Tensor) -> None:
+        """In layer `index`, sequence i becomes what `indices[i]` was. No stored byte moves."""
+        self.check_usable()
+        self._settle()
+        if self.batch(index):
+            self._layers[index].select(indices)
+
+    def set_recall(self, index: int, recall: bool) -> None:
+        """Keep a tile's worth of rows more in the tail, for candidates that may be taken back."""
+        self._settle()
+        if index in self._layers:
+            self._layers[index].recall = recall
+
+    def crop(self, index: int, count: int) -> None:
+        """Forget the newest `count` tokens of layer `index`. Raises: DeviceError, Closed."""
+        self.check_usable()
+        self._settle()
+        layer = self._layers.get(index)
+        if layer is None or count == 0:
+            return
+        if count > layer.tokens:
+            raise ConfigError(f"cannot take back {count} tokens of {layer.tokens}")
+        try:
+            self._drop_tokens(layer, count)
+        except BaseException as exc:
+            self._failure = exc
+            raise
+
+    @abstractmethod
+    def _drop_tokens(self, layer: Layer, count: int) -> None:
+        """Take back `count` tokens; what is left of a tile that is cut becomes the tail."""
+
+    def reset(self) -> None:
+        """Forget all tokens. Raises: DeviceError, Closed."""
+        self.check_usable()
+        self._settle()
+        self._quiesce()
+        for layer in self._layers.values():
+            for half in layer.halves:
+                half.unit.free()
+        self._layers.clear()
+        self._timeline.pause()
+
+    @abstractmethod
+    def _quiesce(self) -> None:
+        """Return when nothing is read ahead or written behind any more. Raises: DeviceError."""
+
+    def _tokens_of(self, index: int) -> int:
+        layer = self._layers.get(index)
+        return 0 if layer is None else layer.tokens
+
+    # -- the end -----------------------------------------------------------------------------
+
+    def check_usable(self) -> None:
+        """Raises: Closed after close, or after an error that lost the content."""
+        if self._closed:
+            raise Closed("this cache is closed", hint="make a new one with for_model")
+        if self._failure is not None:
+            cause = str(self._failure).splitlines()[0] if str(self._failure) else ""
+            raise Closed(
+                f"this cache failed earlier ({type(self._failure).__name__}: {cause}) "
+                "and its content is lost",
+                hint="close it and start again with a new one",
+            ) from self._failure
+
+    def _settle(self) -> None:
+        """Take in what is still on offer."""
+        offer, self._offer = self._offer, None
+        if offer is not None:
+            offer.settle()
+            self.check_usable()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free everything. Twice is once."""
+
+    def write_trace(self, path: Path) -> int:
+        """See `Timeline.write_trace`."""
+        return self._timeline.write_trace(path)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of all rows, stored or in tails."""
+        return sum(layer.tokens * layer.token_bytes() for layer in self._layers.values())
