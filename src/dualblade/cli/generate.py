@@ -53,12 +53,6 @@ class _Request:
         config.check_attention(self.attention)
         self.engine.check_path(config.Path.parse(self.path))
 
-    def __post_init__(self) -> None:
-        from dualblade import config
-
-        config.check_attention(self.attention)
-        config.Path.parse(self.path)
-
 
 Prompt = Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt.")]
 PromptFile = Annotated[
@@ -130,6 +124,8 @@ def generate(
     debug: options.Debug = False,  # noqa: ARG001 - read by Command
 ) -> None:
     """Generate a text, its KV cache on the drive.
+
+    The text is streamed to stdout as it is produced; everything else goes to stderr.
 
     \b
     MODEL is one of:
