@@ -1,5 +1,5 @@
 """The pipeline against plain tensors: random appends, crops, reorders and resets, on every path,
-with late writes; rows are gathered and compared, or attended to where they lie.
+with late writes and late copies; rows are gathered and compared, or attended to where they lie.
 
 Two layers with different heads and dims; slots so small that tiles are moved in several pieces.
 On the dual path the memory that is there changes at random, so units move between steps.
@@ -18,9 +18,10 @@ from dualblade.config import EngineConfig, Path
 from dualblade.host.memory import MemoryBudget, OwnMemory
 from dualblade.io import Op, open_engine
 from dualblade.pipeline import KVPipeline, KVSettings, MemoryKV
+from dualblade.pipeline.copies import copies_for
 from dualblade.pipeline.residence import MemorySource
 from dualblade.store import Store
-from dualblade.testing import Fault, FaultyEngine
+from dualblade.testing import Fault, FaultyEngine, SimulatedDma
 from dualblade.units import KIB, MIB
 
 # (kv_heads, key_dim, value_dim): keys and values differ, layers differ, one needs padded slabs.
@@ -62,6 +63,7 @@ class KVMachine(RuleBasedStateMachine):
         budget=st.sampled_from([14 * MIB, 64 * MIB]),
         lookahead=st.sampled_from([1, 4]),
         batch=st.sampled_from([1, 2, 5]),
+        dma=st.booleans(),
     )
     def open(
         self,
@@ -74,6 +76,7 @@ class KVMachine(RuleBasedStateMachine):
         budget: int,
         lookahead: int,
         batch: int,
+        dma: bool,
     ) -> None:
         self.batch = batch
         self.over_tiles = over_tiles
@@ -99,6 +102,7 @@ class KVMachine(RuleBasedStateMachine):
                 config=config,
                 over_tiles=over_tiles,
                 memory=MemorySource(asked_bytes=None, read=self.memory, clock=self.clock),
+                copies=SimulatedDma(latency_seconds=0.0002) if dma else copies_for,
             ),
         )
 
