@@ -124,12 +124,8 @@ class KVPipeline(LayeredKV):
                     self._timeline.stall(Lane.COPIES, began, now_ns())
                 yield arrived
 
-    def gather_all(self, layer: Layer, new: NewRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Offer.gather`."""
+    def _gathered(self, layer: Layer, new: NewRows) -> tuple[torch.Tensor, torch.Tensor]:
         timeline = self._timeline
-        timeline.enter()
-        if not layer.tokens:
-            return new.keys.contiguous(), new.values.contiguous()
         self._gather_whole_layers(layer, new.count)
         machinery = self._require_machinery()
         began, stalled = now_ns(), timeline.stalled_ns
