@@ -1,5 +1,5 @@
 """The pipeline against plain tensors: random appends, crops, reorders and resets, on every path,
-with late writes; rows are gathered and compared, or attended to where they lie.
+with late writes and late copies; rows are gathered and compared, or attended to where they lie.
 
 Two layers with different heads and dims; slots so small that tiles are moved in several pieces.
 On the dual path the memory that is there changes at random, so units move between steps. Checksums
@@ -19,9 +19,10 @@ from dualblade.config import ChecksumMode, EngineConfig, Path
 from dualblade.host.memory import MemoryBudget, OwnMemory
 from dualblade.io import Op, open_engine
 from dualblade.pipeline import KVPipeline, KVSettings, MemoryKV
+from dualblade.pipeline.copies import copies_for
 from dualblade.pipeline.residence import MemorySource
 from dualblade.store import Store
-from dualblade.testing import Fault, FaultyEngine
+from dualblade.testing import Fault, FaultyEngine, SimulatedDma
 from dualblade.units import KIB, MIB
 
 # (kv_heads, key_dim, value_dim): keys and values differ, layers differ, one needs padded slabs.
@@ -64,6 +65,7 @@ class KVMachine(RuleBasedStateMachine):
         lookahead=st.sampled_from([1, 4]),
         batch=st.sampled_from([1, 2, 5]),
         checksums=st.sampled_from(["all", "sample", "off"]),
+        dma=st.booleans(),
     )
     def open(
         self,
@@ -77,6 +79,7 @@ class KVMachine(RuleBasedStateMachine):
         lookahead: int,
         batch: int,
         checksums: ChecksumMode,
+        dma: bool,
     ) -> None:
         self.batch = batch
         self.over_tiles = over_tiles
@@ -107,6 +110,7 @@ class KVMachine(RuleBasedStateMachine):
                 config=config,
                 over_tiles=over_tiles,
                 memory=MemorySource(asked_bytes=None, read=self.memory, clock=self.clock),
+                copies=SimulatedDma(latency_seconds=0.0002) if dma else copies_for,
             ),
         )
 

@@ -1,19 +1,63 @@
 """Copies between staging and the model's device: on the CPU plain copies, on CUDA a side stream.
 
-Both have the same order for the caller: `begin` before the copies of a layer, `end` before the
-model reads what was copied.
+Two orders are kept. A layer that is gathered: `begin` before its copies, `end` before the model
+reads them. Tiles one by one: `land`, `landed`, and `use` of the slot's event before attention. A
+slot goes back to the drive when its event has passed (`pipeline/staging.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from dualblade.errors import Unsupported
 from dualblade.io import Arena
-from dualblade.pipeline.staging import Slot
+from dualblade.pipeline.staging import CopyEvent, Slot
+from dualblade.pipeline.timeline import now_ns
+
+
+class Copies(Protocol):
+    """The copy stage. Second implementations: CUDA here, a simulated one in `dualblade.testing`.
+
+    ahead  pieces that are copied before attention has come to them. 0: where the model's thread
+           computes on the slot itself, or runs ahead of the device anyway.
+    """
+
+    ahead: int
+
+    def begin(self) -> None:
+        """Copies from here on come after what the model was given to do so far."""
+
+    def end(self) -> None:
+        """What the model is given to do from here on comes after all copies so far."""
+
+    def use(self, event: CopyEvent | None) -> None:
+        """What the model is given to do from here on comes after the copies up to `event`."""
+
+    def issuing(self) -> AbstractContextManager[object]:
+        """Where `land` and `copy` are called."""
+
+    def land(self, slot: Slot, size_bytes: int) -> torch.Tensor:
+        """The slot's bytes where the model can read them, once the slot's event has passed."""
+
+    def landed(self, slot: Slot) -> None:
+        """Have the slot busy until the copies issued so far have read it."""
+
+    def copy(self, place: torch.Tensor, rows: torch.Tensor) -> None:
+        """Copy `rows` to `place`, of the same shape and dtype, both where the model computes."""
+
+    def fill(self, slot: Slot, view: torch.Tensor, rows: torch.Tensor) -> None:
+        """Copy the model's `rows` into `view` of the slot, which is busy until that has ended."""
+
+    def close(self) -> None:
+        """Let the copies end."""
+
+
+MakeCopies = Callable[[torch.device, Arena], Copies]
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Stand-ins by size: numpy knows no bfloat16, and a copy needs no arithmetic."""
@@ -22,11 +66,16 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class HostCopies:
     """The model computes on the CPU: a copy has ended when the call returns."""
 
+    ahead = 0
+
     def begin(self) -> None:
         """Nothing to order: the previous layer's attention has ended."""
 
     def end(self) -> None:
         """Nothing to order: the copies have ended."""
+
+    def use(self, event: CopyEvent | None) -> None:
+        """Nothing to order."""
 
     def issuing(self) -> AbstractContextManager[object]:
         """Where copies between staging and the gather buffer are issued."""
@@ -58,6 +107,29 @@ class HostCopies:
         """Nothing is held."""
 
 
+class CudaCopyEvent:
+    """The end of a copy on the side stream, and when it ran: CUDA's times between two events,
+    counted from one whose host time is known."""
+
+    def __init__(self, base: tuple[int, torch.cuda.Event], began: torch.cuda.Event) -> None:
+        self._base_ns, self._base = base
+        self._began = began
+        self.ended = torch.cuda.Event(enable_timing=True)
+
+    def query(self) -> bool:
+        """See `CopyEvent`."""
+        return bool(self.ended.query())
+
+    def synchronize(self) -> None:
+        """See `CopyEvent`."""
+        self.ended.synchronize()
+
+    def span_ns(self) -> tuple[int, int]:
+        """See `CopyEvent`."""
+        began, ended = (self._base.elapsed_time(event) for event in (self._began, self.ended))
+        return self._base_ns + int(began * 1e6), self._base_ns + int(ended * 1e6)
+
+
 class CudaCopies:
     """The model computes on a GPU: staging is pinned, copies run on a stream of their own.
 
@@ -65,6 +137,8 @@ class CudaCopies:
     stream wait for the model's), and the next attention follows the copies (`end`). A slot
     carries the event of its last copy, and is not given to the drive before it has passed.
     """
+
+    ahead = 0
 
     def __init__(self, device: torch.device, arena: Arena) -> None:
         self._device = device
@@ -76,6 +150,11 @@ class CudaCopies:
                 f"staging of {arena.size_bytes} bytes cannot be pinned for the GPU: {status}",
                 hint="give it a smaller memory_budget",
             )
+        base = torch.cuda.Event(enable_timing=True)
+        self._stream.record_event(base)
+        base.synchronize()  # once, when the cache is made: the host time of a device event
+        self._base = (now_ns(), base)
+        self._event = self._begun()
 
     def begin(self) -> None:
         """Copies from here on wait for what the model's stream has been given so far."""
@@ -84,6 +163,11 @@ class CudaCopies:
     def end(self) -> None:
         """The model's stream waits for all copies so far."""
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def use(self, event: CopyEvent | None) -> None:
+        """The model's stream waits for that copy alone."""
+        if isinstance(event, CudaCopyEvent):
+            torch.cuda.current_stream(self._device).wait_event(event.ended)
 
     def issuing(self) -> AbstractContextManager[object]:
         """What is issued inside runs on the side stream."""
@@ -98,7 +182,7 @@ class CudaCopies:
 
     def landed(self, slot: Slot) -> None:
         """Mark the slot busy until the copies issued so far have read it."""
-        slot.busy = self._stream.record_event()
+        slot.busy = self._ended()
 
     def copy(self, place: torch.Tensor, rows: torch.Tensor) -> None:
         """Copy device `rows` to `place` on the device; call it inside `issuing`."""
@@ -112,7 +196,19 @@ class CudaCopies:
             view.copy_(rows.contiguous(), non_blocking=True)
         # Without this the allocator could reuse the rows while the side stream reads them.
         rows.record_stream(self._stream)
-        slot.busy = self._stream.record_event()
+        slot.busy = self._ended()
+
+    def _begun(self) -> CudaCopyEvent:
+        began = torch.cuda.Event(enable_timing=True)
+        self._stream.record_event(began)
+        return CudaCopyEvent(self._base, began)
+
+    def _ended(self) -> CudaCopyEvent:
+        """The event of the copies since the last one; the next copies begin here."""
+        event = self._event
+        self._stream.record_event(event.ended)
+        self._event = self._begun()
+        return event
 
     def close(self) -> None:
         """Let the copies end and unpin staging."""
@@ -120,7 +216,7 @@ class CudaCopies:
         torch.cuda.cudart().cudaHostUnregister(self._arena.address)
 
 
-def copies_for(device: torch.device, arena: Arena) -> HostCopies | CudaCopies:
+def copies_for(device: torch.device, arena: Arena) -> Copies:
     """The copies for a model on `device`. Raises: Unsupported for devices that are neither."""
     if device.type == "cpu":
         return HostCopies()

@@ -7,6 +7,7 @@ compute; let the reads for the layers to come go on.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ from dualblade.metrics import (
 from dualblade.pipeline.attend import Arrived, NewRows
 from dualblade.pipeline.budget import TAIL_SHARE_OF_BUDGET, MemoryBudget
 from dualblade.pipeline.checksums import Checksums
+from dualblade.pipeline.copies import MakeCopies, copies_for
 from dualblade.pipeline.facts import engine_facts, transfer_totals
 from dualblade.pipeline.gather import GatherBuffers, scatter
 from dualblade.pipeline.layer import HalfLayer, Layer, LayerMaker, check_continues, check_rows
@@ -34,7 +36,7 @@ from dualblade.pipeline.layers import LayeredKV
 from dualblade.pipeline.machinery import Machinery
 from dualblade.pipeline.read_ahead import Landing, ReadAhead
 from dualblade.pipeline.residence import MemorySource, MemoryWatch, Placements
-from dualblade.pipeline.staging import staging_shape
+from dualblade.pipeline.staging import CopyEvent, staging_shape
 from dualblade.pipeline.timeline import Lane, now_ns
 from dualblade.pipeline.unit import Unit
 from dualblade.residency import DoorSpeeds
@@ -56,6 +58,7 @@ class KVSettings:
     over_tiles: bool = False
     memory: MemorySource | None = None
     speeds: DoorSpeeds | None = None
+    copies: MakeCopies = copies_for
 
 
 class KVPipeline(LayeredKV):
@@ -99,23 +102,30 @@ class KVPipeline(LayeredKV):
     # -- one step ----------------------------------------------------------------------------
 
     def _arriving(self, layer: Layer) -> Iterator[Arrived]:
-        machinery = self._require_machinery()
-        for landing in self._sweep().take(layer.index) if layer.tokens else ():
-            piece = landing.piece
-            with machinery.copies.issuing():
-                tiles = machinery.landed_tiles(landing, layer.dtype)
-            machinery.copies.landed(landing.slot)
-            # Without this the model's stream could read tiles that are not copied yet.
-            machinery.copies.end()
-            yield Arrived(landing.half, tiles, piece.tile, piece.sequence)
-            self._count_dead(layer, landing)
-
-    def gather_all(self, layer: Layer, new: NewRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Offer.gather`."""
-        timeline = self._timeline
-        timeline.enter()
         if not layer.tokens:
-            return new.keys.contiguous(), new.values.contiguous()
+            return
+        machinery, sweep = self._require_machinery(), self._sweep()
+        copies, copied = machinery.copies, deque[tuple[Arrived, CopyEvent | None]]()
+        for landing in sweep.take(layer.index):
+            piece = landing.piece
+            with copies.issuing():
+                tiles = machinery.landed_tiles(landing, layer.dtype)
+            copies.landed(landing.slot)
+            arrived = Arrived(landing.half, tiles, piece.tile, piece.sequence)
+            copied.append((arrived, landing.slot.busy))
+            self._count_dead(layer, landing)
+            # Copies run ahead of attention, but no read is waited for while tiles are at hand.
+            while copied and (len(copied) > copies.ahead or not sweep.has_landed()):
+                arrived, event = copied.popleft()
+                if event is not None:
+                    began = now_ns()
+                    # Without this the model could read tiles that are not copied yet.
+                    copies.use(event)
+                    self._timeline.stall(Lane.COPIES, began, now_ns())
+                yield arrived
+
+    def _gathered(self, layer: Layer, new: NewRows) -> tuple[torch.Tensor, torch.Tensor]:
+        timeline = self._timeline
         self._gather_whole_layers(layer, new.count)
         machinery = self._require_machinery()
         began, stalled = now_ns(), timeline.stalled_ns
@@ -222,7 +232,9 @@ class KVPipeline(LayeredKV):
         )
         if self._machinery is None:
             device, sums, timeline = self._settings.device, self.checksums, self._timeline
-            self._machinery = Machinery(shape, self._store, self._engine, device, sums, timeline)
+            self._machinery = Machinery(
+                shape, self._store, self._engine, device, sums, timeline, self._settings.copies
+            )
         if not self._budget.over_tiles:
             self._gather.ensure(self._budget.keys_bytes, self._budget.values_bytes)
 

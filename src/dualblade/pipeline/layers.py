@@ -76,6 +76,7 @@ class LayeredKV(ABC):
         """See `Taker`."""
         timeline = self._timeline
         timeline.enter()
+        self._check_whole(layer)
         began, stalled = now_ns(), timeline.stalled_ns
         computed = began
 
@@ -102,9 +103,17 @@ class LayeredKV(ABC):
     def _group_buffers(self, layer: Layer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Where a group of the layer's tiles is copied together, for attention of many rows."""
 
-    @abstractmethod
     def gather_all(self, layer: Layer, new: NewRows) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Taker`."""
+        self._timeline.enter()
+        self._check_whole(layer)
+        if not layer.tokens:
+            return new.keys.contiguous(), new.values.contiguous()
+        return self._gathered(layer, new)
+
+    @abstractmethod
+    def _gathered(self, layer: Layer, new: NewRows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stored tiles, tail and new rows together; there are tokens before the new ones."""
 
     def take_in(self, layer: Layer, new: NewRows, *, is_sweeping: bool) -> None:
         """See `Taker`."""
@@ -201,6 +210,15 @@ class LayeredKV(ABC):
                 "and its content is lost",
                 hint="close it and start again with a new one",
             ) from self._failure
+
+    def _check_whole(self, first: Layer) -> None:
+        """At the first layer of a step: the last one was taken in by all layers. Ctrl-C anywhere in
+        the model leaves half of one. Raises: Closed."""
+        if first.index == 0 and any(la.tokens != first.tokens for la in self._layers.values()):
+            raise Closed(
+                "the last step ended between two layers, and the content is lost",
+                hint="close the cache and start again with a new one",
+            )
 
     def _settle(self) -> None:
         """Take in what is still on offer."""

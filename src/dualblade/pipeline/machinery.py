@@ -6,7 +6,7 @@ import torch
 
 from dualblade.io import Arena, Engine
 from dualblade.pipeline.checksums import Checksums
-from dualblade.pipeline.copies import CudaCopies, HostCopies, copies_for
+from dualblade.pipeline.copies import Copies, MakeCopies
 from dualblade.pipeline.layer import HalfLayer, Layer
 from dualblade.pipeline.read_ahead import Landing
 from dualblade.pipeline.staging import Slots, StagingShape
@@ -27,6 +27,7 @@ class Machinery:
         device: torch.device,
         checksums: Checksums,
         timeline: Timeline,
+        make_copies: MakeCopies,
     ) -> None:
         self.shape = shape
         self.arena = Arena(shape.total_bytes)
@@ -47,7 +48,7 @@ class Machinery:
             checksums,
             timeline,
         )
-        self.copies: HostCopies | CudaCopies = copies_for(device, self.arena)
+        self.copies: Copies = make_copies(device, self.arena)
 
     def store_tiles(self, unit: Unit, first_tile: int, rows: torch.Tensor) -> None:
         """Send `rows` [batch, kv_heads, n x tile_rows, dim] behind compute as whole tiles."""

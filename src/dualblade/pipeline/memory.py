@@ -101,10 +101,7 @@ class MemoryKV(LayeredKV):
         keys, values = (layer.keys.tail.new_empty(shape, dtype=dtype) for shape in shapes)
         return keys, values
 
-    def gather_all(self, layer: Layer, new: NewRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Offer.gather`."""
-        if not layer.tokens:
-            return new.keys.contiguous(), new.values.contiguous()
+    def _gathered(self, layer: Layer, new: NewRows) -> tuple[torch.Tensor, torch.Tensor]:
         past, total = layer.tokens, layer.tokens + new.count
         together = []
         for half, rows in zip(layer.halves, (new.keys, new.values), strict=True):

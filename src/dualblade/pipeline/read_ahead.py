@@ -84,7 +84,10 @@ class ReadAhead:
             self._enter(index)
         self.advance()
         visit = self._visits[0]
-        while visit.landing:
+        while visit.landing or visit.waiting:
+            if not visit.landing:
+                self._issue(visit, wait=True)  # all slots are still read by copies
+                assert visit.landing, "a free slot always serves the head of the sweep first"
             landing = visit.landing.popleft()
             try:
                 self._wait_for(visit.index, landing)
@@ -94,9 +97,13 @@ class ReadAhead:
             yield landing
             self._slots.release(landing.slot)
             self.advance()
-        assert not visit.waiting, "a free slot always serves the head of the sweep first"
         self._visits.popleft()
         self._checksums.swept(self._layers[index])
+
+    def has_landed(self) -> bool:
+        """Whether the next piece that `take` hands out is there already."""
+        landing = self._visits[0].landing
+        return bool(landing) and landing[0].ticket.done
 
     def _wait_for(self, layer: int, landing: Landing) -> None:
         began = now_ns()
@@ -159,12 +166,14 @@ class ReadAhead:
         self._cursor = (index + 1) % len(self._layers)
         return visit
 
-    def _issue(self, visit: _Visit) -> bool:
-        """Issue what is left of `visit`; False when the slots ran out."""
+    def _issue(self, visit: _Visit, *, wait: bool = False) -> bool:
+        """Issue what is left of `visit`; False when the slots ran out. `wait`: for the first one,
+        until a copy gives it back."""
         while visit.waiting:
-            slot = self._slots.acquire()
+            slot = self._slots.acquire(wait=wait)
             if slot is None:
                 return False
+            wait = False
             half, piece = visit.waiting.popleft()
             geometry, submitted = half.unit.geometry, now_ns()
             ticket = self._store.read(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -53,16 +54,30 @@ def staging_shape(config: EngineConfig, budget_bytes: int, slab_bytes_max: int) 
     return StagingShape(slot_bytes=slot, read_slots=count - write_slots, write_slots=write_slots)
 
 
+class CopyEvent(Protocol):
+    """The end of a copy that goes on by itself."""
+
+    def query(self) -> bool:
+        """Whether the copy has ended."""
+
+    def synchronize(self) -> None:
+        """Return when it has ended. Raises: whatever the device failed with."""
+
+    def span_ns(self) -> tuple[int, int]:
+        """When it began and ended, on the clock of `now_ns`; once it has ended."""
+
+
 @dataclass(slots=True, eq=False)
 class Slot:
     """One piece of staging. `memory` is uint8 [slot_bytes]; `address` is where it begins.
 
-    `busy` is the event after which a device copy no longer touches it; None on the CPU.
+    `busy` is the event after which a device copy no longer touches it; None on the CPU. While one
+    fills it for a write, that is the write's own.
     """
 
     memory: torch.Tensor
     address: int
-    busy: torch.cuda.Event | None = None
+    busy: CopyEvent | None = None
 
 
 class Slots:
@@ -84,18 +99,27 @@ class Slots:
         """Slots that nobody holds."""
         return len(self._free)
 
-    def acquire(self) -> Slot | None:
-        """A slot that nobody touches any more, or None when all are held."""
+    def acquire(self, *, wait: bool = True) -> Slot | None:
+        """A slot that nobody touches any more; None when all are held, or, without `wait`, when the
+        one released first is still read by its copy."""
         if not self._free:
             return None
-        slot = self._free.popleft()
-        if slot.busy is not None:
-            began = now_ns()
-            # Without this wait the drive would overwrite bytes that a device copy still reads.
-            slot.busy.synchronize()
-            slot.busy = None
-            self._timeline.stall(Lane.COPIES, began, now_ns())
-        return slot
+        event = self._free[0].busy
+        if event is not None:
+            if not wait and not event.query():
+                return None
+            self.end_copy(self._free[0], event)
+        return self._free.popleft()
+
+    def end_copy(self, slot: Slot, event: CopyEvent) -> None:
+        """Wait for the slot's copy, and note when it ran."""
+        began = now_ns()
+        # Without this wait the drive would overwrite bytes that a device copy still reads, or
+        # store bytes that it has not written yet.
+        event.synchronize()
+        slot.busy = None
+        self._timeline.stall(Lane.COPIES, began, now_ns())
+        self._timeline.span(Lane.COPIES, "copy", *event.span_ns(), size_bytes=len(slot.memory))
 
     def release(self, slot: Slot) -> None:
         """Give `slot` back; a device copy may still read it until `slot.busy` has passed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 
 from dualblade.geometry import UnitId
@@ -72,15 +73,19 @@ class WriteBehind:
         """Forget writes that were not handed to the store yet; the store ends the others."""
         for write in self._writes:
             if write.slot.busy is not None:
-                write.slot.busy.synchronize()
+                with suppress(Exception):  # the end is not hindered by a copy that failed
+                    write.slot.busy.synchronize()
         self._writes.clear()
 
     def _submit_ready(self) -> None:
         """Hand to the store, in order, what device copies have filled by now."""
         for write in self._writes:
             if write.ticket is None:
-                if write.slot.busy is not None and not write.slot.busy.query():
-                    return
+                event = write.slot.busy
+                if event is not None:
+                    if not event.query():
+                        return
+                    self._slots.end_copy(write.slot, event)
                 self._submit(write)
 
     def _submit(self, write: _Write) -> None:
@@ -94,17 +99,16 @@ class WriteBehind:
         )
 
     def _finish_oldest(self) -> None:
-        began = now_ns()
         write = self._writes[0]
         if write.ticket is None:
             if write.slot.busy is not None:
-                # The device copy must have filled the slot before the drive reads it.
-                write.slot.busy.synchronize()
+                self._slots.end_copy(write.slot, write.slot.busy)
             self._submit(write)
         assert write.ticket is not None
+        began = now_ns()
+        # Without this wait a failed write would be noticed by nobody.
         write.ticket.wait()
         self._writes.popleft()
-        write.slot.busy = None
         self._slots.release(write.slot)
         timeline, piece, unit = self._timeline, write.piece, write.unit
         timeline.stall(Lane.WRITES, began, now_ns())
