@@ -45,7 +45,7 @@ class UringEngine final : public Engine {
     }
 
     // The direct queue alone: memory that is pinned twice counts twice against the memlock limit,
-    // and a copy from the page cache gains nothing by it (measured: no difference).
+    // and what registering saves is pinning, which a copy from the page cache does not do.
     int register_buffer(std::uint64_t address, std::uint64_t size_bytes, bool huge) override {
         return direct_->register_buffer(address, size_bytes, huge);
     }

@@ -6,6 +6,7 @@
 
 #include <fcntl.h>
 #include <linux/nvme_ioctl.h>
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -17,6 +18,8 @@
 #include <string>
 #include <thread>
 #include <vector>
+
+#include "engine/scheduler.hpp"
 
 using namespace dualblade;
 

@@ -10,16 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
-from dualblade import DualBladeCache, EngineConfig
 from dualblade.errors import StorageError
 from dualblade.io import Arena, EngineChoice, open_engine
 from dualblade.store import Door, Store
 from dualblade.store.formatting import carry_out_wipe, plan_wipe
 from dualblade.testing.contract import pattern
 from dualblade.units import MIB
-from tests.integration.tiny_models import tiny_model
 from tests.lab.guest.conftest import block_of, find_namespace, formatted
 from tests.lab.guest.test_store import fill, read_back
 
@@ -126,6 +123,11 @@ def test_a_group_may_format_and_wipe(path: str) -> None:
 def test_a_group_generates(path: str) -> None:
     give_to_group(path)
     give_to_group(block_of(path))
+
+    import torch
+
+    from dualblade import DualBladeCache, EngineConfig
+    from tests.integration.tiny_models import tiny_model
 
     def generate() -> None:
         model, config = tiny_model(), EngineConfig(io_engine="uring-cmd")
