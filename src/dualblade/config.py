@@ -47,7 +47,7 @@ class EngineConfig:
     """How bytes are moved. Every default is the one that the benchmarks chose.
 
     io_engine            `auto`, `io_uring` or `posix`; `auto` falls to posix, openly.
-    queue_depth          requests in flight on the device.
+    queue_depth          requests in flight on each device of the store.
     chunk_bytes          largest single request; longer transfers are split.
     tile_tokens          rows in a tile; None: 64, unless whole blocks ask for more.
     staging_bytes        memory that reads land in; None: an eighth of the budget, within limits.

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
+from dualblade.config import EngineConfig
 from dualblade.errors import BudgetError, ConfigError
 from dualblade.host.memory import available_memory
 from dualblade.host.profile import DeviceProfile, device_identity
@@ -25,27 +26,33 @@ from dualblade.store import Door, Extent, Store
 from dualblade.units import MIB, format_size
 
 _SWEEP_BYTES = 8 * MIB
-"""Read at a time: eight requests of 1 MiB, the default queue."""
+"""Read at a time of each device: eight requests of 1 MiB, the default queue."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuneOptions:
-    """`folder`: on the device to measure; a scratch store is made there and removed."""
+    """`folders`: on the device to measure, or on each; a scratch store is made there and removed."""
 
-    folder: Path
+    folders: Sequence[Path]
     size_bytes: int = 256 * MIB
     repeats: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.size_bytes < _SWEEP_BYTES or self.size_bytes % _SWEEP_BYTES or self.repeats < 1:
-            raise ConfigError(f"the size must be a multiple of {format_size(_SWEEP_BYTES)}")
+        step = self.sweep_bytes
+        if self.size_bytes < step or self.size_bytes % step or self.repeats < 1:
+            raise ConfigError(f"the size must be a multiple of {format_size(step)}")
+
+    @property
+    def sweep_bytes(self) -> int:
+        """Read at a time: whole rows of stripes, so that no device waits for another."""
+        return _SWEEP_BYTES * len(self.folders)
 
 
 def measure_doors(
     options: TuneOptions, progress: Callable[[str], None] = lambda _: None
 ) -> DeviceProfile:
-    """Speeds of both doors on the device of `folder`. Blocks for seconds.
+    """Speeds of both doors on the devices of `folders`. Blocks for seconds.
 
     Raises: BudgetError when the hits do not fit memory; Unsupported without O_DIRECT; NoSpace,
         DeviceError.
@@ -57,11 +64,13 @@ def measure_doors(
             needed_bytes=2 * options.size_bytes,
             hint="measure when there is more, or with a smaller --size",
         )
-    scratch = options.folder / f".dualblade-tune-{time.monotonic_ns()}"
+    name = f".dualblade-tune-{time.monotonic_ns()}"
+    scratch = [folder / f"{name}-{index}" for index, folder in enumerate(options.folders)]
+    depth = EngineConfig().queue_depth * len(scratch)
     try:
         with (
-            Arena(_SWEEP_BYTES) as arena,  # outlives the engine that it is registered with
-            open_engine("auto") as engine,
+            Arena(options.sweep_bytes) as arena,  # outlives the engine that it is registered with
+            open_engine("auto", queue_depth=depth) as engine,
             Store.open(scratch, engine, capacity_bytes=options.size_bytes) as store,
         ):
             engine.register_arena(arena)
@@ -84,14 +93,15 @@ def measure_doors(
                     needed_bytes=options.size_bytes,
                     hint="other programs need the memory now; try again",
                 )
-            name = engine.name
+            engine_name = engine.name
     finally:
-        scratch.unlink(missing_ok=True)
+        for file in scratch:
+            file.unlink(missing_ok=True)
     hit, miss = statistics.median(hits), statistics.median(misses)
     progress(f"page cache: {format_size(int(hit))}/s when cached, {format_size(int(miss))}/s not")
     return DeviceProfile(
-        device=device_identity(options.folder),
-        engine=name,
+        device=device_identity(*options.folders),
+        engine=engine_name,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
         direct_bytes_per_s=direct,
         cache_hit_bytes_per_s=hit,
@@ -106,19 +116,20 @@ class _Sweep:
     def __init__(self, store: Store, extent: Extent, arena: Arena, options: TuneOptions) -> None:
         self._store, self._extent, self._arena = store, extent, arena
         self._size_bytes, self._seed = options.size_bytes, options.seed
+        self._step_bytes = options.sweep_bytes
 
     def fill(self) -> None:
         random = np.random.default_rng(self._seed)
         memory = np.frombuffer(self._arena.buffer, dtype=np.uint8)
-        for at in range(0, self._size_bytes, _SWEEP_BYTES):
-            memory[:_SWEEP_BYTES] = np.frombuffer(random.bytes(_SWEEP_BYTES), dtype=np.uint8)
-            self._store.write(self._extent, at, self._arena.address, _SWEEP_BYTES).wait()
+        for at in range(0, self._size_bytes, self._step_bytes):
+            memory[:] = np.frombuffer(random.bytes(len(memory)), dtype=np.uint8)
+            self._store.write(self._extent, at, self._arena.address, self._step_bytes).wait()
 
     def read(self) -> float:
         """One pass; bytes per second."""
         began = time.perf_counter()
-        for at in range(0, self._size_bytes, _SWEEP_BYTES):
-            self._store.read(self._extent, at, self._arena.address, _SWEEP_BYTES).wait()
+        for at in range(0, self._size_bytes, self._step_bytes):
+            self._store.read(self._extent, at, self._arena.address, self._step_bytes).wait()
         return self._size_bytes / (time.perf_counter() - began)
 
 

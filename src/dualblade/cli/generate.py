@@ -38,7 +38,7 @@ class _Request:
     prompt_lookup: int
     dtype: str
     device: str | None
-    store: Path | None
+    store: list[Path] | None
     memory_budget: str | int
     path: str
     attention: str
@@ -126,6 +126,7 @@ def generate(
     Examples:
       dualblade generate --model demo -p "What is the capital of France?"
       dualblade generate --model ./llama --prompt-file book.txt --memory-budget 512MiB --stats
+      dualblade generate --model ./llama -p hello --store /dev/nvme1n1 --store /dev/nvme2n1
       dualblade generate --model random:llama-3.2-1b -p hello --max-new-tokens 8 --path direct
     """
     from dualblade import config

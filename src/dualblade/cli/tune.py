@@ -14,10 +14,14 @@ from dualblade.units import format_size, parse_size
 
 def tune(
     store: Annotated[
-        Path, typer.Argument(metavar="STORE", help="A store file or folder on the device.")
+        list[Path],
+        typer.Argument(
+            metavar="STORE...",
+            help="A store file or folder on the device; of a striped store, one on each.",
+        ),
     ],
     size: Annotated[
-        str, typer.Option("--size", metavar="SIZE", help="Of the scratch file; gone at the end.")
+        str, typer.Option("--size", metavar="SIZE", help="Of the scratch store; gone at the end.")
     ] = "256MiB",
     json: options.Json = False,
     debug: options.Debug = False,  # noqa: ARG001 - read by Command
@@ -31,15 +35,16 @@ def tune(
     Examples:
       dualblade tune /mnt/nvme
       dualblade tune kv.store --json
+      dualblade tune /mnt/a /mnt/b
     """
     from dualblade.bench.doors import TuneOptions, measure_doors
     from dualblade.cli.output import Reporter, result_console, write_json
     from dualblade.host.profile import save_profile
 
-    folder = store if store.is_dir() else store.absolute().parent
+    folders = [path if path.is_dir() else path.absolute().parent for path in store]
     with Reporter() as reporter:
         profile = measure_doors(
-            TuneOptions(folder=folder, size_bytes=parse_size(size)), reporter.tell
+            TuneOptions(folders=folders, size_bytes=parse_size(size)), reporter.tell
         )
     saved = save_profile(profile)
     if json:

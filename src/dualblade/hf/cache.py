@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -23,7 +22,7 @@ from dualblade.metrics import CacheStats, MemoryUse, StageSeconds, TransferTotal
 from dualblade.pipeline import KVPipeline, KVSettings, MemoryKV
 from dualblade.pipeline.residence import MemorySource
 from dualblade.pipeline.staging import staging_shape
-from dualblade.store import Store
+from dualblade.store import Place, Store, member_count
 from dualblade.units import format_size, parse_size
 
 
@@ -61,7 +60,7 @@ class DualBladeCache(Cache):
         cls,
         model: PreTrainedModel,
         *,
-        store: str | os.PathLike[str] | None = None,
+        store: Place | Sequence[Place] | None = None,
         memory_budget: str | int = "auto",
         path: str | Path = "dual",
         attention: Literal["auto", "exact", "tiles"] = "auto",
@@ -71,7 +70,9 @@ class DualBladeCache(Cache):
         """A cache for `model`, to pass as `past_key_values`.
 
         store          a file: made 0600 when missing, reused when it is a dualblade store, else
-                       refused. None: a private file in the cache directory, gone at close.
+                       refused; or a device that was formatted. Several paths are the members of
+                       one striped store. None: a private file in the cache directory, gone at
+                       close.
         memory_budget  host memory for this cache in all: `512MiB`, bytes, or `auto`: what there is
                        less a reserve for everything else (EngineConfig.memory_reserve_bytes). On
                        the `dual` path the plan follows the memory that is there, and a stated
@@ -228,13 +229,12 @@ def _budget(asked: str | int, config: EngineConfig) -> tuple[int, MemorySource]:
 
 
 def _open_pipeline(
-    store: str | os.PathLike[str] | None, settings: KVSettings
+    store: Place | Sequence[Place] | None, settings: KVSettings
 ) -> tuple[Store, KVPipeline]:
     """The engine, the store and the pipeline over them; nothing stays open when one refuses."""
     config = settings.config
-    engine = open_engine(
-        config.io_engine, queue_depth=config.queue_depth, chunk_bytes=config.chunk_bytes
-    )
+    depth = config.queue_depth * member_count(store)  # each member's own queue is to be full
+    engine = open_engine(config.io_engine, queue_depth=depth, chunk_bytes=config.chunk_bytes)
     try:
         opened = Store.open(
             store,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 
 from dualblade.host.profile import load_profile
 from dualblade.residency import DoorSpeeds
-from dualblade.store import cache_directory
+from dualblade.store import Place, as_places, cache_directory
 
 
-def door_speeds(store: str | os.PathLike[str] | None) -> DoorSpeeds | None:
-    """Of the device below `store` (None: of private stores); None when it was not measured."""
-    profile = load_profile(cache_directory() if store is None else store)
+def door_speeds(store: Place | Sequence[Place] | None) -> DoorSpeeds | None:
+    """Of what is below `store` (None: of private stores), all its members together; None when that
+    was not measured."""
+    profile = load_profile(*(as_places(store) or (cache_directory(),)))
     if profile is None:
         return None
     return DoorSpeeds(

@@ -49,11 +49,16 @@ def profiles_file() -> Path:
     return Path(base) / "dualblade" / "profiles.json"
 
 
-def device_identity(path: str | os.PathLike[str]) -> str:
-    """What `path` stands on, in words that stay the same from one start to the next.
+def device_identity(*paths: str | os.PathLike[str]) -> str:
+    """What `paths`, the members of one store, stand on, in words that stay the same from one start
+    to the next, and whatever their order.
 
-    Raises: StorageError when neither the path nor its folder exists.
+    Raises: StorageError when neither a path nor its folder exists.
     """
+    return " + ".join(sorted(_identity(path) for path in paths))
+
+
+def _identity(path: str | os.PathLike[str]) -> str:
     facts = device_facts(path)
     queue = facts.queue
     device = "no block device" if queue is None else f"{queue.name} {queue.model or 'no model'}"
@@ -80,11 +85,11 @@ def save_profile(profile: DeviceProfile) -> Path:
     return file
 
 
-def load_profile(path: str | os.PathLike[str]) -> DeviceProfile | None:
-    """The profile of the device below `path`; None when it was not measured."""
+def load_profile(*paths: str | os.PathLike[str]) -> DeviceProfile | None:
+    """The profile of the devices below `paths` together; None when they were not measured so."""
     file = profiles_file()
     try:
-        found = _read_all(file).get(device_identity(path))
+        found = _read_all(file).get(device_identity(*paths))
     except (OSError, StorageError):
         return None
     if found is None:

@@ -34,7 +34,7 @@ def place(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
     serial, number, node = request.param
     path = formatted(find_namespace(serial, number))
     yield path, node
-    carry_out_wipe(plan_wipe(path), lambda _: None)
+    carry_out_wipe(plan_wipe(path), tell=lambda _: None)
 
 
 def fill(store: Store, extent: Extent, arena: Arena, data: bytes) -> None:
@@ -117,7 +117,7 @@ def test_scattered_pages_are_cut_finer(engine: Engine, huge: bool, registered: b
         assert read_back(store, extent, arena, len(data)) == data
         pieces = 3 if registered and arena.huge else -(-3 * MIB // (127 * 4 * KIB))
         assert engine.counters().read_ops == pieces
-    carry_out_wipe(plan_wipe(path), lambda _: None)
+    carry_out_wipe(plan_wipe(path), tell=lambda _: None)
 
 
 def test_the_block_device_is_held(place: tuple[str, str], engine: Engine) -> None:
@@ -206,7 +206,7 @@ def test_a_bad_sector_is_told_by_drive_and_place(engine: Engine, arena: Arena) -
         with pytest.raises(DeviceError) as caught:
             store.read(extent, at, arena.address, MIB).wait()
         assert caught.value.errno in (errno.EIO, errno.ENODATA)
-    carry_out_wipe(plan_wipe(path), lambda _: None)
+    carry_out_wipe(plan_wipe(path), tell=lambda _: None)
 
 
 def test_a_partitioned_and_a_mounted_drive_are_refused(tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_another_drive_is_not_taken_for_it(engine: Engine) -> None:
         plan_wipe(copy)
     formatted(copy)
     for place in (path, copy):
-        carry_out_wipe(plan_wipe(place), lambda _: None)
+        carry_out_wipe(plan_wipe(place), tell=lambda _: None)
 
 
 def test_without_passthrough_the_reason_is_told() -> None:
@@ -270,7 +270,7 @@ def test_without_passthrough_the_reason_is_told() -> None:
         )
         extent = store.allocate(2 * MIB, Door.DIRECT)
         fill(store, extent, arena, pattern(MIB, seed=1))
-    carry_out_wipe(plan_wipe(path), lambda _: None)
+    carry_out_wipe(plan_wipe(path), tell=lambda _: None)
 
 
 def test_a_drive_that_hangs_is_reset_and_asked_again(engine: Engine, arena: Arena) -> None:
@@ -289,7 +289,7 @@ def test_a_drive_that_hangs_is_reset_and_asked_again(engine: Engine, arena: Aren
         assert counters.retries > 0
         assert counters.errors == 0
     limit.write_text("30000")
-    carry_out_wipe(plan_wipe(path), lambda _: None)
+    carry_out_wipe(plan_wipe(path), tell=lambda _: None)
 
 
 def test_a_drive_that_is_unplugged(engine: Engine, arena: Arena) -> None:
@@ -358,7 +358,7 @@ def test_without_root() -> None:
     finally:
         for node, mode in zip(nodes, modes, strict=True):
             os.chmod(node, mode)
-    carry_out_wipe(plan_wipe(path), lambda _: None)
+    carry_out_wipe(plan_wipe(path), tell=lambda _: None)
 
 
 def use_without_passthrough(path: str) -> Callable[[], None]:
