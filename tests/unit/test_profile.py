@@ -66,11 +66,11 @@ def test_profiles_that_cannot_be_used_are_left_out(tmp_path: Path) -> None:
 
 
 def test_tune_measures_both_doors_and_leaves_nothing(tmp_path: Path) -> None:
-    profile = measure_doors(TuneOptions(folder=tmp_path, size_bytes=16 * MIB, repeats=1))
+    profile = measure_doors(TuneOptions(folders=[tmp_path], size_bytes=16 * MIB, repeats=1))
     assert profile.device == device_identity(tmp_path)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ConfigError):
-        TuneOptions(folder=tmp_path, size_bytes=MIB)
+        TuneOptions(folders=[tmp_path], size_bytes=MIB)
 
 
 def test_the_tune_command_saves_what_plan_then_uses(tmp_path: Path) -> None:
