@@ -31,7 +31,7 @@ _SWEEP_BYTES = 8 * MIB
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuneOptions:
-    """`folders`: on the device to measure, or on each; a scratch store is made there and removed."""
+    """`folders`: on the device to measure, or on each; the scratch store there is removed."""
 
     folders: Sequence[Path]
     size_bytes: int = 256 * MIB
