@@ -126,7 +126,6 @@ def generate(
     Examples:
       dualblade generate --model demo -p "What is the capital of France?"
       dualblade generate --model ./llama --prompt-file book.txt --memory-budget 512MiB --stats
-      dualblade generate --model ./llama -p hello --store /dev/nvme1n1 --store /dev/nvme2n1
       dualblade generate --model random:llama-3.2-1b -p hello --max-new-tokens 8 --path direct
     """
     from dualblade import config

@@ -69,10 +69,8 @@ class DualBladeCache(Cache):
     ) -> DualBladeCache:
         """A cache for `model`, to pass as `past_key_values`.
 
-        store          a file: made 0600 when missing, reused when it is a dualblade store, else
-                       refused; or a device that was formatted. Several paths are the members of
-                       one striped store. None: a private file in the cache directory, gone at
-                       close.
+        store          a file (made 0600 when missing) or a formatted device, or several: striped.
+                       What is no dualblade store is refused. None: a private file, gone at close.
         memory_budget  host memory for this cache in all: `512MiB`, bytes, or `auto`: what there is
                        less a reserve for everything else (EngineConfig.memory_reserve_bytes). On
                        the `dual` path the plan follows the memory that is there, and a stated
