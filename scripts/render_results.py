@@ -108,6 +108,26 @@ def io() -> str:
     )
 
 
+def striping() -> str:
+    data = load("striping")
+    rows = [
+        [
+            f"{run['devices']}",
+            f"{run['queue_depth_of_each']}",
+            f"{run['read_bytes_per_second'] / 1e6:.0f}",
+            f"{run['times_one_device']:.2f}",
+            f"{run['write_bytes_per_second'] / 1e6:.0f}",
+        ]
+        for run in data["runs"]
+    ]
+    head = ["devices", "in flight on each", "read MB/s", "times one device", "write MB/s"]
+    return (
+        f"{table(head, rows)}\n\nDevices throttled to {data['throttle_bytes_per_second'] / 1e6:.0f} "
+        f"MB/s each; `{data['command']}` on {machine_line(data['runs'][0]['machine'])}; "
+        "file: `results/striping.json`."
+    )
+
+
 DECODES = {
     "decode-opt-1.3b": "OPT-1.3B shape",
     "decode-llama-3.2-1b": "Llama-3.2-1B shape (grouped heads)",
@@ -287,6 +307,7 @@ def prefill() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "io": io,
+    "striping": striping,
     "decode": decode,
     "attention": attention,
     "smollm2": smollm2,

@@ -37,7 +37,9 @@ Ticket::Outcome Ticket::wait_until(std::uint64_t bytes, Clock::time_point deadli
 
 Ticket::Next Ticket::next() const {
     if (failed_ || transfer_ == transfers_.size()) return Next::Nothing;
-    const bool barrier = sync_in_flight_ || !moves_bytes(transfers_[transfer_].op);
+    // Syncs in a row are one barrier: those of several descriptors run side by side.
+    const bool sync_is_next = !moves_bytes(transfers_[transfer_].op);
+    const bool barrier = sync_in_flight_ != sync_is_next;
     return barrier && in_flight_ > 0 ? Next::AtBarrier : Next::Ready;
 }
 

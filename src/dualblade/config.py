@@ -57,7 +57,7 @@ class EngineConfig:
                          drive interrupts. Off: it keeps a core busy that the model could use. With
                          cores to spare and a fast drive with poll queues it saves the interrupt.
                          Refused where the drive has none.
-    queue_depth          requests in flight on the device.
+    queue_depth          requests in flight on each device of the store.
     chunk_bytes          largest single request; longer transfers are split.
     tile_tokens          rows in a tile; None: 64, unless whole blocks ask for more.
     staging_bytes        memory that reads land in; None: an eighth of the budget, within limits.

@@ -48,6 +48,24 @@ def test_prints_what_it_promises(options: IoBenchOptions, engine: str) -> None:
     assert os.stat(options.store).st_mode & 0o777 == 0o600
 
 
+def test_several_files_are_striped(options: IoBenchOptions, tmp_path: Path) -> None:
+    """Each holds its part, in requests as large as those of one file; the depth is that of each."""
+    places = [str(tmp_path / f"scratch{index}") for index in range(3)]
+    several = replace(options, store=places, chunk_bytes=MIB)
+    result = run_io_bench(several)
+    assert result["read_counters"]["read_bytes"] == 18 * MIB
+    assert result["read_counters"]["read_ops"] == 18
+    assert 0 < result["effective_queue_depth"] <= 12
+    assert [os.stat(place).st_size for place in places] == [HEADER_BYTES + 3 * MIB] * 3
+    Path(places[2]).write_bytes(b"letters")
+    os.unlink(places[0])
+    with pytest.raises(ConfigError, match="did not write"):
+        run_io_bench(several)
+    assert not os.path.exists(places[0])
+    with pytest.raises(ConfigError, match="fio reads one file"):
+        replace(several, compare_fio=True)
+
+
 def test_beside_fio(options: IoBenchOptions) -> None:
     if shutil.which("fio") is None or os.geteuid() != 0:
         pytest.skip("needs fio, and root for its huge pages")

@@ -241,7 +241,7 @@ def test_wiping_leaves_nothing(device: str, engine: Engine, arena: Arena) -> Non
         arena.buffer[:] = b"\xff" * (4 * MIB)
         store.write(extent, 0, arena.address, 4 * MIB).wait()
     parts: list[float] = []
-    assert carry_out_wipe(plan_wipe(device), parts.append) == "discarded"
+    assert carry_out_wipe(plan_wipe(device), tell=parts.append) == ["discarded"]
     assert parts[-1] == 1
     assert not any(contents(device))
     carry_out_format(plan_format(device))
@@ -268,7 +268,7 @@ def test_a_name_that_went_to_another_device_is_refused(blank: str) -> None:
     assert not any(contents(blank))
     carry_out_format(plan)
     with pytest.raises(NotAStore, match="not the device any more"):
-        carry_out_wipe(swapped, lambda _: None)
+        carry_out_wipe(swapped, tell=lambda _: None)
     assert inspect_store(blank).problem is None
 
 

@@ -14,7 +14,7 @@ import pytest
 from dualblade.errors import DeviceError
 from dualblade.io import Arena, EngineChoice, open_engine
 from dualblade.store import Door, Store
-from dualblade.store.formatting import carry_out_format, plan_format
+from dualblade.store.formatting import carry_out_format, plan_format, plan_formats
 from dualblade.store.inspect import inspect_store, unreadable_ranges
 from dualblade.units import MIB
 from tests.devices import loop_device, needs_root
@@ -71,3 +71,28 @@ def test_an_error_at_an_exact_sector(device: str, engine_name: EngineChoice) -> 
             store.read(extent, 0, arena.address, 2 * MIB).wait()
     bad = unreadable_ranges(inspect_store(device), lambda _: None)
     assert bad == [(BAD_OFFSET // 4096 * 4096, 4096)]
+
+
+@needs_root
+def test_a_striped_store_names_the_member(device: str, tmp_path: Path) -> None:
+    """The bad sector is on the second of two: its path and its offset there, through both doors;
+    verify finds it there, and the first one whole."""
+    with loop_device(tmp_path / "good", 32 * MIB, 4096) as good:
+        carry_out_format(*plan_formats([good, device]))
+        with (
+            open_engine("io_uring", queue_depth=4, chunk_bytes=64 * 1024) as engine,
+            Store.open([good, device], engine) as store,
+            Arena(16 * MIB) as arena,
+        ):
+            extent = store.allocate(24 * MIB, Door.DIRECT)
+            for door in (Door.DIRECT, Door.PAGE_CACHE):
+                store.move(extent, door)
+                with pytest.raises(DeviceError, match="Input/output error") as caught:
+                    store.read(extent, 8 * MIB, arena.address, 16 * MIB).wait()
+                assert caught.value.path == device
+                assert caught.value.offset is not None
+                assert 0 <= BAD_OFFSET - caught.value.offset < 64 * 1024
+                store.read(extent, 0, arena.address, 8 * MIB).wait()
+        reports = [inspect_store(path) for path in (good, device)]
+        bad = [unreadable_ranges(report, lambda _: None) for report in reports]
+        assert bad == [[], [(BAD_OFFSET // 4096 * 4096, 4096)]]

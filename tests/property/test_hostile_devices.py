@@ -8,6 +8,8 @@ accepted can be opened once more, and its allocator stays between the superblock
 from __future__ import annotations
 
 import contextlib
+import itertools
+import random
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,12 +31,14 @@ from dualblade.store.format import (
     MAGIC,
     SUPERBLOCK_BYTES,
     DeviceSection,
+    MemberSection,
     Superblock,
     choose_superblock,
     device_capacity,
     second_copy_offset,
 )
 from dualblade.store.formatting import carry_out_format, plan_format
+from dualblade.store.members import check_members
 from dualblade.units import EXTENT_ALIGN_BYTES, GIB, MIB
 from tests.devices import contents, loop_device, needs_root
 
@@ -79,6 +83,70 @@ def test_another_device_is_refused(change: dict[str, object]) -> None:
     blocks = [superblock(5, copy).encode() for copy in (0, 1)]
     with pytest.raises(NotAStore, match="not the device"):
         choose(*blocks, here=replace(HERE, **change))  # type: ignore[arg-type]
+
+
+def test_copies_of_different_members_are_refused() -> None:
+    """Both of one store, but of two places in it."""
+    first, second = (
+        replace(superblock(5, copy), member=MemberSection(index=copy, count=2)) for copy in (0, 1)
+    )
+    with pytest.raises(NotAStore, match="do not belong together"):
+        choose(first.encode(), second.encode())
+    with pytest.raises(NotAStore, match="do not belong together"):
+        choose(first.encode(), superblock(5, 1).encode())
+
+
+sections = st.builds(
+    MemberSection,
+    index=st.integers(0, 4),
+    count=st.integers(2, 4),
+    stripe_bytes=st.sampled_from([MIB, 4096]),
+)
+members = st.tuples(st.integers(1, 2), st.one_of(st.none(), sections), st.integers(1, 3))
+
+
+@settings(max_examples=1000, deadline=None)
+@given(drawn=st.lists(members, min_size=1, max_size=4), order=st.randoms())
+def test_any_set_of_members_is_one_store_or_refused(
+    drawn: list[tuple[int, MemberSection | None, int]], order: random.Random
+) -> None:
+    """In any order; what is taken is complete, of one store, and sorted. Refusals name one."""
+    found = [
+        (
+            f"/dev/{number}",
+            replace(superblock(generation, 0, uuid_number), member=section),
+        )
+        for number, (uuid_number, section, generation) in enumerate(drawn)
+    ]
+    order.shuffle(found)
+    places = [path for path, _ in found]
+    refusal, taken = None, []
+    try:
+        taken = [found[number][1] for number in check_members(found)]
+    except NotAStore as exc:
+        refusal = exc
+    if refusal is not None:
+        assert refusal.path in places
+        assert refusal.message.startswith(str(refusal.path))
+    elif len(taken) == 1:
+        assert taken[0].member is None
+    else:
+        told = [block.member for block in taken if block.member is not None]
+        assert [(m.index, m.count) for m in told] == [(n, len(found)) for n in range(len(found))]
+        assert (
+            len({(block.uuid, m.stripe_bytes) for block, m in zip(taken, told, strict=True)}) == 1
+        )
+        assert sorted(block.generation for block in taken) == sorted(d[2] for d in drawn)
+
+
+def test_a_whole_set_is_taken_in_any_order() -> None:
+    for count in (2, 3, 4):
+        parts = [
+            (f"/dev/{n}", replace(superblock(5, 0), member=MemberSection(index=n, count=count)))
+            for n in range(count)
+        ]
+        for shuffled in itertools.permutations(parts):
+            assert [shuffled[number] for number in check_members(shuffled)] == parts
 
 
 damage = st.one_of(

@@ -1,6 +1,7 @@
 """The superblock: golden bytes, and hostile files."""
 
 import uuid
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given
@@ -10,8 +11,10 @@ from dualblade.errors import NotAStore
 from dualblade.store.format import (
     DATA_OFFSET,
     DEVICE_VERSION,
+    FILE_VERSION,
     SUPERBLOCK_BYTES,
     DeviceSection,
+    MemberSection,
     Superblock,
     device_capacity,
 )
@@ -141,3 +144,50 @@ def test_a_store_of_the_other_kind_is_refused() -> None:
         decode(DEVICE_BLOCK.encode(), file_bytes=GIB)
     with pytest.raises(NotAStore, match="version 1"):
         Superblock.decode(BLOCK.encode(), path="x", file_bytes=GIB, version=DEVICE_VERSION)
+
+
+MEMBER = MemberSection(index=1, count=3)
+GOLDEN_MEMBER = bytes.fromhex("01000000030000000000100000000000")  # index, count, stripe
+
+
+@pytest.mark.parametrize(
+    ("whole", "version", "checksum"),
+    [
+        (BLOCK, FILE_VERSION, "f0b4cf58bb816b54f0c8735c96cd970b"),
+        (DEVICE_BLOCK, DEVICE_VERSION, "703fbff23cea078ebc9b00909585ea9b"),
+    ],
+)
+def test_golden_bytes_of_a_member(whole: Superblock, version: int, checksum: str) -> None:
+    """Versions 3 and 4: those that know only 1 and 2 must not take a member for a whole store."""
+    block = replace(whole, member=MEMBER)
+    raw, plain = block.encode(), whole.encode()
+    assert raw[:8] + raw[12:512] == plain[:8] + plain[12:512]
+    assert raw[8:12] == bytes([version + 2, 0, 0, 0])
+    assert raw[512:528] == GOLDEN_MEMBER
+    assert not any(raw[528:-16])
+    assert raw[-16:].hex() == checksum
+    found = Superblock.decode(raw, path="x", file_bytes=GIB, version=version)
+    assert found == block
+    other = DEVICE_VERSION if version == FILE_VERSION else FILE_VERSION
+    with pytest.raises(NotAStore, match=f"version {version + 2}"):
+        Superblock.decode(raw, path="x", file_bytes=GIB, version=other)
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        MemberSection(index=3, count=3),
+        MemberSection(index=0, count=1),
+        MemberSection(index=0, count=0),
+        MemberSection(index=0, count=17),
+        MemberSection(index=2**32 - 1, count=2**32 - 1),
+        MemberSection(index=0, count=2, stripe_bytes=0),
+        MemberSection(index=0, count=2, stripe_bytes=512),
+        MemberSection(index=0, count=2, stripe_bytes=3 * 4096),
+        MemberSection(index=0, count=2, stripe_bytes=2**63),
+    ],
+)
+def test_members_that_cannot_be_are_refused(member: MemberSection) -> None:
+    """Whole, with the right checksum, and nonsense."""
+    with pytest.raises(NotAStore, match="out of range"):
+        decode(replace(BLOCK, member=member).encode(), file_bytes=GIB)

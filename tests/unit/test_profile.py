@@ -81,11 +81,11 @@ def test_profiles_that_cannot_be_used_are_left_out(tmp_path: Path) -> None:
 
 
 def test_tune_measures_both_doors_and_leaves_nothing(tmp_path: Path) -> None:
-    profile = measure_doors(TuneOptions(place=tmp_path, size_bytes=16 * MIB, repeats=1))
+    profile = measure_doors(TuneOptions(places=(tmp_path,), size_bytes=16 * MIB, repeats=1))
     assert profile.device == device_identity(tmp_path)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ConfigError):
-        TuneOptions(place=tmp_path, size_bytes=MIB)
+        TuneOptions(places=(tmp_path,), size_bytes=MIB)
 
 
 @needs_root
@@ -93,7 +93,7 @@ def test_tune_measures_a_formatted_device_itself(tmp_path: Path) -> None:
     """Not the file system of /dev. One that is not ours keeps every byte; a store in use, too."""
     (tmp_path / "image").write_bytes(b"precious" * (64 * MIB // 8))
     with loop_device(tmp_path / "image", 64 * MIB) as device:
-        options = TuneOptions(place=Path(device), size_bytes=16 * MIB, repeats=1)
+        options = TuneOptions(places=(Path(device),), size_bytes=16 * MIB, repeats=1)
         with pytest.raises(NotAStore):
             measure_doors(options)
         assert contents(device) == b"precious" * (64 * MIB // 8)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
+from dualblade.config import EngineConfig
 from dualblade.errors import BudgetError, ConfigError
 from dualblade.host.memory import available_memory
 from dualblade.host.profile import DeviceProfile, device_identity
@@ -28,22 +29,29 @@ from dualblade.units import MIB, format_size
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuneOptions:
-    """`place`: a folder, a store file in one (it may be missing), or a device formatted for us."""
+    """`places`: a folder, a store file in one (it may be missing), or a device formatted for us;
+    of a striped store, one for each member."""
 
-    place: Path
+    places: Sequence[Path]
     size_bytes: int = 256 * MIB
     repeats: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.size_bytes < SWEEP_BYTES or self.size_bytes % SWEEP_BYTES or self.repeats < 1:
-            raise ConfigError(f"the size must be a multiple of {format_size(SWEEP_BYTES)}")
+        step = self.sweep_bytes
+        if self.size_bytes < step or self.size_bytes % step or self.repeats < 1:
+            raise ConfigError(f"the size must be a multiple of {format_size(step)}")
+
+    @property
+    def sweep_bytes(self) -> int:
+        """Read at a time."""
+        return SWEEP_BYTES * len(self.places)
 
 
 def measure_doors(
     options: TuneOptions, progress: Callable[[str], None] = lambda _: None
 ) -> DeviceProfile:
-    """Speeds of both doors on the device of `options.place`. Blocks for seconds.
+    """Speeds of both doors on the devices of `options.places`. Blocks for seconds.
 
     Raises: BudgetError when the hits do not fit memory; NotAStore for a device that is not
         formatted or in use; Unsupported without O_DIRECT; NoSpace, DeviceError.
@@ -55,19 +63,18 @@ def measure_doors(
             needed_bytes=2 * options.size_bytes,
             hint="measure when there is more, or with a smaller --size",
         )
-    place = options.place
-    scratch: Path | None = None
-    if not is_device(place):
-        folder = place if place.is_dir() else place.absolute().parent
-        scratch = folder / f".dualblade-tune-{os.getpid()}-{time.monotonic_ns()}"
+    places = options.places
+    scratch: list[Path] = []
+    if not any(map(is_device, places)):
+        name = f".dualblade-tune-{os.getpid()}-{time.monotonic_ns()}"
+        folders = [place if place.is_dir() else place.absolute().parent for place in places]
+        scratch = [folder / f"{name}-{index}" for index, folder in enumerate(folders)]
     try:
         with (
-            Arena(SWEEP_BYTES) as arena,  # outlives the engine that it is registered with
-            open_engine("auto") as engine,
+            Arena(options.sweep_bytes) as arena,  # outlives the engine that it is registered with
+            open_engine("auto", queue_depth=EngineConfig().queue_depth * len(places)) as engine,
             Store.open(
-                scratch or place,
-                engine,
-                capacity_bytes=None if scratch is None else options.size_bytes,
+                scratch or places, engine, capacity_bytes=options.size_bytes if scratch else None
             ) as store,
         ):
             engine.register_arena(arena)
@@ -75,13 +82,13 @@ def measure_doors(
             rates = measure_rates(
                 store, arena, options.size_bytes, options.repeats, seed=options.seed
             )
-            name = engine.name
+            engine_name = engine.name
     finally:
-        if scratch is not None:
-            scratch.unlink(missing_ok=True)
+        for file in scratch:
+            file.unlink(missing_ok=True)
     return DeviceProfile(
-        device=device_identity(place),
-        engine=name,
+        device=device_identity(*places),
+        engine=engine_name,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
         direct_bytes_per_s=statistics.median(rates.direct),
         cache_hit_bytes_per_s=statistics.median(rates.hit),

@@ -1,12 +1,12 @@
 """`dualblade bench io`: how fast and how cheaply the engine moves bytes, beside fio.
 
-Workload: one file of seeded incompressible data, read and rewritten sequentially with O_DIRECT
-into huge-page staging, `queue_depth` pieces of `chunk_bytes` in flight: what a decode step does to
-the direct door, without the model. Warm: the memory is touched, the file's blocks are written
-(first writes into unwritten extents are slower and compare nothing), a first pass, which also
-checks what is read, is not counted.
+Workload: a file of seeded incompressible data, or several striped as a store is, read and rewritten
+sequentially with O_DIRECT into huge-page staging, `queue_depth` pieces of `chunk_bytes` in flight
+on each: what a decode step does to the direct door, without the model. Warm: the memory is touched,
+the files' blocks are written (first writes into unwritten extents are slower and compare nothing),
+a first pass, which also checks what is read, is not counted.
 
-Timed passes cycle through `queue_depth` pieces of staging, as fio does: the memory that is written
+Timed passes cycle through as many pieces of staging, as fio does: the memory that is written
 to then fits the processor's cache for both, or for neither. What lands is not looked at.
 """
 
@@ -23,7 +23,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,17 @@ import numpy as np
 from dualblade.errors import ConfigError, CorruptExtent, NoSpace, StorageError, Unsupported
 from dualblade.host.machine import command_line, machine_facts
 from dualblade.io import Arena, Engine, EngineChoice, Op, Transfer, open_engine
+from dualblade.store import as_places
+from dualblade.store.format import DATA_OFFSET
+from dualblade.store.stripes import Stripes
 from dualblade.units import BLOCK_BYTES, GIB, MIB, format_size, round_up
 
 Progress = Callable[[str], None]
 
 MAGIC = b"dualblade bench io scratch file, version 1\n"
 
-# Data begins here, so that timed writes leave the magic alone.
-HEADER_BYTES = 2 * MIB
+# Data begins where a store's does, so that timed writes leave the magic alone.
+HEADER_BYTES = DATA_OFFSET
 
 _FILL_BYTES = 8 * MIB
 _HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
@@ -48,9 +51,9 @@ _HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IoBenchOptions:
-    """`store`: the scratch file, made if it is missing; a file that is not ours is refused."""
+    """`store`: the scratch file, or several, made if missing; a file not ours is refused."""
 
-    store: str
+    store: str | Sequence[str]
     size_bytes: int = 2 * GIB
     chunk_bytes: int = MIB
     queue_depth: int = 8
@@ -71,6 +74,18 @@ class IoBenchOptions:
             raise ConfigError(
                 f"a file of {self.size_bytes} bytes is not whole chunks of {self.chunk_bytes}"
             )
+        if self.compare_fio and len(self.stores) > 1:
+            raise ConfigError("fio reads one file", hint="name one --store, or leave fio out")
+
+    @property
+    def stores(self) -> tuple[str, ...]:
+        """All files."""
+        return tuple(os.fspath(place) for place in as_places(self.store) or ())
+
+    @property
+    def depth(self) -> int:
+        """Requests in flight on all files together."""
+        return self.queue_depth * len(self.stores)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,14 +116,15 @@ def run_io_bench(options: IoBenchOptions, progress: Progress = lambda _: None) -
         raise Unsupported("fio is not installed", hint="apt-get install fio")
     with (
         open_engine(
-            options.io_engine, queue_depth=options.queue_depth, chunk_bytes=options.chunk_bytes
+            options.io_engine, queue_depth=options.depth, chunk_bytes=options.chunk_bytes
         ) as engine,
-        _scratch_file(options) as fd,
+        _scratch_files(options) as fds,
         Arena(_arena_bytes(options)) as arena,
     ):
         registered = engine.register_arena(arena)
-        engine.register_file(fd)
-        sweep = _Sweep(engine, arena, fd, options)
+        for fd in fds:
+            engine.register_file(fd)
+        sweep = _Sweep(engine, arena, fds, options)
         progress(f"{engine.name}: writing {format_size(options.size_bytes)} of random bytes")
         sweep.fill()
         sweep.check()
@@ -137,7 +153,7 @@ def run_io_bench(options: IoBenchOptions, progress: Progress = lambda _: None) -
         if options.compare_fio:
             result["fio"] = _compare(reads, fio_reads, options)
         result["options"] = asdict(options)
-        result["machine"] = machine_facts(options.store)
+        result["machine"] = machine_facts(options.stores[0])
         return result
 
 
@@ -161,17 +177,20 @@ def _measure_reads(
 
 
 def _arena_bytes(options: IoBenchOptions) -> int:
-    at_least = max(_FILL_BYTES, options.queue_depth * options.chunk_bytes)
+    at_least = max(_FILL_BYTES, options.depth * options.chunk_bytes)
     return round_up(at_least, options.chunk_bytes)
 
 
 class _Sweep:
-    """Passes over the file: filled and checked in large strides, timed in chunks."""
+    """Passes over the data: filled and checked in large strides, timed in chunks."""
 
-    def __init__(self, engine: Engine, arena: Arena, fd: int, options: IoBenchOptions) -> None:
+    def __init__(
+        self, engine: Engine, arena: Arena, fds: Sequence[int], options: IoBenchOptions
+    ) -> None:
         self.engine = engine
         self._address = arena.address
-        self._fd = fd
+        self._fds = fds
+        self._stripes = Stripes(len(fds))
         self._options = options
         self._stride_bytes = arena.size_bytes
         self._blocks = np.frombuffer(arena.buffer, dtype=np.uint64).reshape(-1, BLOCK_BYTES // 8)
@@ -179,10 +198,10 @@ class _Sweep:
     def run(self, op: Op) -> Pass:
         """One timed pass; what is written is what the staging holds (random bytes)."""
         chunk_bytes = self._options.chunk_bytes
-        transfers = [
-            self._transfer(op, index % self._options.queue_depth * chunk_bytes, start, chunk_bytes)
-            for index, start in enumerate(range(0, self._options.size_bytes, chunk_bytes))
-        ]
+        transfers = []
+        for index, start in enumerate(range(0, self._options.size_bytes, chunk_bytes)):
+            slot = index % self._options.depth * chunk_bytes
+            transfers += self._transfers(op, slot, start, chunk_bytes)
         cpu = _cpu_seconds()
         begin = time.perf_counter()
         self._wait_for(transfers)
@@ -196,25 +215,28 @@ class _Sweep:
         noise = np.random.default_rng(self._options.seed)
         self._blocks[:] = 0
         self._blocks[0] = np.frombuffer(MAGIC.ljust(BLOCK_BYTES, b"\0"), dtype=np.uint64)
-        self._wait_for([Transfer(self._fd, Op.WRITE, self._address, HEADER_BYTES, 0)])
+        self._wait_for([Transfer(fd, Op.WRITE, self._address, HEADER_BYTES, 0) for fd in self._fds])
         self._blocks[:] = noise.integers(0, 2**64, self._blocks.shape, dtype=np.uint64)
         for start, size_bytes in self._strides():
             self._blocks[: size_bytes // BLOCK_BYTES, 0] = self._stamps(start, size_bytes)
-            self._wait_for([self._transfer(Op.WRITE, 0, start, size_bytes)])
-        os.fdatasync(self._fd)
+            self._wait_for(self._transfers(Op.WRITE, 0, start, size_bytes))
+        for fd in self._fds:
+            os.fdatasync(fd)
 
     def check(self) -> None:
         """Read the whole file and look at every stamp. Raises: CorruptExtent."""
         for start, size_bytes in self._strides():
-            self._wait_for([self._transfer(Op.READ, 0, start, size_bytes)])
+            self._wait_for(self._transfers(Op.READ, 0, start, size_bytes))
             found = self._blocks[: size_bytes // BLOCK_BYTES, 0]
             wrong = np.flatnonzero(found != self._stamps(start, size_bytes))
             if len(wrong):
+                at = HEADER_BYTES + start + int(wrong[0]) * BLOCK_BYTES
+                (part,) = self._stripes.parts(at, BLOCK_BYTES)
                 raise CorruptExtent(
                     "the benchmark read what it did not write",
                     operation="read",
-                    path=self._options.store,
-                    offset=HEADER_BYTES + start + int(wrong[0]) * BLOCK_BYTES,
+                    path=self._options.stores[part.member],
+                    offset=part.offset,
                     size_bytes=BLOCK_BYTES,
                 )
 
@@ -226,20 +248,48 @@ class _Sweep:
         first = start // BLOCK_BYTES
         return np.arange(first, first + size_bytes // BLOCK_BYTES, dtype=np.uint64)
 
-    def _transfer(self, op: Op, at: int, start: int, size_bytes: int) -> Transfer:
-        return Transfer(self._fd, op, self._address + at, size_bytes, HEADER_BYTES + start)
+    def _transfers(self, op: Op, at: int, start: int, size_bytes: int) -> list[Transfer]:
+        return [
+            Transfer(
+                self._fds[part.member],
+                op,
+                self._address + at + part.at,
+                part.size_bytes,
+                part.offset,
+            )
+            for part in self._stripes.parts(HEADER_BYTES + start, size_bytes)
+        ]
 
     def _wait_for(self, transfers: list[Transfer]) -> None:
-        self.engine.submit(transfers, path=self._options.store).wait()
+        paths = dict(zip(self._fds, self._options.stores, strict=True))
+        self.engine.submit(transfers, path=paths).wait()
 
 
 @contextlib.contextmanager
-def _scratch_file(options: IoBenchOptions) -> Iterator[int]:
-    """The file, open O_DIRECT and locked, at full size. Only ours or an empty one is written.
+def _scratch_files(options: IoBenchOptions) -> Iterator[list[int]]:
+    """The files, open O_DIRECT and locked, at full size. Only ours or empty ones are written.
 
-    Raises: ConfigError, Unsupported, NoSpace, StorageError.
+    Raises: ConfigError, Unsupported, NoSpace, StorageError; files that were missing are so again.
     """
-    path = options.store
+    stripes = Stripes(len(options.stores))
+    size_bytes = HEADER_BYTES + stripes.member_bytes(options.size_bytes)
+    with contextlib.ExitStack() as opened, contextlib.ExitStack() as undo:
+        fds = [_open_scratch(path, opened, undo) for path in options.stores]
+        for path, fd in zip(options.stores, fds, strict=True):
+            try:
+                os.posix_fallocate(fd, 0, size_bytes)
+            except OSError as error:
+                raise NoSpace(
+                    f"no room for {format_size(size_bytes)} in {path}: {error.strerror}",
+                    operation="fallocate",
+                    path=path,
+                    size_bytes=size_bytes,
+                ) from error
+        undo.pop_all()
+        yield fds
+
+
+def _open_scratch(path: str, opened: contextlib.ExitStack, undo: contextlib.ExitStack) -> int:
     existed = os.path.exists(path)
     if existed and not os.path.isfile(path):
         raise ConfigError(f"{path} is not a regular file", hint="name a scratch file")
@@ -247,32 +297,22 @@ def _scratch_file(options: IoBenchOptions) -> Iterator[int]:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise _open_error(path, error) from error
+    opened.callback(os.close, fd)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"{path} is in use by another benchmark") from error
-        size_before = os.fstat(fd).st_size
-        if size_before and not _is_ours(fd):
-            raise ConfigError(
-                f"{path} holds something that this benchmark did not write",
-                hint="name a file that does not exist",
-            )
-        try:
-            os.posix_fallocate(fd, 0, HEADER_BYTES + options.size_bytes)
-        except OSError as error:
-            os.ftruncate(fd, size_before)
-            if not existed:
-                os.unlink(path)
-            raise NoSpace(
-                f"no room for {format_size(options.size_bytes)} in {path}: {error.strerror}",
-                operation="fallocate",
-                path=path,
-                size_bytes=options.size_bytes,
-            ) from error
-        yield fd
-    finally:
-        os.close(fd)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(f"{path} is in use by another benchmark") from error
+    size_before = os.fstat(fd).st_size
+    if size_before and not _is_ours(fd):
+        raise ConfigError(
+            f"{path} holds something that this benchmark did not write",
+            hint="name a file that does not exist",
+        )
+    if existed:
+        undo.callback(os.ftruncate, fd, size_before)
+    else:
+        undo.callback(os.unlink, path)
+    return fd
 
 
 def _is_ours(fd: int) -> bool:
@@ -329,7 +369,7 @@ def _fio_command(options: IoBenchOptions) -> list[str]:
     return [
         "fio",
         "--name=read",
-        f"--filename={options.store.replace(':', chr(92) + ':')}",
+        f"--filename={options.stores[0].replace(':', chr(92) + ':')}",
         "--readonly",
         "--rw=read",
         "--direct=1",

@@ -26,13 +26,17 @@ Chunk = Annotated[str, typer.Option("--chunk", metavar="SIZE", help="Largest sin
 @app.command("io", cls=Command)
 def bench_io(
     store: Annotated[
-        Path,
-        typer.Option("--store", metavar="FILE", help="Scratch file; made if missing, and kept."),
+        list[Path],
+        typer.Option(
+            "--store",
+            metavar="FILE",
+            help="Scratch file; made if missing, and kept. Repeated: striped over all of them.",
+        ),
     ],
-    size: Annotated[str, typer.Option("--size", metavar="SIZE", help="Of the file.")] = "2GiB",
+    size: Annotated[str, typer.Option("--size", metavar="SIZE", help="Of the data.")] = "2GiB",
     chunk: Chunk = "1MiB",
     queue_depth: Annotated[
-        int, typer.Option("--queue-depth", min=1, help="Requests in flight.")
+        int, typer.Option("--queue-depth", min=1, help="Requests in flight on each file.")
     ] = 8,
     io_engine: options.IOEngine = "auto",
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Passes counted.")] = 5,
@@ -41,7 +45,7 @@ def bench_io(
     json: options.Json = False,
     debug: options.Debug = False,  # noqa: ARG001 - read by Command
 ) -> None:
-    """Measure reading and writing one file directly.
+    """Measure reading and writing files directly.
 
     Throughput, CPU time per GiB and the queue depth that was reached, with O_DIRECT; beside fio if
     asked for.
@@ -50,13 +54,14 @@ def bench_io(
     Examples:
       dualblade bench io --store /mnt/nvme/scratch --size 2GiB --chunk 1MiB --queue-depth 8 --json
       dualblade bench io --store scratch --size 512MiB --chunk 128KiB --compare-fio
+      dualblade bench io --store /mnt/a/scratch --store /mnt/b/scratch
     """
     from dualblade.bench.io import IoBenchOptions, run_io_bench
     from dualblade.cli.output import Reporter, write_json
 
     engine = options.engine_config(io_engine=io_engine, queue_depth=queue_depth, chunk_bytes=chunk)
     wanted = IoBenchOptions(
-        store=str(store),
+        store=[str(path) for path in store],
         size_bytes=parse_size(size),
         chunk_bytes=engine.chunk_bytes,
         queue_depth=engine.queue_depth,
@@ -170,7 +175,7 @@ def bench_decode(
     memory_budget: options.MemoryBudget = "auto",
     dtype: Dtype = "bfloat16",
     attention: options.Attention = "auto",
-    store: options.Store = None,
+    store: options.OneStore = None,
     io_engine: options.IOEngine = "auto",
     queue_depth: options.QueueDepth = None,
     chunk: MaybeChunk = None,

@@ -8,6 +8,7 @@ import os
 import resource
 import stat
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from dualblade.host.profile import load_profile
 from dualblade.io import Arena, open_engine
 from dualblade.store.fiemap import contiguous_pieces, file_extents
 from dualblade.store.format import SUPERBLOCK_BYTES, Superblock
+from dualblade.store.inspect import inspect_store, store_problem
+from dualblade.store.members import as_places, check_kinds
 from dualblade.units import BLOCK_BYTES, MIB
 
 _ARENA_BYTES = 4 * MIB
@@ -99,6 +102,19 @@ def store(path: Path | None) -> dict[str, Any]:
         **(_content(place) if device is None else device),
         "ways": _ways(facts.direct.possible),
     }
+
+
+def together(paths: Sequence[Path]) -> str | None:
+    """Why `paths` could not be opened as the members of one store; None: they could, or would be
+    made."""
+    try:
+        places = as_places(paths) or ()
+        check_kinds(places)
+        if not any(os.path.lexists(place) for place in places):
+            return None
+        return store_problem([inspect_store(str(place)) for place in places])
+    except DualBladeError as exc:
+        return exc.message
 
 
 def _torch() -> dict[str, Any]:

@@ -54,6 +54,7 @@ def superblock_facts(block: Superblock) -> dict[str, Any]:
         "capacity_bytes": block.capacity_bytes,
         "generation": block.generation,
         "closed_cleanly": not block.in_use,
+        "member": None if block.member is None else block.member.words,
     }
 
 

@@ -15,10 +15,11 @@ _GOOD, _POOR = "[green]ok[/green]", "[yellow]![/yellow]"
 
 def doctor(
     store: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Argument(
-            metavar="[STORE]",
-            help="A store file, a folder or a device; by default the cache directory.",
+            metavar="[STORE]...",
+            help="A store file, a folder or a device, or the members of a striped store; by "
+            "default the cache directory.",
             show_default=False,
         ),
     ] = None,
@@ -34,17 +35,22 @@ def doctor(
     Examples:
       dualblade doctor
       dualblade doctor /mnt/nvme/kv.store --json
+      dualblade doctor /dev/nvme1n1 /dev/nvme2n1
     """
     from dualblade.cli import checks
     from dualblade.cli.output import write_json
 
-    result = {
+    result: dict[str, Any] = {
         "command": "doctor",
         "machine": checks.machine(),
         "memory": checks.memory(),
         "engine": checks.engine(),
-        "store": checks.store(store),
+        "store": checks.store(store[0] if store else None),
     }
+    if store is not None and len(store) > 1:
+        others = [checks.store(path) for path in store[1:]]
+        problem = checks.together(store)
+        result |= {"members": [result["store"], *others], "members_problem": problem}
     if json:
         write_json(result)
     else:
@@ -57,7 +63,7 @@ def _show(result: dict[str, Any]) -> None:
     from dualblade.cli.output import result_console
 
     table = Table(show_header=False, box=None, pad_edge=False)
-    for section in (_machine_rows, _memory_rows, _engine_rows, _store_rows):
+    for section in (_machine_rows, _memory_rows, _engine_rows, _members_rows):
         for mark, name, text in section(result):
             table.add_row(mark, name, text)
     result_console().print(table)
@@ -123,6 +129,16 @@ def _engine_rows(result: dict[str, Any]) -> _Rows:
             ),
         ),
     ]
+
+
+def _members_rows(result: dict[str, Any]) -> _Rows:
+    """The one store, or each member and what they are together."""
+    members = result.get("members")
+    if members is None:
+        return _store_rows(result)
+    rows = [row for facts in members for row in _store_rows({"store": facts})]
+    problem = result["members_problem"]
+    return [*rows, (_mark(problem is None), "together", problem or "members of one striped store")]
 
 
 def _store_rows(result: dict[str, Any]) -> _Rows:
@@ -204,7 +220,8 @@ def _state(facts: dict[str, Any]) -> str:
         state = "in use now" if facts["in_use_now"] else "free"
         unclean = "" if store["closed_cleanly"] or facts["in_use_now"] else ", not closed cleanly"
         pieces = "" if facts["pieces"] is None else f", in {facts['pieces']} pieces on the device"
-        return f"a dualblade store, {state}{unclean}{pieces}"
+        what = f"{store['member']} of a store" if store["member"] else "a dualblade store"
+        return f"{what}, {state}{unclean}{pieces}"
     if facts["store_problem"] is not None:
         return str(facts["store_problem"])
     words = {

@@ -38,7 +38,7 @@ class _Request:
     prompt_lookup: int
     dtype: str
     device: str | None
-    store: Path | None
+    store: list[Path] | None
     memory_budget: str | int
     path: str
     attention: str

@@ -23,14 +23,20 @@ Model = Annotated[
         "package index), or random: with a shape (random:opt-1.3b, random:llama?layers=4).",
     ),
 ]
+_STORE_HELP = (
+    "Store for the KV: a file, made if missing; or a device that was formatted (dualblade store "
+    "format).{} Without it: a private file in ~/.cache/dualblade, gone at the end."
+)
 Store = Annotated[
-    Path | None,
+    list[Path] | None,
     typer.Option(
         "--store",
         metavar="STORE",
-        help="Store for the KV: a file, made if missing; or a device that was formatted (dualblade "
-        "store format). Without it: a private file in ~/.cache/dualblade, gone at the end.",
+        help=_STORE_HELP.format(" Repeated: one store, striped over all of them."),
     ),
+]
+OneStore = Annotated[
+    Path | None, typer.Option("--store", metavar="STORE", help=_STORE_HELP.format(""))
 ]
 MemoryBudget = Annotated[
     str,
@@ -103,7 +109,7 @@ QueueDepth = Annotated[
     typer.Option(
         "--queue-depth",
         metavar="N",
-        help="Requests in flight on the device.",
+        help="Requests in flight on each device.",
     ),
 ]
 Checksums = Annotated[

@@ -22,8 +22,12 @@ app = typer.Typer(
     help="Make, inspect, verify and wipe stores, on devices and in files.",
 )
 
-Place = Annotated[
-    str, typer.Argument(metavar="STORE", help="A block device, partition, /dev/ngXnY, or a file.")
+Places = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="STORE...",
+        help="A block device, partition, /dev/ngXnY, or a file. Several: striped, one store.",
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
@@ -31,38 +35,40 @@ Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 @app.command("format", cls=Command)
 def format_store(
-    store: Place,
+    store: Places,
     dry_run: DryRun = False,
     yes: Yes = False,
     json: options.Json = False,
     debug: options.Debug = False,  # noqa: ARG001 - read by Command
 ) -> None:
-    """Make a store on a device that is free, or a new file.
+    """Make a store on a device that is free, or a new file; or on several, striped.
 
     Refused: what is mounted, partitioned, swap, part of something (RAID, volumes), carries any
     signature, is open elsewhere, or is the drive that this machine boots from. What was found is
-    listed, with the command that frees it. All that the device holds is lost.
+    listed, with the command that frees it. All that the devices hold is lost. Of several, none is
+    written before all were found free.
 
     \b
     Examples:
       dualblade store format /dev/nvme1n1 --dry-run
       dualblade store format /dev/ng1n1
+      dualblade store format /dev/nvme1n1 /dev/nvme2n1
     """
-    from dualblade.store.formatting import carry_out_format, plan_format
+    from dualblade.store.formatting import carry_out_format, plan_formats
 
-    plan = plan_format(store)
-    result = {"command": "store format", **_plan_facts(plan), "dry_run": dry_run, "done": False}
+    plans = plan_formats(store)
+    result = {"command": "store format", **_facts(plans), "dry_run": dry_run, "done": False}
     if not dry_run:
-        _confirm(plan, "format", yes)
-        superblock = carry_out_format(plan)
+        _confirm(plans, "format", yes)
+        superblock = carry_out_format(*plans)
         result |= {"done": True, "uuid": str(superblock.uuid)}
     told = "formatted" if result["done"] else "free; would be formatted"
-    _tell(result, json, f"{store}: {told}{_size(plan)}")
+    _tell(result, json, f"{' + '.join(store)}: {told}{_size(result['capacity_bytes'])}")
 
 
 @app.command("wipe", cls=Command)
 def wipe_store(
-    store: Place,
+    store: Places,
     dry_run: DryRun = False,
     yes: Yes = False,
     json: options.Json = False,
@@ -70,30 +76,37 @@ def wipe_store(
 ) -> None:
     """Remove a store and what it holds: TRIM, or zeros where the drive has none.
 
-    Touches only what carries a dualblade superblock that names this very device.
+    Touches only what carries a dualblade superblock that names this very device. One member of a
+    striped store may be wiped alone: the rest is then no store any more.
 
     \b
     Examples:
       dualblade store wipe /dev/nvme1n1
+      dualblade store wipe /dev/nvme1n1 /dev/nvme2n1
     """
     from dualblade.cli.output import Reporter
-    from dualblade.store.formatting import carry_out_wipe, plan_wipe
+    from dualblade.store.formatting import carry_out_wipe, plan_wipes
 
-    plan = plan_wipe(store)
-    result = {"command": "store wipe", **_plan_facts(plan), "dry_run": dry_run, "done": False}
-    told = "a store; would be wiped"
+    plans = plan_wipes(store)
+    result = {"command": "store wipe", **_facts(plans), "dry_run": dry_run, "done": False}
+    told = ["a store; would be wiped"] * len(plans)
     if not dry_run:
-        _confirm(plan, "wipe", yes)
+        _confirm(plans, "wipe", yes)
         with Reporter() as reporter:
-            reporter.tell(f"wiping {store}")
-            told = carry_out_wipe(plan, reporter.fraction)
-        result |= {"done": True, "how": told}
-    _tell(result, json, f"{store}: {told}{_size(plan)}")
+            reporter.tell(f"wiping {' + '.join(store)}")
+            told = carry_out_wipe(*plans, tell=reporter.fraction)
+        result |= {"done": True, "how": ", ".join(dict.fromkeys(told))}
+    lines = [
+        f"{plan.path}{f', {plan.member.words}' if plan.member else ''}: "
+        f"{how}{_size(plan.capacity_bytes)}"
+        for plan, how in zip(plans, told, strict=True)
+    ]
+    _tell(result, json, "\n".join(lines))
 
 
 @app.command("inspect", cls=Command)
 def inspect(
-    store: Place,
+    store: Places,
     json: options.Json = False,
     debug: options.Debug = False,  # noqa: ARG001 - read by Command
 ) -> None:
@@ -102,60 +115,92 @@ def inspect(
     \b
     Examples:
       dualblade store inspect /dev/nvme1n1 --json
+      dualblade store inspect /dev/nvme1n1 /dev/nvme2n1
     """
-    from dualblade.store.inspect import inspect_store
+    from dualblade.store.inspect import inspect_store, store_problem
 
-    report = inspect_store(store)
-    _tell({"command": "store inspect", **report.to_dict()}, json, _report_text(report))
+    reports = [inspect_store(path) for path in store]
+    lines = [_report_text(report) for report in reports]
+    if len(reports) > 1:
+        together = store_problem(reports) or "all members of one store"
+        lines.append(f"together: {together}")
+    _tell({"command": "store inspect", **_report_facts(reports)}, json, "\n".join(lines))
 
 
 @app.command("verify", cls=Command)
 def verify(
-    store: Place,
+    store: Places,
     superblocks_only: Annotated[
         bool, typer.Option("--superblocks-only", help="Do not read the rest.")
     ] = False,
     json: options.Json = False,
     debug: options.Debug = False,  # noqa: ARG001 - read by Command
 ) -> None:
-    """Check both superblocks, and that every block can be read. Only reads.
+    """Check all superblocks, and that every block can be read. Only reads.
 
     \b
     Examples:
       dualblade store verify /dev/nvme1n1
+      dualblade store verify /dev/nvme1n1 /dev/nvme2n1
       dualblade store verify kv.store --superblocks-only
     """
-    from dualblade.cli.output import Reporter
-    from dualblade.store.inspect import inspect_store, unreadable_ranges
+    from dualblade.store.inspect import inspect_store, store_problem
 
-    report = inspect_store(store)
-    bad: list[tuple[int, int]] = []
-    if report.problem is None and not superblocks_only:
-        with Reporter() as reporter:
-            reporter.tell(f"reading {store}")
-            bad = unreadable_ranges(report, reporter.fraction)
-    problems = [copy.problem for copy in report.copies if copy.problem is not None]
-    if report.problem is not None and report.problem not in problems:
-        problems.insert(0, report.problem)
+    reports = [inspect_store(path) for path in store]
+    problem = store_problem(reports)
+    read_all = problem is None and not superblocks_only
+    bad = _unreadable(reports) if read_all else []
+    copies = [copy for report in reports for copy in report.copies]
+    problems = [copy.problem for copy in copies if copy.problem is not None]
+    if problem is not None and problem not in problems:
+        problems.insert(0, problem)
+    name = " + ".join(store)
     result = {
         "command": "store verify",
-        **report.to_dict(),
+        **_report_facts(reports),
         "problems": problems,
-        "read_all": not superblocks_only and report.problem is None,
-        "unreadable": [{"offset": at, "size_bytes": size} for at, size in bad],
+        "read_all": read_all,
+        "unreadable": [{"path": path, "offset": at, "size_bytes": n} for path, at, n in bad],
     }
-    whole = "is whole" if result["read_all"] else "has whole superblocks"
-    _tell(result, json, f"{store}: {whole}" if not problems and not bad else "")
+    whole = "is whole" if read_all else "has whole superblocks"
+    _tell(result, json, f"{name}: {whole}" if not problems and not bad else "")
     if bad:
+        path, offset, size_bytes = bad[0]
         raise CorruptExtent(
-            f"{store}: {len(bad)} blocks cannot be read, the first at offset {bad[0][0]}",
-            path=store,
-            offset=bad[0][0],
-            size_bytes=bad[0][1],
+            f"{name}: {len(bad)} blocks cannot be read, the first at offset {offset} of {path}",
+            path=path,
+            offset=offset,
+            size_bytes=size_bytes,
             hint="wipe it and use another drive; its health: smartctl -a or nvme smart-log",
         )
     if problems:
-        raise NotAStore("\n".join(problems), operation="verify", path=store)
+        raise NotAStore("\n".join(problems), operation="verify", path=name)
+
+
+def _unreadable(reports: list[Report]) -> list[tuple[str, int, int]]:
+    """(path, offset, bytes) of what cannot be read, member by member."""
+    from dualblade.cli.output import Reporter
+    from dualblade.store.inspect import unreadable_ranges
+
+    bad = []
+    with Reporter() as reporter:
+        for report in reports:
+            reporter.tell(f"reading {report.path}")
+            found = unreadable_ranges(report, reporter.fraction)
+            bad += [(report.path, at, size_bytes) for at, size_bytes in found]
+    return bad
+
+
+def _facts(plans: list[Plan]) -> dict[str, Any]:
+    """Of the one place; of several, what they come to, and each."""
+    if len(plans) == 1:
+        return _plan_facts(plans[0])
+    sizes = [plan.capacity_bytes for plan in plans if plan.capacity_bytes is not None]
+    return {
+        "path": [plan.path for plan in plans],
+        "capacity_bytes": min(sizes) * len(plans) if sizes else None,
+        "members": [_plan_facts(plan) for plan in plans],
+    }
 
 
 def _plan_facts(plan: Plan) -> dict[str, Any]:
@@ -169,34 +214,52 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _confirm(plan: Plan, operation: str, yes: bool) -> None:
-    """Ask for the serial. Raises: ConfigError when something else, or nothing, was typed."""
-    if yes or (plan.drive is None and operation == "format"):
+def _report_facts(reports: list[Report]) -> dict[str, Any]:
+    """Of the one place; of several, what they are together, and each."""
+    if len(reports) == 1:
+        return reports[0].to_dict()
+    from dualblade.store.inspect import store_problem
+
+    problem = store_problem(reports)
+    return {
+        "path": [report.path for report in reports],
+        "is_store": problem is None,
+        "problem": problem,
+        "members": [report.to_dict() for report in reports],
+    }
+
+
+def _confirm(plans: list[Plan], operation: str, yes: bool) -> None:
+    """Ask for the serials. Raises: ConfigError when something else, or nothing, was typed."""
+    if yes or (plans[0].drive is None and operation == "format"):
         return
-    what = plan.path
-    if plan.drive is not None:
-        size = format_size(plan.drive.size_bytes)
-        what += f" ({' '.join(filter(None, (plan.drive.model, size)))})"
-    sys.stderr.write(
-        f"all that {what} holds will be lost\ntype {plan.confirmation} to {operation} it: "
-    )
+    for plan in plans:
+        what = plan.path
+        if plan.drive is not None:
+            size = format_size(plan.drive.size_bytes)
+            what += f" ({' '.join(filter(None, (plan.drive.model, size)))})"
+        sys.stderr.write(f"all that {what} holds will be lost\n")
+    wanted = " ".join(plan.confirmation for plan in plans)
+    sys.stderr.write(f"type {wanted} to {operation} {'them' if plans[1:] else 'it'}: ")
     sys.stderr.flush()
-    typed = sys.stdin.readline().strip()
-    if typed != plan.confirmation:
+    if sys.stdin.readline().split() != wanted.split():
+        left = " + ".join(plan.path for plan in plans)
         raise ConfigError(
-            f"not confirmed: {plan.path} was left alone",
-            hint=f"type exactly {plan.confirmation}, or give --yes",
+            f"not confirmed: {left} was left alone",
+            hint=f"type exactly {wanted}, or give --yes",
         )
 
 
-def _size(plan: Plan) -> str:
-    room = plan.capacity_bytes
-    return "" if room is None else f" ({format_size(room)} for KV)"
+def _size(capacity_bytes: int | None) -> str:
+    return "" if capacity_bytes is None else f" ({format_size(capacity_bytes)} for KV)"
 
 
 def _report_text(report: Report) -> str:
-    lines = [f"{report.path}: {report.problem or 'a dualblade store'}"]
     block = report.superblock
+    what = "a dualblade store"
+    if block is not None and block.member is not None:
+        what = f"{block.member.words} of a dualblade store"
+    lines = [f"{report.path}: {report.problem or what}"]
     if block is not None:
         state = "in use now" if report.in_use_now else "not closed cleanly"
         lines += [

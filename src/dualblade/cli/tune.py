@@ -14,14 +14,15 @@ from dualblade.units import format_size, parse_size
 
 def tune(
     store: Annotated[
-        Path,
+        list[Path],
         typer.Argument(
-            metavar="STORE",
-            help="A folder or store file on the device, or a device formatted for dualblade.",
+            metavar="STORE...",
+            help="A folder or store file on the device, or a device formatted for dualblade; of a "
+            "striped store, one on each.",
         ),
     ],
     size: Annotated[
-        str, typer.Option("--size", metavar="SIZE", help="Of the scratch file; gone at the end.")
+        str, typer.Option("--size", metavar="SIZE", help="Of the scratch store; gone at the end.")
     ] = "256MiB",
     json: options.Json = False,
     debug: options.Debug = False,  # noqa: ARG001 - read by Command
@@ -38,6 +39,7 @@ def tune(
       dualblade tune /mnt/nvme
       dualblade tune kv.store --json
       dualblade tune /dev/ng0n1
+      dualblade tune /mnt/a /mnt/b
     """
     from dualblade.bench.doors import TuneOptions, measure_doors
     from dualblade.cli.output import Reporter, result_console, write_json
@@ -45,7 +47,7 @@ def tune(
 
     with Reporter() as reporter:
         profile = measure_doors(
-            TuneOptions(place=store, size_bytes=parse_size(size)), reporter.tell
+            TuneOptions(places=tuple(store), size_bytes=parse_size(size)), reporter.tell
         )
     saved = save_profile(profile)
     if json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any, Literal
@@ -38,7 +38,7 @@ from dualblade.metrics import (
 )
 from dualblade.pipeline import KVPipeline, KVSettings, MemoryKV
 from dualblade.pipeline.residence import MemorySource
-from dualblade.store import Store
+from dualblade.store import Place, Store, member_count
 from dualblade.units import format_size, parse_size
 
 
@@ -77,7 +77,7 @@ class DualBladeCache(Cache):
         cls,
         model: PreTrainedModel,
         *,
-        store: str | os.PathLike[str] | None = None,
+        store: Place | Sequence[Place] | None = None,
         memory_budget: str | int = "auto",
         path: str | Path = "dual",
         attention: Literal["auto", "exact", "tiles"] = "auto",
@@ -86,8 +86,8 @@ class DualBladeCache(Cache):
     ) -> DualBladeCache:
         """A cache for `model`, to pass as `past_key_values`.
 
-        store          a file: made 0600 when missing, reused when it is a dualblade store, else
-                       refused. None: a private file in the cache directory, gone at close.
+        store          a file (made 0600 when missing) or a formatted device, or several: striped.
+                       What is no dualblade store is refused. None: a private file, gone at close.
         memory_budget  host memory for this cache in all: `512MiB`, bytes, or `auto`: what there is
                        less a reserve for everything else (EngineConfig.memory_reserve_bytes). On
                        the `dual` path the plan follows the memory that is there, and a stated
@@ -251,14 +251,14 @@ def _budget(asked: str | int, config: EngineConfig) -> tuple[int, MemorySource]:
 
 
 def _open_pipeline(
-    store: str | os.PathLike[str] | None, settings: KVSettings, kv_bytes: int | None
+    store: Place | Sequence[Place] | None, settings: KVSettings, kv_bytes: int | None
 ) -> tuple[Store, KVPipeline, DeviceProfile | None]:
     """The engine, the store and the pipeline over them, and the speeds that it goes by; nothing
     stays open when one refuses. `kv_bytes`: the least that is to be expected, None: no end."""
     config = settings.config
     engine = open_engine(
         config.io_engine,
-        queue_depth=config.queue_depth,
+        queue_depth=config.queue_depth * member_count(store),  # each member's own is to be full
         chunk_bytes=config.chunk_bytes,
         io_poll=config.io_poll,
     )
@@ -285,7 +285,7 @@ def _open_pipeline(
 
 
 def _profile(
-    place: str | os.PathLike[str] | None,
+    place: Place | Sequence[Place] | None,
     store: Store,
     engine: Engine,
     settings: KVSettings,

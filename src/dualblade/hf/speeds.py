@@ -4,14 +4,14 @@ measurement at the first use of the device, which is saved as such until `tune` 
 from __future__ import annotations
 
 import logging
-import os
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from dualblade.errors import DualBladeError, StorageError
 from dualblade.host.profile import DeviceProfile, device_identity, load_profile, save_profile
 from dualblade.io import Arena, Engine
 from dualblade.residency import DoorSpeeds
-from dualblade.store import Store, cache_directory
+from dualblade.store import Place, Store, as_places, cache_directory
 from dualblade.store.measure import SWEEP_BYTES, measure_rates
 from dualblade.units import MIB, format_size
 
@@ -29,9 +29,14 @@ _FILL_SECONDS_MAX = 0.05
 _REPEATS = 2
 
 
-def known_profile(store: str | os.PathLike[str] | None) -> DeviceProfile | None:
-    """Of the device below `store` (None: of private stores); None when it was not measured."""
-    return load_profile(cache_directory() if store is None else store)
+def known_profile(store: Place | Sequence[Place] | None) -> DeviceProfile | None:
+    """Of what is below `store` (None: of private stores), all its members together; None when it
+    was not measured."""
+    return load_profile(*_places(store))
+
+
+def _places(store: Place | Sequence[Place] | None) -> tuple[Place, ...]:
+    return as_places(store) or (cache_directory(),)
 
 
 def door_speeds(profile: DeviceProfile | None) -> DoorSpeeds | None:
@@ -46,7 +51,7 @@ def door_speeds(profile: DeviceProfile | None) -> DoorSpeeds | None:
 
 
 def measure_at_first_use(
-    place: str | os.PathLike[str] | None, store: Store, engine: Engine
+    place: Place | Sequence[Place] | None, store: Store, engine: Engine
 ) -> DeviceProfile | None:
     """Measure both doors of `store`, just opened at `place`, and save them; None when that does
     not work out, which is no error: the plan then goes by size.
@@ -56,13 +61,13 @@ def measure_at_first_use(
     so the page cache looks at most too good, and the plan as it would be by size.
     """
     try:
-        with Arena(SWEEP_BYTES) as arena:
+        with Arena(SWEEP_BYTES * store.member_count) as arena:
             # Not registered: the engine would keep it for good.
             rates = measure_rates(
                 store, arena, FIRST_USE_BYTES, _REPEATS, fill_seconds_max=_FILL_SECONDS_MAX
             )
         profile = DeviceProfile(
-            device=device_identity(cache_directory() if place is None else place),
+            device=device_identity(*_places(place)),
             engine=engine.name,
             measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
             direct_bytes_per_s=max(rates.direct),

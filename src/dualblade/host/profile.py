@@ -56,12 +56,18 @@ def profiles_file() -> Path:
     return Path(base) / "dualblade" / "profiles.json"
 
 
-def device_identity(path: str | os.PathLike[str]) -> str:
-    """What `path` stands on, in words that stay the same from one start to the next.
+def device_identity(*paths: str | os.PathLike[str]) -> str:
+    """What `paths`, the members of one store, stand on, in words that stay the same from one start
+    to the next, and whatever their order.
 
-    Of a device node, the drive's serial; its character device, which is read by other commands,
-    is a device of its own. Raises: StorageError when neither the path nor its folder exists.
+    Raises: StorageError when neither a path nor its folder exists.
     """
+    return " + ".join(sorted(_identity(path) for path in paths))
+
+
+def _identity(path: str | os.PathLike[str]) -> str:
+    """Of a device node, the drive's serial; its character device, which is read by other commands,
+    is a device of its own."""
     if _is_device(path):
         drive = find_drive(path)
         way = "NVMe commands" if drive.is_ng else "block device"
@@ -95,11 +101,11 @@ def save_profile(profile: DeviceProfile) -> Path:
     return file
 
 
-def load_profile(path: str | os.PathLike[str]) -> DeviceProfile | None:
-    """The profile of the device below `path`; None when it was not measured."""
+def load_profile(*paths: str | os.PathLike[str]) -> DeviceProfile | None:
+    """The profile of the devices below `paths` together; None when they were not measured so."""
     file = profiles_file()
     try:
-        found = _read_all(file).get(device_identity(path))
+        found = _read_all(file).get(device_identity(*paths))
     except (OSError, StorageError):
         return None
     if found is None:

@@ -8,7 +8,7 @@ import math
 import os
 import resource
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, get_args
@@ -21,6 +21,7 @@ from dualblade.units import BLOCK_BYTES, GIB, MIB, format_size
 
 EngineChoice = Literal["auto", "uring-cmd", "io_uring", "posix"]
 ENGINE_CHOICES: tuple[EngineChoice, ...] = get_args(EngineChoice)
+Paths = str | Mapping[int, str] | None
 
 # The kernel's result of one request is a signed 32-bit count.
 CHUNK_BYTES_MAX = GIB
@@ -72,7 +73,7 @@ class Ticket:
 
     __slots__ = ("_native", "_path", "_size_bytes")
 
-    def __init__(self, native: _native.Ticket, path: str | None) -> None:
+    def __init__(self, native: _native.Ticket, path: Paths) -> None:
         self._native = native
         self._path = path
         self._size_bytes = native.size_bytes
@@ -124,13 +125,13 @@ class Ticket:
         failure = self._native.failure
         assert result == _FAILED
         assert failure is not None
-        error_number, op, _fd, offset, failed_bytes = failure
+        error_number, op, fd, offset, failed_bytes = failure
         status = error_number - NVME_STATUS if error_number >= NVME_STATUS else None
         raise DeviceError(
             errno=error_number if status is None else errno.EIO,
             nvme_status=status,
             operation=Op(op).word,
-            path=self._path,
+            path=path_of(self._path, fd),
             offset=offset,
             size_bytes=failed_bytes,
         )
@@ -236,10 +237,11 @@ class Engine:
         """Take note that a better way was wanted, and why it is not in force."""
         self.reason = reason if self.reason is None else f"{reason}; {self.reason}"
 
-    def submit(self, transfers: Sequence[Transfer], *, path: str | None = None) -> Ticket:
+    def submit(self, transfers: Sequence[Transfer], *, path: Paths = None) -> Ticket:
         """Start `transfers`; return at once, never block on I/O.
 
-        `path` is for error texts. The memory belongs to the engine until the ticket is done.
+        `path` is for error texts: one, or one for each descriptor. The memory belongs to the
+        engine until the ticket is done.
 
         Raises: Closed; ConfigError for what no kernel could mean. All else comes from wait().
         """
@@ -283,6 +285,11 @@ class Engine:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def path_of(path: Paths, fd: int) -> str | None:
+    """What error texts call `fd`."""
+    return path.get(fd) if isinstance(path, Mapping) else path
 
 
 _FORKED_TEXT = "the engine lives in the parent process: open one after the fork"

@@ -10,7 +10,8 @@ class Op(IntEnum):
     """The operations. The numbers are those of `native/engine/types.hpp`.
 
     A sync is a barrier in its batch: it starts when all before it landed, and what follows starts
-    when it succeeded. So [write data, DATASYNC, write header] is ordered.
+    when it succeeded. So [write data, DATASYNC, write header] is ordered. Syncs in a row are one
+    barrier: they run side by side.
     """
 
     READ = 0

@@ -2,6 +2,7 @@
 
 from dualblade.store.backing import cache_directory
 from dualblade.store.doors import Door
+from dualblade.store.members import Place, as_places, member_count
 from dualblade.store.store import Extent, Store
 
-__all__ = ["Door", "Extent", "Store", "cache_directory"]
+__all__ = ["Door", "Extent", "Place", "Store", "as_places", "cache_directory", "member_count"]

@@ -1,4 +1,4 @@
-"""The file behind a store: made, found, locked, and given back.
+"""A store's file: made, found, locked, and given back.
 
 A private store has no name from its first moment (O_TMPFILE), so nothing is left after a crash.
 A named one is created 0600 and formatted when it does not exist; an existing file is taken only
@@ -12,26 +12,17 @@ import fcntl
 import os
 import stat
 import tempfile
-import time
-import uuid as uuid_module
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dualblade.errors import DualBladeError, NoSpace, NotAStore, StorageError, Unsupported
+from dualblade.errors import DualBladeError, NotAStore, StorageError, Unsupported
 from dualblade.host.devices import device_facts
 from dualblade.host.drives import find_drive
 from dualblade.io import Engine
-from dualblade.store.device import open_device
 from dualblade.store.fiemap import contiguous_pieces, file_extents
 from dualblade.store.format import DATA_OFFSET, Superblock
-from dualblade.store.place import (
-    Backing,
-    Location,
-    read_superblock,
-    storage_error,
-    write_superblock,
-)
-from dualblade.units import EXTENT_ALIGN_BYTES, GIB, KIB, format_size
+from dualblade.store.place import Location, read_superblock, storage_error, write_superblock
+from dualblade.units import GIB, KIB
 
 _RESERVE_BYTES_MAX = 2 * GIB
 _RESERVE_FRACTION = 20
@@ -47,11 +38,6 @@ class FileBacking:
     direct_fd: int | None
     buffered_fd: int
     superblock: Superblock
-    was_unclean: bool
-
-    @property
-    def capacity_bytes(self) -> int:
-        return self.superblock.capacity_bytes
 
     @property
     def coherent(self) -> bool:
@@ -88,6 +74,59 @@ class FileBacking:
                     os.close(fd)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldFile:
+    """A file of ours, or a new one, locked. See place.Held."""
+
+    name: str
+    fd: int
+    direct_fd: int | None
+    superblock: Superblock | None
+    private: bool
+
+    @property
+    def path(self) -> str:
+        return f"{self.name} (private)" if self.private else self.name
+
+    @property
+    def file_system(self) -> int:
+        return os.fstat(self.fd).st_dev
+
+    def capacity(self, wanted: int | None, sharers: int) -> int:
+        """Blocks that the file already has count as free."""
+        if wanted is not None:
+            return wanted
+        system = os.fstatvfs(self.fd)
+        free = system.f_bavail * system.f_frsize // sharers
+        available = free + os.fstat(self.fd).st_blocks * 512
+        reserve = min(_RESERVE_BYTES_MAX, available // _RESERVE_FRACTION)
+        return available - reserve - DATA_OFFSET
+
+    def take(self, superblock: Superblock, *, unclean: bool) -> FileBacking:  # noqa: ARG002 - all
+        # content of a file is discarded, in whatever state it was left
+        try:
+            if self.superblock is None:
+                os.ftruncate(self.fd, DATA_OFFSET)
+            write_superblock(self.fd, superblock)
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
+        except OSError as exc:
+            raise storage_error("open", self.name, exc) from exc
+        return FileBacking(
+            path=self.path,
+            private=self.private,
+            direct_fd=self.direct_fd,
+            buffered_fd=self.fd,
+            superblock=superblock,
+        )
+
+    def let_go(self) -> None:
+        if self.superblock is None and not self.private:
+            os.unlink(self.name)
+        for fd in (self.direct_fd, self.fd):
+            if fd is not None:
+                os.close(fd)
+
+
 def cache_directory() -> Path:
     """Where private stores and fetched models live: $XDG_CACHE_HOME/dualblade, made 0700."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
@@ -103,27 +142,8 @@ def cache_directory() -> Path:
     return folder
 
 
-def open_backing(
-    path: str | os.PathLike[str] | None,
-    engine: Engine,
-    *,
-    direct: bool,
-    capacity_bytes: int | None,
-) -> Backing:
-    """Open what is at `path`: the store on a device, a store file, or for None a private one.
-
-    With `direct` the place must do O_DIRECT. `capacity_bytes` None: free space less a reserve; a
-    device has what it was formatted with.
-    Raises: NotAStore, NoSpace, StorageError, Unsupported; nothing is left behind.
-    """
-    _check_engine(path, engine, direct=direct)
-    if path is not None and is_device(path):
-        return open_device(path, engine, direct=direct, capacity_bytes=capacity_bytes)
-    return open_file(path, direct=direct, capacity_bytes=capacity_bytes)
-
-
-def _check_engine(path: str | os.PathLike[str] | None, engine: Engine, *, direct: bool) -> None:
-    """What was asked of the engine must be what the store can give it. Raises: Unsupported."""
+def check_engine(path: str | os.PathLike[str] | None, engine: Engine, *, direct: bool) -> None:
+    """What was asked of the engine must be what the place can give it. Raises: Unsupported."""
     if engine.choice == "uring-cmd" and not direct:
         raise Unsupported(
             "io_engine uring-cmd is for the direct path, which path page-cache does not use",
@@ -161,55 +181,32 @@ def _mode(path: str | os.PathLike[str]) -> int:
         return 0
 
 
-def open_file(
-    path: str | os.PathLike[str] | None,
-    *,
-    direct: bool,
-    capacity_bytes: int | None,
-    existing_only: bool = False,
-) -> FileBacking:
-    """The store file at `path`, or a private one; see open_backing and the module's text."""
+def hold_file(
+    path: str | os.PathLike[str] | None, *, direct: bool, existing_only: bool = False
+) -> HeldFile:
+    """The store file at `path`, a new one where nothing is, or for None a private one.
+
+    With `direct` the file system must do O_DIRECT. Raises: NotAStore, StorageError, Unsupported;
+    nothing is left behind.
+    """
     private = path is None
     name = str(cache_directory()) if path is None else os.fspath(path)
     fd, is_new = _open_private(name) if private else _open_named(name, existing_only)
-    direct_fd = None
     try:
         _lock(fd, name)
-        if direct:
-            direct_fd = _open_direct(fd, name)
-        capacity = _capacity(fd, name, capacity_bytes)
-        if is_new:
-            old = None
-            os.ftruncate(fd, DATA_OFFSET)
-        else:
+        superblock = None
+        if not is_new:
             raw = read_superblock(fd, 0)
-            old = Superblock.decode(raw, path=name, file_bytes=os.fstat(fd).st_size)
-        superblock = Superblock(
-            uuid=old.uuid if old else uuid_module.uuid4(),
-            capacity_bytes=capacity,
-            generation=old.generation + 1 if old else 1,
-            created_unix_seconds=old.created_unix_seconds if old else int(time.time()),
-            in_use=True,
-        )
-        write_superblock(fd, superblock)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+            superblock = Superblock.decode(raw, path=name, file_bytes=os.fstat(fd).st_size)
+        direct_fd = _open_direct(fd, name) if direct else None
     except (OSError, DualBladeError) as exc:
-        if direct_fd is not None:
-            os.close(direct_fd)
         os.close(fd)
         if is_new and not private:
             os.unlink(name)
         if isinstance(exc, OSError):
             raise storage_error("open", name, exc) from exc
         raise
-    return FileBacking(
-        path=f"{name} (private)" if private else name,
-        private=private,
-        direct_fd=direct_fd,
-        buffered_fd=fd,
-        superblock=superblock,
-        was_unclean=old is not None and old.in_use,
-    )
+    return HeldFile(name=name, fd=fd, direct_fd=direct_fd, superblock=superblock, private=private)
 
 
 def _open_private(folder: str) -> tuple[int, bool]:
@@ -275,20 +272,3 @@ def _open_direct(fd: int, name: str) -> int:
         )
     # The same file whether it still has a name or not.
     return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_DIRECT)
-
-
-def _capacity(fd: int, name: str, wanted: int | None) -> int:
-    """Bytes for extents, a multiple of 2 MiB; blocks that the file already has count as free."""
-    system = os.fstatvfs(fd)
-    available = system.f_bavail * system.f_frsize + os.fstat(fd).st_blocks * 512
-    reserve = min(_RESERVE_BYTES_MAX, available // _RESERVE_FRACTION)
-    most = (available - reserve) if wanted is None else wanted
-    capacity = (most - DATA_OFFSET if wanted is None else most) // EXTENT_ALIGN_BYTES
-    if capacity < 1:
-        raise NoSpace(
-            f"no room for a store at {name}: {format_size(max(most, 0))}",
-            operation="open",
-            path=name,
-            hint="free some space, or raise disk_capacity_bytes to at least 2 MiB",
-        )
-    return capacity * EXTENT_ALIGN_BYTES

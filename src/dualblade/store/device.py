@@ -12,7 +12,7 @@ import os
 import struct
 from dataclasses import dataclass, replace
 
-from dualblade.errors import DualBladeError, NoSpace, NotAStore, StorageError, Unsupported
+from dualblade.errors import DualBladeError, NotAStore, StorageError, Unsupported
 from dualblade.host.drives import Drive, find_drive, signatures
 from dualblade.host.nvme import nvme_facts
 from dualblade.host.page_cache import drop
@@ -25,7 +25,7 @@ from dualblade.store.format import (
     second_copy_offset,
 )
 from dualblade.store.place import Location, read_superblock, storage_error, write_superblock
-from dualblade.units import BLOCK_BYTES, EXTENT_ALIGN_BYTES, format_size
+from dualblade.units import BLOCK_BYTES
 
 _BLKDISCARD = 0x1277
 _BLKZEROOUT = 0x127F
@@ -40,9 +40,7 @@ class DeviceBacking:
     drive: Drive
     direct_fd: int | None
     buffered_fd: int
-    capacity_bytes: int
     superblock: Superblock
-    was_unclean: bool
     coherent: bool
 
     def allocate(self, offset: int, size_bytes: int) -> None:
@@ -70,49 +68,82 @@ class DeviceBacking:
                     os.close(fd)
 
 
-def open_device(
-    path: str | os.PathLike[str], engine: Engine, *, direct: bool, capacity_bytes: int | None
-) -> DeviceBacking:
-    """Open the store on the device at `path`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldDevice:
+    """A device of ours, held O_EXCL by `fd`. See place.Held."""
+
+    drive: Drive
+    engine: Engine
+    fd: int
+    direct_fd: int | None
+    superblock: Superblock
+    coherent: bool
+
+    @property
+    def path(self) -> str:
+        return self.drive.path
+
+    @property
+    def file_system(self) -> None:
+        return None
+
+    def capacity(self, wanted: int | None, sharers: int) -> int:  # noqa: ARG002 - it shares nothing
+        """What it was formatted with, or less where less is wanted."""
+        most = self.superblock.capacity_bytes
+        return most if wanted is None else min(most, wanted)
+
+    def take(self, superblock: Superblock, *, unclean: bool) -> DeviceBacking:
+        try:
+            write_superblocks(self.fd, superblock)
+            if unclean:  # what a crash left behind
+                discard(self.fd, self.drive, DATA_OFFSET, self.superblock.capacity_bytes)
+            # What probing and readahead left: pages that direct writes would make stale.
+            drop(self.fd, 0, self.drive.size_bytes)
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
+        except OSError as exc:
+            raise _device_error("open", self.path, exc) from exc
+        return DeviceBacking(
+            path=self.path,
+            drive=self.drive,
+            direct_fd=self.direct_fd,
+            buffered_fd=self.fd,
+            superblock=superblock,
+            coherent=self.coherent,
+        )
+
+    def let_go(self) -> None:
+        for fd in (self.direct_fd, self.fd):
+            if fd is not None:
+                self.engine.unregister_file(fd)
+                os.close(fd)
+
+
+def hold_store(path: str | os.PathLike[str], engine: Engine, *, direct: bool) -> HeldDevice:
+    """The store, or member of one, on the device at `path`; nothing is written.
 
     Its direct door is NVMe passthrough for a namespace's character device, where `engine` can and
     was not asked for O_DIRECT; else O_DIRECT on the block device, and `engine.reason` says why.
-    Raises: NotAStore (foreign, damaged, in use, another device), NoSpace, StorageError,
-    Unsupported; nothing is left behind, and nothing was written.
+    Raises: NotAStore (foreign, damaged, in use, another device), StorageError, Unsupported;
+    nothing is left behind.
     """
     drive = find_drive(path)
-    opened: list[int] = []
+    fd = hold_device(drive)
     try:
-        fd = hold_device(drive)
-        opened.append(fd)
-        old = recognise(fd, drive)
-        capacity = _capacity(drive, old, capacity_bytes)
+        superblock = recognise(fd, drive)
         direct_fd, coherent = None, True
         if direct:
-            direct_fd, coherent = _open_direct(drive, engine, old.capacity_bytes)
-            opened.append(direct_fd)
-        superblock = replace(old, generation=old.generation + 1, in_use=True)
-        write_superblocks(fd, superblock)
-        if old.in_use:
-            discard(fd, drive, DATA_OFFSET, old.capacity_bytes)  # what a crash left behind
-        # What probing and readahead left: pages that direct writes would make stale.
-        drop(fd, 0, drive.size_bytes)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+            direct_fd, coherent = _open_direct(drive, engine, superblock.capacity_bytes)
     except (OSError, DualBladeError) as exc:
-        for descriptor in opened:
-            engine.unregister_file(descriptor)
-            os.close(descriptor)
+        os.close(fd)
         if isinstance(exc, OSError):
             raise _device_error("open", drive.path, exc) from exc
         raise
-    return DeviceBacking(
-        path=drive.path,
+    return HeldDevice(
         drive=drive,
+        engine=engine,
+        fd=fd,
         direct_fd=direct_fd,
-        buffered_fd=fd,
-        capacity_bytes=capacity,
         superblock=superblock,
-        was_unclean=old.in_use,
         coherent=coherent,
     )
 
@@ -281,18 +312,3 @@ def _device_error(operation: str, node: str, exc: OSError) -> StorageError:
         path=node,
         hint="give your user or group read and write permission on it: docs/raw-devices.md",
     )
-
-
-def _capacity(drive: Drive, superblock: Superblock, wanted: int | None) -> int:
-    """Bytes for extents: the formatted capacity, or less where less is wanted."""
-    most = superblock.capacity_bytes
-    capacity = most if wanted is None else min(most, wanted)
-    capacity = capacity // EXTENT_ALIGN_BYTES * EXTENT_ALIGN_BYTES
-    if capacity < 1:
-        raise NoSpace(
-            f"no room for a store at {drive.path}: {format_size(capacity)}",
-            operation="open",
-            path=drive.path,
-            hint="raise disk_capacity_bytes to at least 2 MiB",
-        )
-    return capacity

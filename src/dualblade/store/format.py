@@ -8,20 +8,31 @@ import uuid as uuid_module
 from dataclasses import dataclass
 
 from dualblade.errors import NotAStore
-from dualblade.units import EXTENT_ALIGN_BYTES
+from dualblade.units import BLOCK_BYTES, EXTENT_ALIGN_BYTES, MIB
 
 MAGIC = b"DUALBLAD"
 FILE_VERSION = 1
 DEVICE_VERSION = 2
+_MEMBER_VERSIONS = {FILE_VERSION: 3, DEVICE_VERSION: 4}
+"""Of a member of a striped store: programs that know no others must not take it for a whole one."""
 SUPERBLOCK_BYTES = 4096
 DATA_OFFSET = EXTENT_ALIGN_BYTES
 """The first extent starts here; the superblock has the 2 MiB before it to itself."""
 DEVICE_BYTES_MIN = 2 * EXTENT_ALIGN_BYTES + SUPERBLOCK_BYTES
 """A superblock, one extent, the second superblock."""
 
+STRIPE_BYTES = MIB
+"""As large as the engine's largest request, so striping makes no more of them; and no page-cache
+folio reaches beyond it: they are no larger than the transfer that makes them, and aligned likewise.
+"""
+MEMBERS_MAX = 16
+"""Members of one store: 16 x 8 requests in flight, and twice as many registered descriptors."""
+
 _FIELDS = struct.Struct("<8sII16sQQQQI")
 _DEVICE_OFFSET = 128
 _DEVICE_FIELDS = struct.Struct("<QII128s128s64s")
+_MEMBER_OFFSET = 512
+_MEMBER_FIELDS = struct.Struct("<IIQ")
 _CHECKSUM_BYTES = 16
 _STATE_CLEAN = 0
 _STATE_IN_USE = 1
@@ -96,6 +107,30 @@ class DeviceSection:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberSection:
+    """Which part of a striped store this is: the `index`-th of `count`, from 0."""
+
+    index: int
+    count: int
+    stripe_bytes: int = STRIPE_BYTES
+
+    @property
+    def words(self) -> str:
+        """`member 1 of 2`, as people count."""
+        return f"member {self.index + 1} of {self.count}"
+
+    @property
+    def valid(self) -> bool:
+        """Whether the values are ones that a store can have."""
+        return (
+            1 < self.count <= MEMBERS_MAX
+            and self.index < self.count
+            and self.stripe_bytes >= BLOCK_BYTES
+            and self.stripe_bytes % BLOCK_BYTES == EXTENT_ALIGN_BYTES % self.stripe_bytes == 0
+        )
+
+
 def second_copy_offset(size_bytes: int) -> int:
     """The last whole 4096 bytes of a device."""
     return size_bytes // SUPERBLOCK_BYTES * SUPERBLOCK_BYTES - SUPERBLOCK_BYTES
@@ -115,6 +150,7 @@ class Superblock:
     generation      grows by one at every open.
     in_use          set while open; found set, the store was not closed cleanly.
     device          of a store on a device; None for one in a file.
+    member          of a striped store, whose members have one uuid; None for a whole one.
     """
 
     uuid: uuid_module.UUID
@@ -123,12 +159,14 @@ class Superblock:
     created_unix_seconds: int
     in_use: bool
     device: DeviceSection | None = None
+    member: MemberSection | None = None
 
     def encode(self) -> bytes:
         """The 4096 bytes at offset 0 of a store; on a device also those at its end."""
+        version = FILE_VERSION if self.device is None else DEVICE_VERSION
         fields = _FIELDS.pack(
             MAGIC,
-            FILE_VERSION if self.device is None else DEVICE_VERSION,
+            version if self.member is None else _MEMBER_VERSIONS[version],
             SUPERBLOCK_BYTES,
             self.uuid.bytes,
             DATA_OFFSET,
@@ -139,6 +177,9 @@ class Superblock:
         )
         if self.device is not None:
             fields = fields.ljust(_DEVICE_OFFSET, b"\0") + self.device.encode()
+        if self.member is not None:
+            numbers = (self.member.index, self.member.count, self.member.stripe_bytes)
+            fields = fields.ljust(_MEMBER_OFFSET, b"\0") + _MEMBER_FIELDS.pack(*numbers)
         body = fields.ljust(SUPERBLOCK_BYTES - _CHECKSUM_BYTES, b"\0")
         return body + _checksum(body)
 
@@ -148,7 +189,7 @@ class Superblock:
     ) -> Superblock:
         """The superblock in `raw`, read from a file or device of `file_bytes` bytes.
 
-        `version` is what the place is to hold: FILE_VERSION or DEVICE_VERSION.
+        `version` is what the place is to hold: FILE_VERSION or DEVICE_VERSION, or a member of it.
         Raises: NotAStore saying which check failed: foreign, another version, damaged, truncated.
         """
         hints = _DEVICE_HINTS if version == DEVICE_VERSION else _FILE_HINTS
@@ -165,7 +206,7 @@ class Superblock:
         _, found, header_bytes, uuid, data_offset, capacity, generation, created, state = (
             _FIELDS.unpack_from(raw)
         )
-        if found != version:
+        if found not in (version, _MEMBER_VERSIONS[version]):
             raise refuse(
                 f"is a store of version {found}; this is dualblade's version {version}", "version"
             )
@@ -178,9 +219,14 @@ class Superblock:
         wrong_device = device is not None and (
             device.copy not in (0, 1) or capacity != device.capacity_bytes or not capacity
         )
+        member = None
+        if found != version:
+            index, count, stripe_bytes = _MEMBER_FIELDS.unpack_from(raw, _MEMBER_OFFSET)
+            member = MemberSection(index=index, count=count, stripe_bytes=stripe_bytes)
         # Opening writes the next generation: the last number of 64 bits has none.
         last = generation == (1 << 64) - 1
-        if capacity % EXTENT_ALIGN_BYTES or state not in _STATES or wrong_device or last:
+        wrong = wrong_device or last or (member is not None and not member.valid)
+        if capacity % EXTENT_ALIGN_BYTES or state not in _STATES or wrong:
             raise refuse("has a superblock with values out of range", "damaged")
         return cls(
             uuid=uuid_module.UUID(bytes=uuid),
@@ -189,6 +235,7 @@ class Superblock:
             created_unix_seconds=created,
             in_use=state == _STATE_IN_USE,
             device=device,
+            member=member,
         )
 
 
@@ -230,7 +277,7 @@ def choose_superblock(first: bytes, second: bytes, *, path: str, here: DeviceSec
             path=path,
             hint=f"if nothing on it is wanted: dualblade store format {path}",
         )
-    if len({superblock.uuid for superblock in whole}) > 1:
+    if len({(superblock.uuid, superblock.member) for superblock in whole}) > 1:
         raise _misplaced(path)
     return max(whole, key=lambda superblock: superblock.generation)
 

@@ -6,16 +6,18 @@ device is held and looked at again in between, since anything may have happened 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import time
 import uuid as uuid_module
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dualblade.errors import NotAStore, Unsupported
 from dualblade.host.drives import Drive, Finding, find_drive, findings, signatures
 from dualblade.host.page_cache import drop
-from dualblade.store.backing import is_device, open_file
+from dualblade.store.backing import hold_file, is_device
 from dualblade.store.device import (
     discard,
     hold_device,
@@ -28,11 +30,13 @@ from dualblade.store.format import (
     DATA_OFFSET,
     DEVICE_BYTES_MIN,
     SUPERBLOCK_BYTES,
+    MemberSection,
     Superblock,
     device_capacity,
     second_copy_offset,
 )
 from dualblade.store.inspect import inspect_store
+from dualblade.store.members import as_places, check_kinds, open_members
 from dualblade.store.place import storage_error
 from dualblade.units import GIB, MIB, format_size
 
@@ -42,17 +46,35 @@ _WIPE_STEP_BYTES = GIB
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What `format` or `wipe` would do to a place that allows it. `drive` None: a file."""
+    """What `format` or `wipe` would do to a place that allows it. `drive` None: a file.
+
+    `member`: of which part of a striped store `wipe` would take it out.
+    """
 
     path: str
     drive: Drive | None
     capacity_bytes: int | None
-    generation: int
+    member: MemberSection | None = None
 
     @property
     def confirmation(self) -> str:
         """What people type to say that they mean this place: its serial, else its path."""
         return self.path if self.drive is None else self.drive.name
+
+
+def plan_formats(paths: Sequence[str]) -> list[Plan]:
+    """Whether a store may be made of `paths`, striped over several; only looks.
+
+    Raises: as plan_format; ConfigError, NotAStore for paths that cannot be members of one store.
+    """
+    plans = [plan_format(os.fspath(path)) for path in as_places(paths) or ()]
+    check_kinds(paths)
+    return plans
+
+
+def plan_wipes(paths: Sequence[str]) -> list[Plan]:
+    """As plan_wipe, for each; they need not be all members of a store, or of the same one."""
+    return [plan_wipe(os.fspath(path)) for path in as_places(paths) or ()]
 
 
 def plan_format(path: str) -> Plan:
@@ -68,7 +90,7 @@ def plan_format(path: str) -> Plan:
                 path=path,
                 hint=f"name a new file; a store is removed by dualblade store wipe {path}",
             )
-        return Plan(path=path, drive=None, capacity_bytes=None, generation=1)
+        return Plan(path=path, drive=None, capacity_bytes=None)
     drive = find_drive(path)
     _refuse(drive, "format", findings(drive))
     if drive.size_bytes < DEVICE_BYTES_MIN:
@@ -84,7 +106,7 @@ def plan_format(path: str) -> Plan:
         held = recognise(fd, drive)
     except NotAStore:
         capacity = device_capacity(drive.size_bytes)
-        return Plan(path=path, drive=drive, capacity_bytes=capacity, generation=1)
+        return Plan(path=path, drive=drive, capacity_bytes=capacity)
     finally:
         os.close(fd)
     raise NotAStore(
@@ -95,30 +117,49 @@ def plan_format(path: str) -> Plan:
     )
 
 
-def carry_out_format(plan: Plan) -> Superblock:
-    """Make the store that `plan` describes. Raises: NotAStore when it is not free any more."""
-    if plan.drive is None:
-        backing = open_file(plan.path, direct=False, capacity_bytes=None)
-        backing.close(keep_blocks=False, end=DATA_OFFSET)
-        return backing.superblock
-    superblock = Superblock(
-        uuid=uuid_module.uuid4(),
-        capacity_bytes=device_capacity(plan.drive.size_bytes),
-        generation=plan.generation,
-        created_unix_seconds=int(time.time()),
-        in_use=False,
-        device=section_of(plan.drive),
-    )
-    fd = hold_device(plan.drive)
-    try:
+def carry_out_format(*plans: Plan) -> Superblock:
+    """Make the store that `plans` describe: one, or the members of a striped one, in their order.
+
+    All are held and looked at again before one is written. Returns the first superblock.
+    Raises: NotAStore when one is not free any more.
+    """
+    if plans[0].drive is None:
+        paths = [plan.path for plan in plans]
+        made = open_members(paths, None, direct=False, capacity_bytes=None)
+        made.close(keep_blocks=False, end=DATA_OFFSET)
+        return made.backings[0].superblock
+    with contextlib.ExitStack() as stack:
+        held = [_hold(plan, stack) for plan in plans]
+        blocks = _new_superblocks(plans)
+        for plan, fd, superblock in zip(plans, held, blocks, strict=True):
+            assert plan.drive is not None
+            try:
+                write_superblocks(fd, superblock)
+                drop(fd, 0, plan.drive.size_bytes)
+            except OSError as exc:
+                raise storage_error("format", plan.path, exc) from exc
+    return blocks[0]
+
+
+def _new_superblocks(plans: Sequence[Plan]) -> list[Superblock]:
+    """Of devices, each looked at once more. Raises: NotAStore."""
+    uuid, now, count = uuid_module.uuid4(), int(time.time()), len(plans)
+    blocks = []
+    for index, plan in enumerate(plans):
+        assert plan.drive is not None
         _refuse(plan.drive, "format", signatures(plan.drive))
-        write_superblocks(fd, superblock)
-        drop(fd, 0, plan.drive.size_bytes)
-    except OSError as exc:
-        raise storage_error("format", plan.path, exc) from exc
-    finally:
-        os.close(fd)
-    return superblock
+        blocks.append(
+            Superblock(
+                uuid=uuid,
+                capacity_bytes=device_capacity(plan.drive.size_bytes),
+                generation=1,
+                created_unix_seconds=now,
+                in_use=False,
+                device=section_of(plan.drive),
+                member=MemberSection(index=index, count=count) if count > 1 else None,
+            )
+        )
+    return blocks
 
 
 def plan_wipe(path: str) -> Plan:
@@ -135,7 +176,7 @@ def plan_wipe(path: str) -> Plan:
             path=path,
             drive=None,
             capacity_bytes=superblock.capacity_bytes,
-            generation=superblock.generation,
+            member=superblock.member,
         )
     drive = find_drive(path)
     _refuse(drive, "wipe", findings(drive))
@@ -148,33 +189,60 @@ def plan_wipe(path: str) -> Plan:
         path=path,
         drive=drive,
         capacity_bytes=superblock.capacity_bytes,
-        generation=superblock.generation,
+        member=superblock.member,
     )
 
 
-def carry_out_wipe(plan: Plan, tell: Callable[[float], None]) -> str:
-    """Wipe the store: its content first, its superblocks last. Returns how, in words.
+def carry_out_wipe(*plans: Plan, tell: Callable[[float], None]) -> list[str]:
+    """Wipe stores or members: content first, superblocks last. Returns how, in words, of each.
 
-    `tell` gets the part done, 0 to 1. Raises: NotAStore when it is no store any more.
+    All are held and compared again before one is written. `tell` gets the part done, 0 to 1.
+    Raises: NotAStore when one is no store any more.
     """
+    with contextlib.ExitStack() as stack:
+        held = [_hold(plan, stack) for plan in plans]
+        for plan, fd in zip(plans, held, strict=True):
+            if plan.drive is not None:
+                recognise(fd, plan.drive)
+        hows: list[str] = []
+        for plan, fd in zip(plans, held, strict=True):
+            done, count = len(hows), len(plans)
+            try:
+                hows.append(_wipe(plan, fd, functools.partial(_tell_of, tell, done, count)))
+            except OSError as exc:
+                raise storage_error("wipe", plan.path, exc) from exc
+        return hows
+
+
+def _tell_of(tell: Callable[[float], None], done: int, count: int, part: float) -> None:
+    tell((done + part) / count)
+
+
+def _wipe(plan: Plan, fd: int, tell: Callable[[float], None]) -> str:
+    """One held store or member. Raises: OSError."""
     if plan.drive is None:
-        backing = open_file(plan.path, direct=False, capacity_bytes=None, existing_only=True)
-        backing.close(keep_blocks=False, end=DATA_OFFSET)
+        os.ftruncate(fd, 0)
         os.unlink(plan.path)
+        tell(1)
         return "removed"
-    fd = hold_device(plan.drive)
-    try:
-        superblock = recognise(fd, plan.drive)
-        how = _wipe_content(fd, plan.drive, DATA_OFFSET + superblock.capacity_bytes, tell)
-        for offset in (second_copy_offset(plan.drive.size_bytes), 0):
-            zero(fd, offset, SUPERBLOCK_BYTES)
-        os.fsync(fd)
-        drop(fd, 0, plan.drive.size_bytes)
-    except OSError as exc:
-        raise storage_error("wipe", plan.path, exc) from exc
-    finally:
-        os.close(fd)
+    assert plan.capacity_bytes is not None
+    how = _wipe_content(fd, plan.drive, DATA_OFFSET + plan.capacity_bytes, tell)
+    for offset in (second_copy_offset(plan.drive.size_bytes), 0):
+        zero(fd, offset, SUPERBLOCK_BYTES)
+    os.fsync(fd)
+    drop(fd, 0, plan.drive.size_bytes)
     return how
+
+
+def _hold(plan: Plan, stack: contextlib.ExitStack) -> int:
+    """What is planned, held until `stack` ends; its descriptor. Raises: NotAStore, StorageError."""
+    if plan.drive is None:
+        held = hold_file(plan.path, direct=False, existing_only=True)
+        stack.callback(held.let_go)
+        return held.fd
+    fd = hold_device(plan.drive)
+    stack.callback(os.close, fd)
+    return fd
 
 
 def _wipe_content(fd: int, drive: Drive, end: int, tell: Callable[[float], None]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from dualblade.store.format import (
     Superblock,
     second_copy_offset,
 )
+from dualblade.store.members import check_members
 from dualblade.store.place import read_superblock, storage_error
 from dualblade.units import BLOCK_BYTES, MIB
 
@@ -85,6 +86,19 @@ def inspect_store(path: str) -> Report:
         raise storage_error("inspect", path, exc) from exc
     finally:
         os.close(fd)
+
+
+def store_problem(reports: Sequence[Report]) -> str | None:
+    """Why the places looked at do not make up one store; None: they do, or one is a member."""
+    problem = next((report.problem for report in reports if report.problem is not None), None)
+    if problem is not None or len(reports) == 1:
+        return problem
+    found = [(report.path, report.superblock) for report in reports]
+    try:
+        check_members([(path, block) for path, block in found if block is not None])
+    except NotAStore as refusal:
+        return refusal.message
+    return None
 
 
 def unreadable_ranges(report: Report, tell: Callable[[float], None]) -> list[tuple[int, int]]:

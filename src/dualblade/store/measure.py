@@ -20,7 +20,7 @@ from dualblade.store.store import Extent, Store
 from dualblade.units import MIB, format_size
 
 SWEEP_BYTES = 8 * MIB
-"""Read at a time: eight requests of 1 MiB, the default queue."""
+"""Read at a time of each device: eight requests of 1 MiB, the default queue."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,13 +44,14 @@ def measure_rates(
     """Sweep an extent of `size_bytes` of `store` through both doors `repeats` times.
 
     The extent is free again at the end, its pages are dropped, and the store's counters tell KV
-    alone. `arena` holds SWEEP_BYTES. On a drive that writes slowly the extent is filled for
-    `fill_seconds_max` only, and what is filled (at least SWEEP_BYTES) is swept.
+    alone. `arena` is read into whole: SWEEP_BYTES of it for each member. On a drive that writes
+    slowly the extent is filled for `fill_seconds_max` only, and what is filled (at least one
+    sweep of `arena`) is read.
 
     Raises: NoSpace; BudgetError when the pages did not stay cached; DeviceError.
     """
-    assert size_bytes >= SWEEP_BYTES, "less than one read"
-    assert size_bytes % SWEEP_BYTES == 0, "not whole reads"
+    assert size_bytes >= len(arena.buffer), "less than one read"
+    assert size_bytes % len(arena.buffer) == 0, "not whole reads"
     assert repeats > 0, "no sweep that counts"
     counters = replace(store.counters)
     extent = store.allocate(size_bytes, Door.DIRECT)
@@ -83,6 +84,7 @@ class _Sweep:
 
     def __init__(self, store: Store, extent: Extent, arena: Arena) -> None:
         self._store, self._extent, self._arena = store, extent, arena
+        self._step_bytes = len(arena.buffer)
         self.size_bytes = 0
 
     def fill(self, size_bytes: int, seed: int, seconds_max: float) -> None:
@@ -90,16 +92,16 @@ class _Sweep:
         memory = np.frombuffer(self._arena.buffer, dtype=np.uint8)
         began = time.perf_counter()
         while self.size_bytes < size_bytes:
-            memory[:SWEEP_BYTES] = np.frombuffer(random.bytes(SWEEP_BYTES), dtype=np.uint8)
+            memory[:] = np.frombuffer(random.bytes(self._step_bytes), dtype=np.uint8)
             address = self._arena.address
-            self._store.write(self._extent, self.size_bytes, address, SWEEP_BYTES).wait()
-            self.size_bytes += SWEEP_BYTES
+            self._store.write(self._extent, self.size_bytes, address, self._step_bytes).wait()
+            self.size_bytes += self._step_bytes
             if time.perf_counter() - began > seconds_max:
                 break
 
     def read(self) -> float:
         """One pass; bytes per second."""
         began = time.perf_counter()
-        for at in range(0, self.size_bytes, SWEEP_BYTES):
-            self._store.read(self._extent, at, self._arena.address, SWEEP_BYTES).wait()
+        for at in range(0, self.size_bytes, self._step_bytes):
+            self._store.read(self._extent, at, self._arena.address, self._step_bytes).wait()
         return self.size_bytes / (time.perf_counter() - began)

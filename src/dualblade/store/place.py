@@ -1,4 +1,4 @@
-"""What a store stands on, whatever it is: the interface, and errors with their words."""
+"""What a store stands on, whatever it is: the interfaces, and errors with their words."""
 
 from __future__ import annotations
 
@@ -25,13 +25,43 @@ class Location:
         return f"offset {self.offset}{at} of {self.path}"
 
 
-class Backing(Protocol):
-    """An open, held, formatted place for a store: `FileBacking`, `DeviceBacking`.
+class Held(Protocol):
+    """A file or device that is locked, compared and fit to be written; nothing was written yet.
 
-    direct_fd       the direct door; None when none was asked for.
-    buffered_fd     the page-cache door, and the descriptor whose writeback errors count.
-    capacity_bytes  most that extents may occupy, from DATA_OFFSET on.
-    coherent        direct writes leave no stale page behind: true but for NVMe passthrough.
+    superblock   what it holds; None: it is new.
+    file_system  number of the one whose free space it takes; None: a device, it has its own.
+    """
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def superblock(self) -> Superblock | None: ...
+    @property
+    def file_system(self) -> int | None: ...
+
+    def capacity(self, wanted: int | None, sharers: int) -> int:
+        """Bytes that extents may occupy here; `wanted` None: all that is free.
+
+        `sharers`: members of the store on its file system, this one included.
+        """
+        ...
+
+    def take(self, superblock: Superblock, *, unclean: bool) -> Backing:
+        """Write `superblock` and begin; `unclean` content is discarded. Raises: StorageError."""
+        ...
+
+    def let_go(self) -> None:
+        """Close all descriptors, also after `take`; a file that was new is gone."""
+        ...
+
+
+class Backing(Protocol):
+    """An open, held, formatted place, one of a store's members: `FileBacking`, `DeviceBacking`.
+
+    direct_fd    the direct door; None when none was asked for.
+    buffered_fd  the page-cache door, and the descriptor whose writeback errors count.
+    superblock   as it is there now.
+    coherent     direct writes leave no stale page behind: true but for NVMe passthrough.
     """
 
     @property
@@ -41,9 +71,7 @@ class Backing(Protocol):
     @property
     def buffered_fd(self) -> int: ...
     @property
-    def capacity_bytes(self) -> int: ...
-    @property
-    def was_unclean(self) -> bool: ...
+    def superblock(self) -> Superblock: ...
     @property
     def coherent(self) -> bool: ...
 

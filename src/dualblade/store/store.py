@@ -1,20 +1,20 @@
-"""A store: extents in one file or on one device, each reached through one of two doors."""
+"""A store: extents in files or on devices, each reached through one of two doors."""
 
 from __future__ import annotations
 
 import errno
 import logging
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dualblade.errors import Closed, NoSpace, StorageError
 from dualblade.host.page_cache import cached_bytes, drop
 from dualblade.io import Engine, Op, Ticket, Transfer
-from dualblade.store.backing import open_backing
 from dualblade.store.doors import LEGAL_MOVES, Door
 from dualblade.store.extents import ExtentAllocator, Range
 from dualblade.store.format import DATA_OFFSET
-from dualblade.store.place import Backing, Location
+from dualblade.store.members import Members, Place, open_members
+from dualblade.store.place import Location
 from dualblade.units import BLOCK_BYTES
 
 log = logging.getLogger("dualblade.store")
@@ -49,7 +49,8 @@ class DoorCounters:
 
 
 class Store:
-    """Extents in one place. Used by one thread; transfers end on the engine's.
+    """Extents in one place, or striped over several. Used by one thread; transfers end on the
+    engine's.
 
     A write through the page-cache door counts as stored only when its ticket has ended: it
     carries a sync_file_range that waits for writeback on the descriptor that wrote, so that a
@@ -58,31 +59,32 @@ class Store:
 
     def __init__(
         self,
-        backing: Backing,
+        members: Members,
         engine: Engine,
         *,
         keep_blocks: bool = False,
         discard: bool = False,
     ) -> None:
-        self._backing = backing
+        self._members = members
         self._engine = engine
         self._keep_blocks = keep_blocks
         self._discard = discard
-        self._allocator = ExtentAllocator(DATA_OFFSET, backing.capacity_bytes)
+        self._allocator = ExtentAllocator(DATA_OFFSET, members.capacity_bytes)
         self._end = DATA_OFFSET
         self._live: set[Extent] = set()
         self._closed = False
+        self._coherent = all(backing.coherent for backing in members.backings)
+        self._paths = members.descriptors
         self.counters = DoorCounters()
-        for fd in (backing.direct_fd, backing.buffered_fd):
-            if fd is not None:
-                engine.register_file(fd)
-        if backing.was_unclean:
-            log.warning("%s was not closed cleanly; its KV is discarded", backing.path)
+        for fd in self._paths:
+            engine.register_file(fd)
+        if members.was_unclean:
+            log.warning("%s was not closed cleanly; its KV is discarded", members.path)
 
     @classmethod
     def open(
         cls,
-        path: str | os.PathLike[str] | None,
+        path: Place | Sequence[Place] | None,
         engine: Engine,
         *,
         direct: bool = True,
@@ -90,19 +92,25 @@ class Store:
         keep_blocks: bool = False,
         discard: bool = False,
     ) -> Store:
-        """Open or make the store at `path` (None: a private file, gone at close).
+        """Open or make the store at `path` (None: a private file, gone at close); several paths
+        are the members of one striped store.
 
         `discard`: a device is told of each extent that is freed, not only of all at close.
         `direct`: the direct door will be used, so the file system must do O_DIRECT.
-        Raises: NotAStore, NoSpace, StorageError, Unsupported.
+        Raises: ConfigError, NotAStore, NoSpace, StorageError, Unsupported.
         """
-        backing = open_backing(path, engine, direct=direct, capacity_bytes=capacity_bytes)
-        return cls(backing, engine, keep_blocks=keep_blocks, discard=discard)
+        members = open_members(path, engine, direct=direct, capacity_bytes=capacity_bytes)
+        return cls(members, engine, keep_blocks=keep_blocks, discard=discard)
 
     @property
     def path(self) -> str:
-        """The file's name, for people; a private one says so."""
-        return self._backing.path
+        """Its name, or its members', for people; a private file says so."""
+        return self._members.path
+
+    @property
+    def member_count(self) -> int:
+        """How many files or devices it is striped over."""
+        return len(self._members.backings)
 
     @property
     def capacity_bytes(self) -> int:
@@ -123,16 +131,17 @@ class Store:
         self._check_open()
         taken = self._allocator.allocate(size_bytes)
         try:
-            self._backing.allocate(taken.offset, taken.size_bytes)
+            for backing, offset, size in self._members.ranges(taken.offset, taken.size_bytes):
+                backing.allocate(offset, size)
         except OSError as exc:
             self._allocator.free(taken)
             kind = NoSpace if exc.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
             raise kind(
-                f"{self.path} cannot grow by {taken.size_bytes} bytes: {exc.strerror}",
+                f"{backing.path} cannot grow by {size} bytes: {exc.strerror}",
                 operation="allocate",
-                path=self.path,
-                offset=taken.offset,
-                size_bytes=taken.size_bytes,
+                path=backing.path,
+                offset=offset,
+                size_bytes=size,
                 hint="free some space there, or name a store on another drive",
             ) from exc
         self._end = max(self._end, taken.end)
@@ -152,9 +161,11 @@ class Store:
         self._check_open()
         self._settle(extent)
         if extent.door is not Door.DIRECT:
-            drop(self._backing.buffered_fd, extent.range.offset, extent.range.size_bytes)
+            self._drop(extent)
         if self._discard:
-            self._backing.discard(extent.range.offset, extent.range.size_bytes)
+            at, size = extent.range.offset, extent.range.size_bytes
+            for backing, offset, length in self._members.ranges(at, size):
+                backing.discard(offset, length)
         self._move(extent, Door.FREE)
         self._live.discard(extent)
         self._allocator.free(extent.range)
@@ -177,12 +188,12 @@ class Store:
         """
         self._check_open()
         if extent.door is Door.PAGE_CACHE:
-            drop(self._backing.buffered_fd, extent.range.offset, extent.range.size_bytes)
+            self._drop(extent)
         return self.read(extent, offset, address, size_bytes)
 
     def locate(self, extent: Extent, offset: int) -> Location:
         """Where byte `offset` of `extent` is on its device."""
-        return self._backing.locate(extent.range.offset + offset)
+        return self._members.locate(extent.range.offset + offset)
 
     def write(self, extent: Extent, offset: int, address: int, size_bytes: int) -> Ticket:
         """Start writing memory at `address` to [offset, offset + size_bytes) of `extent`.
@@ -219,18 +230,16 @@ class Store:
 
     def page_cache_bytes(self) -> int:
         """Bytes of this store in the page cache now, as the kernel counts them."""
-        return cached_bytes(self._backing.buffered_fd, 0, self._end).cached_bytes
+        ends = self._members.ends(self._end)
+        return sum(cached_bytes(at.buffered_fd, 0, end).cached_bytes for at, end in ends)
 
     def cached_bytes(self, extent: Extent) -> int:
         """Bytes of `extent` in the page cache now."""
-        found = cached_bytes(
-            self._backing.buffered_fd, extent.range.offset, extent.range.size_bytes
-        )
-        return found.cached_bytes
+        return sum(cached_bytes(*where).cached_bytes for where in self._buffered(extent))
 
     def file_pieces(self) -> int | None:
         """Contiguous pieces of the store on its device; None where the file system cannot tell."""
-        return self._backing.pieces()
+        return self._members.pieces()
 
     def close(self) -> None:
         """Wait for transfers, discard the content, unlock. Twice is once.
@@ -242,10 +251,9 @@ class Store:
         self._closed = True
         for extent in self._live:
             self._settle(extent)
-        for fd in (self._backing.direct_fd, self._backing.buffered_fd):
-            if fd is not None:
-                self._engine.unregister_file(fd)
-        self._backing.close(keep_blocks=self._keep_blocks, end=self._end)
+        for fd in self._paths:
+            self._engine.unregister_file(fd)
+        self._members.close(keep_blocks=self._keep_blocks, end=self._end)
 
     def __enter__(self) -> Store:
         return self
@@ -257,30 +265,51 @@ class Store:
         self._check_open()
         assert 0 <= offset <= extent.size_bytes - size_bytes, "outside its extent"
         assert offset % BLOCK_BYTES == size_bytes % BLOCK_BYTES == 0, "not whole blocks"
-        fd = self._fd(extent)
         at = extent.range.offset + offset
-        transfers = [Transfer(fd, op, address, size_bytes, at)]
+        fds = self._descriptors(extent)
+        transfers = [
+            Transfer(fds[part.member], op, address + part.at, part.size_bytes, part.offset)
+            for part in self._members.stripes.parts(at, size_bytes)
+        ]
         if op is Op.WRITE and extent.door is Door.PAGE_CACHE:
-            transfers.append(Transfer(fd, Op.SYNC_RANGE, 0, size_bytes, at))
-        ticket = self._engine.submit(transfers, path=self.path)
+            transfers += self._syncs(at, size_bytes)
+        ticket = self._engine.submit(transfers, path=self._paths)
         extent.tickets = [old for old in extent.tickets if not old.done]
         extent.tickets.append(ticket)
         return ticket
 
-    def _fd(self, extent: Extent) -> int:
+    def _descriptors(self, extent: Extent) -> list[int]:
+        """Of the open door, one for each member."""
         if extent.door is Door.DIRECT:
-            assert self._backing.direct_fd is not None, "opened without a direct door"
-            return self._backing.direct_fd
+            fds = [backing.direct_fd for backing in self._members.backings]
+            assert None not in fds, "opened without a direct door"
+            return fds  # type: ignore[return-value]  # the line above
         assert extent.door is Door.PAGE_CACHE, f"transfer on an extent that is {extent.door.value}"
-        return self._backing.buffered_fd
+        return [backing.buffered_fd for backing in self._members.backings]
+
+    def _syncs(self, offset: int, size_bytes: int) -> list[Transfer]:
+        """Writeback of a range, on each member's descriptor that wrote; they run side by side."""
+        return [
+            Transfer(backing.buffered_fd, Op.SYNC_RANGE, 0, size, at)
+            for backing, at, size in self._members.ranges(offset, size_bytes)
+        ]
+
+    def _buffered(self, extent: Extent) -> list[tuple[int, int, int]]:
+        """(descriptor, offset, bytes) of the extent's pages on each member."""
+        found = self._members.ranges(extent.range.offset, extent.range.size_bytes)
+        return [(backing.buffered_fd, at, size) for backing, at, size in found]
+
+    def _drop(self, extent: Extent) -> None:
+        for fd, at, size in self._buffered(extent):
+            drop(fd, at, size)
 
     def _write_back_and_drop(self, extent: Extent) -> None:
         """No page of the extent may be cached when the direct door opens."""
-        fd, at, size = self._backing.buffered_fd, extent.range.offset, extent.range.size_bytes
+        at, size = extent.range.offset, extent.range.size_bytes
         for _ in range(_DROP_TRIES):
-            self._engine.submit([Transfer(fd, Op.SYNC_RANGE, 0, size, at)], path=self.path).wait()
-            drop(fd, at, size)
-            left = cached_bytes(fd, at, size).cached_bytes
+            self._engine.submit(self._syncs(at, size), path=self._paths).wait()
+            self._drop(extent)
+            left = self.cached_bytes(extent)
             if left == 0:
                 return
         # Clean pages that another reader holds: O_DIRECT on a file stays coherent with them.
@@ -290,17 +319,16 @@ class Store:
         """No page from before may be cached when the page-cache door opens: a stray reader's, or
         another program's, would be stale after direct writes. Raises: StorageError.
         """
-        fd, at, size = self._backing.buffered_fd, extent.range.offset, extent.range.size_bytes
         for _ in range(_DROP_TRIES):
-            drop(fd, at, size)
-            if self._backing.coherent or cached_bytes(fd, at, size).cached_bytes == 0:
+            self._drop(extent)
+            if self._coherent or self.cached_bytes(extent) == 0:
                 return
         raise StorageError(
             f"pages of {self.path} cannot be dropped: another program holds them",
             operation="drop",
             path=self.path,
-            offset=at,
-            size_bytes=size,
+            offset=extent.range.offset,
+            size_bytes=extent.range.size_bytes,
             hint="close what maps or reads the block device, or use path direct",
         )
 

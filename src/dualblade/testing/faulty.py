@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 
 from dualblade.errors import Closed, DeviceError
 from dualblade.io import Arena, Counters, Engine, Namespace, Op, Ticket, Transfer
+from dualblade.io.engine import Paths, path_of
 from dualblade.units import BLOCK_BYTES
 
 
@@ -128,7 +129,7 @@ class FaultyEngine(Engine):
         self.inner.register_namespace(fd, namespace)
         self.name = self.inner.name
 
-    def submit(self, transfers: Sequence[Transfer], *, path: str | None = None) -> Ticket:
+    def submit(self, transfers: Sequence[Transfer], *, path: Paths = None) -> Ticket:
         with self._lock:
             if self._closed:
                 raise Closed("the engine is closed")
@@ -173,7 +174,7 @@ class FaultyEngine(Engine):
         ticket.start(self.inner)
 
     def _plan(
-        self, transfers: Sequence[Transfer], path: str | None
+        self, transfers: Sequence[Transfer], path: Paths
     ) -> tuple[list[Transfer], DeviceError | None, float, list[int]]:
         """What is left of the batch, how it fails, how late it starts, and addresses to damage."""
         kept: list[Transfer] = []
@@ -212,7 +213,7 @@ class _FaultyTicket(Ticket):
     def __init__(
         self,
         transfers: list[Transfer],
-        path: str | None,
+        path: Paths,
         size_bytes: int,
         failure: DeviceError | None,
         flips: list[int],
@@ -276,12 +277,12 @@ def _torn(transfer: Transfer, fault: Fault) -> list[Transfer]:
     return [transfer._replace(size_bytes=landed_bytes)]
 
 
-def _error(transfer: Transfer, fault: Fault, path: str | None) -> DeviceError:
+def _error(transfer: Transfer, fault: Fault, path: Paths) -> DeviceError:
     assert fault.errno is not None
     return DeviceError(
         errno=fault.errno,
         operation=transfer.op.word,
-        path=path,
+        path=path_of(path, transfer.fd),
         offset=transfer.offset,
         size_bytes=transfer.size_bytes,
     )

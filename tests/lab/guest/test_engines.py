@@ -28,7 +28,7 @@ def small() -> Iterator[str]:
     """The drive with commands of at most 128 KiB, formatted; wiped afterwards."""
     path = formatted(find_namespace("LABSMALL"))
     yield path
-    carry_out_wipe(plan_wipe(path), lambda _: None)
+    carry_out_wipe(plan_wipe(path), tell=lambda _: None)
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def test_a_hang_ends_commands_by_ioctl_as_in_a_ring(arena: Arena) -> None:
         assert counters.retries > 0
         assert counters.errors == 0
     limit.write_text(before)
-    carry_out_wipe(plan_wipe(path), lambda _: None)
+    carry_out_wipe(plan_wipe(path), tell=lambda _: None)
 
 
 def test_a_bad_sector_by_ioctl_is_told_by_drive_and_place(arena: Arena) -> None:
@@ -202,7 +202,7 @@ def test_a_bad_sector_by_ioctl_is_told_by_drive_and_place(arena: Arena) -> None:
         assert status is not None
         assert status & 0x7FF == 0x281
         assert (caught.value.path, caught.value.offset) == (path, 16 * MIB)
-    carry_out_wipe(plan_wipe(path), lambda _: None)
+    carry_out_wipe(plan_wipe(path), tell=lambda _: None)
 
 
 @pytest.mark.parametrize("discard", [False, True])

@@ -38,7 +38,7 @@ def test_the_same_tokens_as_in_memory(path: str) -> None:
         if path == "direct":
             assert stats.io.direct_read_bytes > 0
             assert stats.memory.page_cache_bytes == 0
-    carry_out_wipe(plan_wipe(device), lambda _: None)
+    carry_out_wipe(plan_wipe(device), tell=lambda _: None)
 
 
 def test_a_drive_unplugged_in_mid_generation() -> None:

@@ -36,7 +36,7 @@ def path() -> Iterator[str]:
     for node, mode in zip(nodes, modes, strict=True):
         os.chown(node, 0, 0)
         os.chmod(node, mode)
-    carry_out_wipe(plan_wipe(path), lambda _: None)
+    carry_out_wipe(plan_wipe(path), tell=lambda _: None)
 
 
 def give_to_group(node: str) -> None:
@@ -114,7 +114,7 @@ def test_a_group_may_format_and_wipe(path: str) -> None:
     give_to_group(block_of(path))
 
     def wipe_and_format() -> None:
-        carry_out_wipe(plan_wipe(path), lambda _: None)
+        carry_out_wipe(plan_wipe(path), tell=lambda _: None)
         formatted(path)
 
     as_user(wipe_and_format, [_GROUP])

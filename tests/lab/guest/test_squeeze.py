@@ -109,4 +109,4 @@ def test_the_plan_follows_memory_max_and_the_tokens_do_not_change() -> None:
         while len(undisturbed.tokens) < len(decode.tokens):
             undisturbed.step()
         assert undisturbed.tokens == decode.tokens
-    carry_out_wipe(plan_wipe(device), lambda _: None)
+    carry_out_wipe(plan_wipe(device), tell=lambda _: None)

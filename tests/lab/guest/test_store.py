@@ -33,7 +33,7 @@ def place(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
     serial, number, node = request.param
     path = formatted(find_namespace(serial, number))
     yield path, node
-    carry_out_wipe(plan_wipe(path), lambda _: None)
+    carry_out_wipe(plan_wipe(path), tell=lambda _: None)
 
 
 def fill(store: Store, extent: Extent, arena: Arena, data: bytes) -> None:
@@ -116,7 +116,7 @@ def test_scattered_pages_are_cut_finer(engine: Engine, huge: bool, registered: b
         assert read_back(store, extent, arena, len(data)) == data
         pieces = 3 if registered and arena.huge else -(-3 * MIB // (127 * 4 * KIB))
         assert engine.counters().read_ops == pieces
-    carry_out_wipe(plan_wipe(path), lambda _: None)
+    carry_out_wipe(plan_wipe(path), tell=lambda _: None)
 
 
 def test_the_block_device_is_held(place: tuple[str, str], engine: Engine) -> None:
@@ -205,7 +205,7 @@ def test_a_bad_sector_is_told_by_drive_and_place(engine: Engine, arena: Arena) -
         with pytest.raises(DeviceError) as caught:
             store.read(extent, at, arena.address, MIB).wait()
         assert caught.value.errno in (errno.EIO, errno.ENODATA)
-    carry_out_wipe(plan_wipe(path), lambda _: None)
+    carry_out_wipe(plan_wipe(path), tell=lambda _: None)
 
 
 def test_a_partitioned_and_a_mounted_drive_are_refused(tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_a_member_of_dm_and_of_md_is_refused() -> None:
     finally:
         (array / "array_state").write_text("clear")
     formatted(path)
-    carry_out_wipe(plan_wipe(path), lambda _: None)
+    carry_out_wipe(plan_wipe(path), tell=lambda _: None)
 
 
 def refused(path: str, disk: str, holder: str) -> None:
@@ -298,7 +298,7 @@ def test_another_drive_is_not_taken_for_it(engine: Engine) -> None:
         plan_wipe(copy)
     formatted(copy)
     for place in (path, copy):
-        carry_out_wipe(plan_wipe(place), lambda _: None)
+        carry_out_wipe(plan_wipe(place), tell=lambda _: None)
 
 
 def test_a_drive_that_hangs_is_reset_and_asked_again(engine: Engine, arena: Arena) -> None:
@@ -317,7 +317,7 @@ def test_a_drive_that_hangs_is_reset_and_asked_again(engine: Engine, arena: Aren
         assert counters.retries > 0
         assert counters.errors == 0
     limit.write_text("30000")
-    carry_out_wipe(plan_wipe(path), lambda _: None)
+    carry_out_wipe(plan_wipe(path), tell=lambda _: None)
 
 
 def test_a_drive_that_is_unplugged(engine: Engine, arena: Arena) -> None:
