@@ -71,9 +71,10 @@ class Tiles {
 struct Block {
     const Bfloat16* rows;
     std::int64_t stride;
+    const Bfloat16 *here, *next;  // this block and the one behind it, in memory
 
     Block(const Bfloat16* from, std::int64_t from_stride, std::int64_t count, std::int64_t dim)
-        : rows(from), stride(from_stride) {
+        : rows(from), stride(from_stride), here(from), next(from + kBlock * from_stride) {
         if (count == kBlock && dim % kChunk == 0) return;
         thread_local std::vector<Bfloat16> copy;
         stride = (dim + kChunk - 1) / kChunk * kChunk;
@@ -93,8 +94,8 @@ struct Block {
         if (ahead == 0) return;
 #pragma GCC unroll 16
         for (std::int64_t line = chunk * kBlock; line < (chunk + 1) * kBlock; ++line) {
-            __builtin_prefetch(rows + ahead + line * kChunk, 0, 2);
-            __builtin_prefetch(rows + kBlock * stride + line * kChunk);
+            __builtin_prefetch(here + ahead + line * kChunk, 0, 2);
+            __builtin_prefetch(next + line * kChunk);
         }
     }
 };
