@@ -131,6 +131,7 @@ def test_native_core_stays_small() -> None:
         p for p in root.rglob("*") if p.suffix in (".cpp", ".hpp") and "tests" not in p.parts
     ]
     # 1,500 for the two engines; 300 for NVMe passthrough: the encoder, its registration, and what
-    # the ring needs to carry commands; 200 for a queue per door, polling and commands by ioctl;
-    # 1,000 for attention, written once for all instruction sets.
-    assert sum(len(p.read_text().splitlines()) for p in sources) <= 3000
+    # the ring needs to carry commands; 250 for a queue per door, polling and commands by ioctl;
+    # 1,000 for attention, written once for all vector lengths; 200 for its products of bfloat16
+    # on matrix units, without which they bound grouped heads.
+    assert sum(len(p.read_text().splitlines()) for p in sources) <= 3250

@@ -3,12 +3,19 @@
 #include <cstring>
 #include <limits>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace dualblade {
 
 extern const Kernel kernel_plain;
 #if defined(__x86_64__)
 extern const Kernel kernel_avx2;
 extern const Kernel kernel_avx512;
+extern const Kernel kernel_amx;
 #endif
 
 namespace {
@@ -27,6 +34,22 @@ void ensure(std::vector<float>& buffer, std::int64_t size) {
         buffer.resize(static_cast<std::size_t>(size));
 }
 
+#if defined(__x86_64__)
+// Whether the processor multiplies tiles of bfloat16 and Linux lets this process: it saves 8 KiB of
+// registers more for each thread that uses them, and wants to be asked (once; threads and forks
+// have what their process has).
+bool may_use_amx() {
+    constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h, Linux 5.16
+    static const bool may = [] {
+        unsigned a, b, c, d;
+        return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16) && (d & kAmxTile) &&
+               syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    }();
+    return may;
+}
+#endif
+
 }  // namespace
 
 const Kernel* find_kernel(const char* wanted) {
@@ -34,7 +57,9 @@ const Kernel* find_kernel(const char* wanted) {
         return *wanted == '\0' || std::strcmp(wanted, kernel.name) == 0;
     };
 #if defined(__x86_64__)
-    if (is_wanted(kernel_avx512) && __builtin_cpu_supports("avx512f")) return &kernel_avx512;
+    const bool has_avx512 = __builtin_cpu_supports("avx512f");
+    if (is_wanted(kernel_amx) && has_avx512 && may_use_amx()) return &kernel_amx;
+    if (is_wanted(kernel_avx512) && has_avx512) return &kernel_avx512;
     if (is_wanted(kernel_avx2) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
         return &kernel_avx2;
     }

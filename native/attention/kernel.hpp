@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <numeric>
+#include <optional>
 #include <utility>
 
 #if defined(__AVX2__)
@@ -21,7 +22,8 @@ using Floats = float __attribute__((vector_size(kWidth * 4)));
 using Ints = std::int32_t __attribute__((vector_size(kWidth * 4)));
 using Words = std::uint32_t __attribute__((vector_size(kWidth * 4)));
 
-constexpr std::int64_t kChunk = 2 * kWidth;  // elements that one load turns into two vectors
+constexpr std::int64_t kChunk = 2 * kWidth;     // elements that one load turns into two vectors
+constexpr float kLog2E = 1.44269504088896341f;  // the softmax is in base 2
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 using Bfloat16 = std::uint16_t;
@@ -270,12 +272,12 @@ void in_fours(std::int64_t rows, Each each) {
 }
 
 // Up to kLaneTokens of one head; `state` is its lane's, `block` its first block's number in the
-// run.
+// run. The stretch that comes next lies `ahead` elements behind this one; 0: none does.
 template <typename T>
 struct Stretch {
     std::int64_t head, state;
     const T* data;
-    std::int64_t token, count, block;
+    std::int64_t token, count, block, ahead = 0;
 };
 
 // Calls each(stretch) for the stretches of at most kLaneTokens of the run that the item's sequence
@@ -288,6 +290,7 @@ void for_stretches(const Work& work, const Run& run, std::int64_t item, Each eac
     const std::int64_t spans = query.kv_heads / work.span;
     const std::int64_t sequence = span / spans, first_head = span % spans * work.span;
     const std::int64_t seen = query.first_visible ? query.first_visible[sequence] : 0;
+    std::optional<Stretch<T>> last;
     for (std::int64_t tile = 0; tile < run.tiles(); ++tile) {
         std::int64_t stored = run.table ? run.table[tile * query.batch + sequence] : sequence;
         stored -= run.first_sequence;
@@ -301,14 +304,24 @@ void for_stretches(const Work& work, const Run& run, std::int64_t item, Each eac
             for (std::int64_t token = first; token < end;) {
                 const std::int64_t next = std::min(end, (token / kLaneTokens + 1) * kLaneTokens);
                 if (token / kLaneTokens % work.lanes == lane && next > seen) {
-                    each(Stretch<T>{head, head * work.lanes + lane,
-                                    data + (token - first) * run.row_stride, token, next - token,
-                                    tile * run.tile_blocks() + token / kBlock - first / kBlock});
+                    const Stretch<T> one{
+                        head,
+                        head * work.lanes + lane,
+                        data + (token - first) * run.row_stride,
+                        token,
+                        next - token,
+                        tile * run.tile_blocks() + token / kBlock - first / kBlock};
+                    if (last) {
+                        last->ahead = one.data - last->data;
+                        each(*last);
+                    }
+                    last = one;
                 }
                 token = next;
             }
         }
     }
+    if (last) each(*last);
 }
 
 // Scores [rows, kLaneTokens] that a row may not see become minus infinity; so do those that fill
@@ -388,20 +401,21 @@ void dot_stretch(const Work& work, const Run& run, const Stretch<T>& stretch, fl
             for (std::int64_t at = 0; at < stretch.count; at += kBlock) {
                 dot_block<kFit>(queries, stretch.data + at * run.row_stride, run.row_stride,
                                 std::min(kBlock, stretch.count - at), work.query.key_dim,
-                                row + done == 0 ? stretch.count * run.row_stride : 0,
+                                row + done == 0 ? stretch.ahead : 0,
                                 scores + (row + done) * kLaneTokens + at);
             }
         }
     });
 }
 
-template <typename T>
-void keys_of(Work& work, const Run& run, std::int64_t item) {
+// `dot` fills in the scores of a stretch.
+template <typename T, typename Dot>
+void keys_of(Work& work, const Run& run, std::int64_t item, Dot dot) {
     const std::int64_t rows = work.query.rows(), blocks = run.tiles() * run.tile_blocks();
     thread_local std::vector<float> scores;
     scores.resize(static_cast<std::size_t>((rows + 3) * kLaneTokens));
     for_stretches<T>(work, run, item, [&](const Stretch<T>& stretch) {
-        dot_stretch(work, run, stretch, scores.data());
+        dot(work, run, stretch, scores.data());
         hide(work.query, stretch.head, stretch.token, stretch.count, scores.data());
         for (std::int64_t row = 0; row < rows; ++row) {
             const std::int64_t state = stretch.state * rows + row, at = stretch.head * rows + row;
@@ -424,14 +438,15 @@ void add_block(Work& work, const Run& run, const Stretch<T>& stretch, std::int64
                                stretch.token + at - run.first_token;
         add_values<some>(weights, run.tokens, stretch.data + at * run.row_stride, run.row_stride,
                          std::min(kBlock, stretch.count - at), work.query.value_dim,
-                         row == 0 ? stretch.count * run.row_stride : 0,
+                         row == 0 ? stretch.ahead : 0,
                          work.sums.data() + (stretch.state * rows + row) * work.value_stride,
                          work.value_stride);
     });
 }
 
-template <typename T>
-void values_of(Work& work, const Run& run, std::int64_t item) {
+// `add` does as `add_block`.
+template <typename T, typename Add>
+void values_of(Work& work, const Run& run, std::int64_t item, Add add) {
     const std::int64_t rows = work.query.rows(), blocks = run.tiles() * run.tile_blocks();
     for_stretches<T>(work, run, item, [&](const Stretch<T>& stretch) {
         for (std::int64_t at = 0; at < stretch.count; at += kBlock) {
@@ -444,20 +459,25 @@ void values_of(Work& work, const Run& run, std::int64_t item) {
                 if (factor == 1.0f) continue;
                 for (std::int64_t i = 0; i < work.value_stride; ++i) row_sums[i] *= factor;
             }
-            add_block(work, run, stretch, at);
+            add(work, run, stretch, at);
         }
     });
 }
 
 template <typename T>
+const T* query_row(const Query& query, std::int64_t head, std::int64_t row) {
+    const std::int64_t sequence = head / query.kv_heads, kv_head = head % query.kv_heads;
+    return static_cast<const T*>(query.data) + sequence * query.sequence_stride +
+           (kv_head * query.group + row / query.tokens) * query.head_stride +
+           row % query.tokens * query.token_stride;
+}
+
+template <typename T>
 void pack_of(Work& work, std::int64_t head) {
     const Query& query = work.query;
-    const std::int64_t sequence = head / query.kv_heads, kv_head = head % query.kv_heads;
-    const float scale = query.scale * 1.44269504088896341f;  // log2(e): the softmax is in base 2
+    const float scale = query.scale * kLog2E;
     for (std::int64_t row = 0; row < query.rows(); ++row) {
-        const T* from = static_cast<const T*>(query.data) + sequence * query.sequence_stride +
-                        (kv_head * query.group + row / query.tokens) * query.head_stride +
-                        row % query.tokens * query.token_stride;
+        const T* from = query_row<T>(query, head, row);
         float* to = work.packed.data() + (head * query.rows() + row) * work.key_stride;
         std::fill(to, to + work.key_stride, 0.0f);
         for (std::int64_t i = 0; i < query.key_dim; ++i) {
@@ -474,7 +494,7 @@ void finish_of(Work& work, const float* sinks, void* out, std::int64_t head) {
     for (std::int64_t row = 0; row < rows; ++row) {
         const std::int64_t query_head = kv_head * query.group + row / query.tokens;
         const std::int64_t state = head * work.lanes * rows + row;
-        const float sink = sinks ? sinks[query_head] * 1.44269504088896341f : kNothing;
+        const float sink = sinks ? sinks[query_head] * kLog2E : kNothing;
         float largest = sink;
         for (std::int64_t lane = 0; lane < work.lanes; ++lane) {
             largest = std::max(largest, work.maximum[state + lane * rows]);
@@ -513,12 +533,15 @@ void pack(Work& work, std::int64_t head) {
 }
 
 void keys(Work& work, const Run& run, std::int64_t item) {
-    with_element(work.query.element, [&](auto zero) { keys_of<decltype(zero)>(work, run, item); });
+    with_element(work.query.element, [&](auto zero) {
+        keys_of<decltype(zero)>(work, run, item, dot_stretch<decltype(zero)>);
+    });
 }
 
 void values(Work& work, const Run& run, std::int64_t item) {
-    with_element(work.query.element,
-                 [&](auto zero) { values_of<decltype(zero)>(work, run, item); });
+    with_element(work.query.element, [&](auto zero) {
+        values_of<decltype(zero)>(work, run, item, add_block<decltype(zero)>);
+    });
 }
 
 void finish(Work& work, const float* sinks, void* out, std::int64_t head) {

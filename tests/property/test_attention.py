@@ -135,7 +135,7 @@ def test_groups_are_as_close_as_sdpa(problem: dict[str, object]) -> None:
     assert torch.equal(case.run(case.grouped(), 100), out)
 
 
-@pytest.mark.parametrize("name", ["avx512", "avx2", "plain"])
+@pytest.mark.parametrize("name", ["amx", "avx512", "avx2", "plain"])
 @given(problem=problems())
 @settings(max_examples=20, deadline=None)
 def test_every_instruction_set_is_as_close(name: str, problem: dict[str, object]) -> None:

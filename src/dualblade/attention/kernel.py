@@ -23,7 +23,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def kernel_name() -> str:
-    """The instruction set that the kernel was chosen for: avx512, avx2 or plain."""
+    """The instruction set that the kernel was chosen for: amx, avx512, avx2 or plain."""
     return _attention.Attention(1, "").kernel
 
 
