@@ -7,6 +7,8 @@ On the dual path the memory that is there changes at random, so units move betwe
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -14,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from torch.nn.functional import scaled_dot_product_attention
 
 from dualblade.attention import AttentionQuery
-from dualblade.config import EngineConfig, Path
+from dualblade.config import EngineConfig, Path, PipelineMode
 from dualblade.host.memory import MemoryBudget, OwnMemory
 from dualblade.io import Op, open_engine
 from dualblade.pipeline import KVPipeline, KVSettings, MemoryKV
@@ -64,6 +66,7 @@ class KVMachine(RuleBasedStateMachine):
         lookahead=st.sampled_from([1, 4]),
         batch=st.sampled_from([1, 2, 5]),
         dma=st.booleans(),
+        mode=st.sampled_from(get_args(PipelineMode)),
     )
     def open(
         self,
@@ -77,13 +80,16 @@ class KVMachine(RuleBasedStateMachine):
         lookahead: int,
         batch: int,
         dma: bool,
+        mode: PipelineMode,
     ) -> None:
         self.batch = batch
         self.over_tiles = over_tiles
         if path is Path.MEMORY:
             self.pipeline = MemoryKV(torch.device("cpu"), tile_tokens, tokens_max)
             return
-        config = EngineConfig(tile_tokens=tile_tokens, staging_bytes=512 * KIB, lookahead=lookahead)
+        config = EngineConfig(
+            tile_tokens=tile_tokens, staging_bytes=512 * KIB, lookahead=lookahead, pipeline=mode
+        )
         opened = open_engine(engine, queue_depth=4, chunk_bytes=64 * KIB)
         if late_writes:  # reads that do not wait for them would overtake
             late = Fault(op=Op.WRITE, errno=None, latency_seconds=0.002, times=None)
