@@ -46,6 +46,9 @@ ChecksumMode = Literal["off", "sample", "all"]
 """What of stored KV is verified as it is read."""
 
 
+PipelineMode = Literal["auto", "serial", "key-value", "tiled", "layers"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """How bytes are moved. Every default is the one that the benchmarks chose.
@@ -69,6 +72,10 @@ class EngineConfig:
                          whether it fits memory or not. None: the plan follows the memory there is.
     checksums            verify what is read: `sample`, a sixteenth at each step and so all of it in
                          16 steps; `all`, before it is used; or `off`.
+    pipeline             how reads and compute share a step. `auto`: across layers, with as much
+                         read ahead as steps are the faster for; `layers`: as much as there is
+                         room for; `tiled`: within a layer; `key-value`: values while their keys are
+                         attended to; `serial`: one after another. Results are the same.
     trace_events         spans that are kept for `DualBladeCache.write_trace`, the newest; about
                          200 bytes each, outside the budget. 0: none.
     discard              tell a device (TRIM) of each extent when it is freed. Off: all are told of
@@ -91,6 +98,7 @@ class EngineConfig:
     checksums: ChecksumMode = "sample"
     discard: bool = False
     keep_store_blocks: bool = False
+    pipeline: PipelineMode = "auto"
     trace_events: int = 0
 
     def __post_init__(self) -> None:
@@ -109,6 +117,11 @@ class EngineConfig:
         _check("chunk_bytes", self.chunk_bytes, BLOCK_BYTES, GIB)
         if self.chunk_bytes % BLOCK_BYTES:
             raise ConfigError(f"chunk_bytes must be a multiple of {BLOCK_BYTES}")
+        if self.pipeline not in get_args(PipelineMode):
+            raise ConfigError(
+                f"unknown pipeline {self.pipeline!r}",
+                hint=f"use one of: {', '.join(get_args(PipelineMode))}",
+            )
         _check("lookahead", self.lookahead, 1, 1024)
         _check("trace_events", self.trace_events, 0, 10_000_000)
         if self.tile_tokens is not None:

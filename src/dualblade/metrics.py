@@ -125,6 +125,29 @@ class PipelineStages:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TuningEvent:
+    """Reads may hold `to_slots` staging slots from now on; `time_seconds` since the first rows."""
+
+    time_seconds: float
+    from_slots: int
+    to_slots: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineTuning:
+    """How reads and compute share a step: `slots` of `slots_max` may be held by reads, `lookahead`
+    layers ahead of compute; `events` are the newest changes."""
+
+    mode: str
+    slots: int
+    slots_max: int
+    slot_bytes: int
+    lookahead: int
+    events: tuple[TuningEvent, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnitPlacement:
     """One unit in the plan."""
 
@@ -193,6 +216,7 @@ class CacheStats:
     seconds: StageSeconds
     plan: tuple[UnitPlacement, ...]
     stages: PipelineStages = PipelineStages()
+    tuning: PipelineTuning | None = None
     events: tuple[ResidencyEvent, ...] = ()
     speeds: SpeedFacts | None = None
 

@@ -108,13 +108,28 @@ def test_every_path_has_the_same_bits(options: dict[str, Any], dtype: torch.dtyp
     "settings",
     [
         {"config": EngineConfig(io_engine="posix")},
+        {"config": EngineConfig(pipeline="serial")},
+        {"config": EngineConfig(pipeline="key-value")},
+        {"config": EngineConfig(pipeline="tiled")},
+        {"config": EngineConfig(pipeline="layers", lookahead=1)},
         {"config": EngineConfig(staging_bytes=2 << 20, chunk_bytes=4096)},
         {"config": EngineConfig(tile_tokens=16)},
         {"config": EngineConfig(tile_tokens=128)},
         {"memory_budget": "64MiB"},
         {"max_tokens": 400},
     ],
-    ids=["posix", "small-io", "16-row-tiles", "128-row-tiles", "budget", "one-extent"],
+    ids=[
+        "posix",
+        "serial",
+        "key-value",
+        "tiled",
+        "layers",
+        "small-io",
+        "16-row-tiles",
+        "128-row-tiles",
+        "budget",
+        "one-extent",
+    ],
 )
 def test_bits_do_not_depend_on_how_tiles_come(settings: dict[str, Any]) -> None:
     model, inputs = tiny_model(), prompt(batch=2, tokens=300, pad=20)

@@ -8,6 +8,8 @@ find nothing wrong.
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -15,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from torch.nn.functional import scaled_dot_product_attention
 
 from dualblade.attention import AttentionQuery
-from dualblade.config import ChecksumMode, EngineConfig, Path
+from dualblade.config import ChecksumMode, EngineConfig, Path, PipelineMode
 from dualblade.host.memory import MemoryBudget, OwnMemory
 from dualblade.io import Op, open_engine
 from dualblade.pipeline import KVPipeline, KVSettings, MemoryKV
@@ -66,6 +68,7 @@ class KVMachine(RuleBasedStateMachine):
         batch=st.sampled_from([1, 2, 5]),
         checksums=st.sampled_from(["all", "sample", "off"]),
         dma=st.booleans(),
+        mode=st.sampled_from(get_args(PipelineMode)),
     )
     def open(
         self,
@@ -80,6 +83,7 @@ class KVMachine(RuleBasedStateMachine):
         batch: int,
         checksums: ChecksumMode,
         dma: bool,
+        mode: PipelineMode,
     ) -> None:
         self.batch = batch
         self.over_tiles = over_tiles
@@ -91,6 +95,7 @@ class KVMachine(RuleBasedStateMachine):
             staging_bytes=512 * KIB,
             lookahead=lookahead,
             checksums=checksums,
+            pipeline=mode,
         )
         opened = open_engine(engine, queue_depth=4, chunk_bytes=64 * KIB)
         if late_writes:  # reads that do not wait for them would overtake

@@ -397,11 +397,20 @@ def _stats_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
             f"attention over tiles {seconds['attention']:.2f} s, "
             f"gathering {seconds['gather']:.2f} s, taking in rows {seconds['append']:.2f} s",
         ),
-        *_stage_rows(cache["stages"]),
+        *_stage_rows(cache["stages"], cache["tuning"]),
     ]
 
 
-def _stage_rows(stages: dict[str, Any]) -> list[tuple[str, str]]:
+def _tuning_line(tuning: dict[str, Any] | None) -> str:
+    if tuning is None:
+        return "-"
+    slots, most = tuning["slots"], tuning["slots_max"]
+    held = f"reads hold up to {slots} of {most} slots of {format_size(tuning['slot_bytes'])}"
+    because = f" ({tuning['events'][-1]['reason']})" if tuning["events"] else ""
+    return f"{tuning['mode']}: {held}{because}"
+
+
+def _stage_rows(stages: dict[str, Any], tuning: dict[str, Any] | None) -> list[tuple[str, str]]:
     """How busy each stage was, how much of it at the same time, and what was waited for."""
     wall, efficiency = stages["wall_seconds"], stages["overlap_efficiency"]
     if not wall:
@@ -414,6 +423,7 @@ def _stage_rows(stages: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("busy", f"{busy} of {wall:.2f} s: {efficiency:.2f} stages at a time"),
         ("stalls", f"waiting for {stalls}"),
+        ("ahead", _tuning_line(tuning)),
         ("drive", "speed not measured: dualblade tune" if used is None else f"{used:.0%} used"),
     ]
 

@@ -221,6 +221,7 @@ class DualBladeCache(Cache):
             checksums=pipeline.checksums.totals(),
             seconds=pipeline.seconds(),
             stages=pipeline.stages(),
+            tuning=pipeline.tuning(),
             plan=pipeline.placements(),
             events=pipeline.events(),
             speeds=_speed_facts(self._profile, pipeline.compute_seconds),

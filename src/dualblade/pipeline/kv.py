@@ -7,6 +7,7 @@ compute; let the reads for the layers to come go on.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,9 +21,11 @@ from dualblade.metrics import (
     EngineFacts,
     MemoryUse,
     PipelineStages,
+    PipelineTuning,
     ResidencyEvent,
     StageSeconds,
     TransferTotals,
+    TuningEvent,
     UnitPlacement,
 )
 from dualblade.pipeline.attend import Arrived, NewRows
@@ -38,9 +41,15 @@ from dualblade.pipeline.read_ahead import Landing, ReadAhead
 from dualblade.pipeline.residence import MemorySource, MemoryWatch, Placements
 from dualblade.pipeline.staging import CopyEvent, staging_shape
 from dualblade.pipeline.timeline import Lane, now_ns
+from dualblade.pipeline.tuner import Mode, Tuner
 from dualblade.pipeline.unit import Unit
 from dualblade.residency import DoorSpeeds
 from dualblade.store import Store
+
+log = logging.getLogger("dualblade.pipeline")
+
+_EVENTS_MAX = 64
+"""Changes of the tuner that are kept, the newest; each was logged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +106,9 @@ class KVPipeline(LayeredKV):
             tail_bytes_max=settings.budget_bytes // TAIL_SHARE_OF_BUDGET // settings.layer_count,
         )
         self._gather_ns = 0
+        self._tuner: Tuner | None = None
+        self._tuned: deque[TuningEvent] = deque(maxlen=_EVENTS_MAX)
+        self._step = 0, 0  # when the last one ended, and its new rows
         self._dead_read_bytes = 0
 
     # -- one step ----------------------------------------------------------------------------
@@ -164,7 +176,24 @@ class KVPipeline(LayeredKV):
             self._reads.cancel()  # what was read ahead would miss the tiles that are stored now
         layer.append(new.keys, new.values, self._require_machinery().store_tiles)
         if is_sweeping and len(self._layers) == self._settings.layer_count:
+            if layer.index == self._settings.layer_count - 1:
+                self._end_step(new.count)
             self._sweep().finish(layer.index)
+
+    def _end_step(self, new_rows: int) -> None:
+        """Learn from what the step took, for the reads of those to come."""
+        now, (began, rows) = now_ns(), self._step
+        if self._tuner is not None and rows == new_rows:  # else it is no step like the last one
+            self._tuner.step((now - began) / 1e9)
+            self._sweep().setting = self._tuner.setting
+        self._step = now, new_rows
+
+    def _note_tuning(self, before: int, after: int, reason: str) -> None:
+        at = self._timeline.seconds_at(now_ns())
+        self._tuned.append(
+            TuningEvent(time_seconds=at, from_slots=before, to_slots=after, reason=reason)
+        )
+        log.info("reads may hold %d staging slots, not %d: %s", after, before, reason)
 
     # -- before a step: does it fit? -----------------------------------------------------------
 
@@ -231,6 +260,12 @@ class KVPipeline(LayeredKV):
             self._layers.values(), self._settings.layer_count, shape.total_bytes, tokens
         )
         if self._machinery is None:
+            self._tuner = Tuner(
+                Mode(self._settings.config.pipeline),
+                slots=shape.read_slots,
+                lookahead=self._settings.config.lookahead,
+                tell=self._note_tuning,
+            )
             device, sums, timeline = self._settings.device, self.checksums, self._timeline
             self._machinery = Machinery(
                 shape, self._store, self._engine, device, sums, timeline, self._settings.copies
@@ -268,6 +303,7 @@ class KVPipeline(LayeredKV):
         """The reads over all layers known so far, in order."""
         if self._reads is None:
             machinery = self._require_machinery()
+            assert self._tuner is not None, "made with the machinery"
             ordered = [self._layers[index] for index in sorted(self._layers)]
             assert [layer.index for layer in ordered] == list(range(len(ordered)))
             self._reads = ReadAhead(
@@ -275,7 +311,7 @@ class KVPipeline(LayeredKV):
                 machinery.read_slots,
                 self.checksums,
                 ordered,
-                lookahead=self._settings.config.lookahead,
+                setting=self._tuner.setting,
                 before_visit=self._before_visit,
                 timeline=self._timeline,
             )
@@ -377,6 +413,19 @@ class KVPipeline(LayeredKV):
         return self._timeline.stages(
             drive_bytes=moved.direct_read_bytes + moved.direct_write_bytes,
             profile_bytes_per_second=None if speeds is None else speeds.direct_bytes_per_s,
+        )
+
+    def tuning(self) -> PipelineTuning | None:
+        """How reads and compute share a step; None before the first rows."""
+        if self._tuner is None or self._machinery is None:
+            return None
+        return PipelineTuning(
+            mode=self._settings.config.pipeline,
+            slots=self._tuner.setting.slots,
+            slots_max=self._machinery.shape.read_slots,
+            slot_bytes=self._machinery.shape.slot_bytes,
+            lookahead=self._tuner.setting.lookahead,
+            events=tuple(self._tuned),
         )
 
     def placements(self) -> tuple[UnitPlacement, ...]:

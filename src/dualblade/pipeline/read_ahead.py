@@ -19,6 +19,7 @@ from dualblade.pipeline.checksums import Checksums
 from dualblade.pipeline.layer import HalfLayer, Layer
 from dualblade.pipeline.staging import Slot, Slots
 from dualblade.pipeline.timeline import Lane, Timeline, now_ns
+from dualblade.pipeline.tuner import Setting
 from dualblade.pipeline.unit import Piece, Unit, paired_pieces
 from dualblade.store import Store
 
@@ -57,7 +58,7 @@ class ReadAhead:
         checksums: Checksums,
         layers: Sequence[Layer],
         *,
-        lookahead: int,
+        setting: Setting,
         before_visit: Callable[[Unit], None],
         timeline: Timeline,
     ) -> None:
@@ -65,7 +66,8 @@ class ReadAhead:
         self._slots = slots
         self._checksums = checksums
         self._layers = layers
-        self._lookahead = lookahead
+        self.setting = setting
+        self._held = 0
         self._before_visit = before_visit
         self._timeline = timeline
         self._visits: deque[_Visit] = deque()
@@ -95,7 +97,7 @@ class ReadAhead:
                 visit.landing.appendleft(landing)  # so that cancel() finds the slot
                 raise
             yield landing
-            self._slots.release(landing.slot)
+            self._release(landing.slot)
             self.advance()
         self._visits.popleft()
         self._checksums.swept(self._layers[index])
@@ -133,8 +135,10 @@ class ReadAhead:
         for visit in self._visits:
             if not self._issue(visit):
                 return
-        while len(self._visits) <= self._lookahead and self._cursor not in self._closed_to_cursor:
-            if not self._slots.free_count or not self._issue(self._enter(self._cursor)):
+        ahead = self.setting.lookahead
+        while ahead and len(self._visits) <= ahead and self._cursor not in self._closed_to_cursor:
+            has_slot = self._slots.free_count and self._held < self.setting.slots
+            if not has_slot or not self._issue(self._enter(self._cursor)):
                 return
 
     def cancel(self) -> None:
@@ -144,7 +148,7 @@ class ReadAhead:
                 # Nobody asked for these bytes; a later read of them fails by itself.
                 with suppress(StorageError):
                     landing.ticket.wait()
-                self._slots.release(landing.slot)
+                self._release(landing.slot)
         self._visits.clear()
         self._closed_to_cursor.clear()
 
@@ -166,13 +170,20 @@ class ReadAhead:
         self._cursor = (index + 1) % len(self._layers)
         return visit
 
+    def _release(self, slot: Slot) -> None:
+        self._slots.release(slot)
+        self._held -= 1
+
     def _issue(self, visit: _Visit, *, wait: bool = False) -> bool:
         """Issue what is left of `visit`; False when the slots ran out. `wait`: for the first one,
         until a copy gives it back."""
         while visit.waiting:
-            slot = self._slots.acquire(wait=wait)
+            slot = None
+            if self._held < self.setting.slots:
+                slot = self._slots.acquire(wait=wait)
             if slot is None:
                 return False
+            self._held += 1
             wait = False
             half, piece = visit.waiting.popleft()
             geometry, submitted = half.unit.geometry, now_ns()

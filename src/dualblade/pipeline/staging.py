@@ -122,5 +122,13 @@ class Slots:
         self._timeline.span(Lane.COPIES, "copy", *event.span_ns(), size_bytes=len(slot.memory))
 
     def release(self, slot: Slot) -> None:
-        """Give `slot` back; a device copy may still read it until `slot.busy` has passed."""
-        self._free.append(slot)
+        """Give `slot` back; a device copy may still read it until `slot.busy` has passed.
+
+        What nobody reads is taken again first: the fewer slots go round, the more of them the
+        processor's caches hold when the drive fills them. Busy ones come in the order of their
+        copies.
+        """
+        if slot.busy is None:
+            self._free.appendleft(slot)
+        else:
+            self._free.append(slot)

@@ -105,6 +105,10 @@ class Timeline:
         self._is_inside = False
         self._left_ns = now_ns()
 
+    def seconds_at(self, time_ns: int) -> float:
+        """`time_ns` as seconds since the first rows."""
+        return (time_ns - self._began_ns) / 1e9
+
     def pause(self) -> None:
         """What comes until the next `enter` is nobody's compute: between two prompts."""
         self._is_inside, self._left_ns = False, 0
