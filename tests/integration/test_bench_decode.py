@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from dualblade.bench import decode
+from dualblade.bench import decode, decode_run
 from dualblade.bench.decode import MODES, DecodeBenchOptions, run_decode_bench
 from dualblade.bench.decode_process import ChildOutcome
 from dualblade.errors import DualBladeError
@@ -154,7 +154,7 @@ def test_what_does_not_fit_is_killed_and_reported(limited_runs: dict[str, Any]) 
 @needs_cgroup
 def test_a_limit_below_the_process_kills_it_while_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = {"base_bytes": 300 * MIB, "kv_bytes": KV_BYTES}
-    monkeypatch.setattr(decode, "_calibrate", lambda *_: measured)
+    monkeypatch.setattr(decode, "calibrate", lambda *_: measured)
     options = DecodeBenchOptions(**SHAPE, modes=("memory",), memory_limits=("48MiB",))
     (run,) = run_decode_bench(options)["runs"]
     assert run["memory_limit_from"] == "start"
@@ -185,7 +185,7 @@ def test_a_model_that_cannot_be_loaded_stops_the_calibration(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     failed = ChildOutcome(result={}, oom_killed=False, error="no model 'nonesuch'")
-    monkeypatch.setattr(decode, "run_child", lambda *_: failed)
+    monkeypatch.setattr(decode_run, "run_child", lambda *_: failed)
     options = DecodeBenchOptions(model="nonesuch", memory_limits=("50%",))
     with pytest.raises(DualBladeError, match="nonesuch"):
         run_decode_bench(options)
@@ -196,7 +196,7 @@ import sys
 from pathlib import Path
 from dualblade.bench import decode
 from dualblade.bench.decode import DecodeBenchOptions, run_decode_bench
-decode._calibrate = lambda *_: {"base_bytes": 1 << 30, "kv_bytes": 64 << 20}
+decode.calibrate = lambda *_: {"base_bytes": 1 << 30, "kv_bytes": 64 << 20}
 options = DecodeBenchOptions(
     model=sys.argv[1], batch=4, context=4096, steps=10**6, modes=("direct",),
     memory_limits=sys.argv[3:], store=Path(sys.argv[2]), memory_budget="32MiB",

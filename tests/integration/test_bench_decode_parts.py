@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from dualblade.bench import decode, decode_child, decode_rows
-from dualblade.bench.decode import DecodeBenchOptions, parse_limit
+from dualblade.bench import decode, decode_child, decode_rows, decode_run
+from dualblade.bench.decode import DecodeBenchOptions
 from dualblade.bench.decode_child import Steps
 from dualblade.bench.decode_fio import FioYardstick
 from dualblade.bench.decode_rows import LayerShape, RandomRows, fill, kv_bytes, whole_layer
+from dualblade.bench.decode_run import parse_limit
 from dualblade.errors import ConfigError, Unsupported
 from dualblade.units import GIB, MIB
 
@@ -185,20 +186,20 @@ def test_summary_compares_with_memory_and_the_drive() -> None:
 
 
 def test_tokens_agree_needs_two() -> None:
-    assert decode._tokens_agree([run_of("direct", 1.0), run_of("dual", None)]) is None
-    assert decode._tokens_agree([run_of("direct", 1.0), run_of("dual", 1.0)]) is True
+    assert decode_run.tokens_agree([run_of("direct", 1.0), run_of("dual", None)]) is None
+    assert decode_run.tokens_agree([run_of("direct", 1.0), run_of("dual", 1.0)]) is True
     other = run_of("dual", 1.0, tokens_sha256="b")
-    assert decode._tokens_agree([run_of("direct", 1.0), other]) is False
+    assert decode_run.tokens_agree([run_of("direct", 1.0), other]) is False
     rounded = run_of("dynamic-cache", 1.0, tokens_sha256="b", attention="exact")
-    assert decode._tokens_agree([run_of("direct", 1.0), rounded]) is None
+    assert decode_run.tokens_agree([run_of("direct", 1.0), rounded]) is None
 
 
 def test_a_store_that_was_not_there_is_removed(tmp_path: Path) -> None:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     theirs.touch()
-    with pytest.raises(KeyboardInterrupt), decode._store_left_as_found(ours):
+    with pytest.raises(KeyboardInterrupt), decode_run.store_left_as_found(ours):
         _make_and_interrupt(ours)
-    with decode._store_left_as_found(theirs):
+    with decode_run.store_left_as_found(theirs):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
