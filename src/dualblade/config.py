@@ -55,6 +55,8 @@ class EngineConfig:
     disk_capacity_bytes  most that the store may occupy; None: free space less a reserve.
     memory_reserve_bytes  memory left to everything else. None: with an `auto` budget 256 MiB, at
                          most a quarter of what there is; a stated budget leaves nothing.
+    cache_percent        `dual` path only: this part of the KV goes through the page cache for good,
+                         whether it fits memory or not. None: the plan follows the memory there is.
     keep_store_blocks    keep a named store's blocks allocated at close (the KV stays on the drive
                          until the next open); the default gives them back.
     """
@@ -67,6 +69,7 @@ class EngineConfig:
     lookahead: int = 4
     disk_capacity_bytes: int | None = None
     memory_reserve_bytes: int | None = None
+    cache_percent: int | None = None
     keep_store_blocks: bool = False
 
     def __post_init__(self) -> None:
@@ -85,6 +88,16 @@ class EngineConfig:
             _check("staging_bytes", self.staging_bytes, 64 * KIB, 64 * GIB)
         if self.memory_reserve_bytes is not None:
             _check("memory_reserve_bytes", self.memory_reserve_bytes, 0, 1 << 50)
+        if self.cache_percent is not None:
+            _check("cache_percent", self.cache_percent, 0, 100)
+
+    def check_path(self, path: Path) -> None:
+        """Raises: ConfigError for a setting that means nothing on `path`."""
+        if self.cache_percent is not None and path is not Path.DUAL:
+            raise ConfigError(
+                f"cache_percent splits the dual path; {path.value} is one way for all KV",
+                hint="leave one of them out",
+            )
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> EngineConfig:

@@ -99,6 +99,16 @@ def test_an_unknown_engine_setting_names_the_nearest() -> None:
         dualblade.EngineConfig.from_mapping({"que_depth": 4})
 
 
+@pytest.mark.parametrize("percent", [-1, 101, 2.5, True])
+def test_a_cache_percent_is_a_percentage(percent: Any) -> None:
+    with pytest.raises(ConfigError, match="cache_percent must be"):
+        dualblade.EngineConfig(cache_percent=percent)
+    with pytest.raises(ConfigError, match="splits the dual path"):
+        DualBladeCache.for_model(
+            tiny_model(), path="direct", config=dualblade.EngineConfig(cache_percent=50)
+        )
+
+
 def test_a_budget_below_staging_says_the_least_that_would_do() -> None:
     with pytest.raises(BudgetError, match="at least") as caught:
         DualBladeCache.for_model(tiny_model(), memory_budget="1MiB")

@@ -58,20 +58,20 @@ class Memory:
 class Cache:
     """A pipeline, and one step over all its layers."""
 
-    def __init__(self, store_path: Path) -> None:
+    def __init__(self, store_path: Path, **settings: Any) -> None:
         self.memory = Memory()
         self.engine = open_engine("auto")
         self.store = Store.open(store_path, self.engine, capacity_bytes=256 * MIB)
-        settings = KVSettings(
+        kv = KVSettings(
             path=KVPath.DUAL,
             budget_bytes=256 * MIB,
             layer_count=LAYERS,
             tokens_max=TOKENS + 512,
             device=torch.device("cpu"),
-            config=EngineConfig(staging_bytes=512 * KIB),
+            config=EngineConfig(staging_bytes=512 * KIB, **settings),
             memory=MemorySource(asked_bytes=None, read=self.memory.read, clock=self.memory.clock),
         )
-        self.pipeline = KVPipeline(self.store, self.engine, settings)
+        self.pipeline = KVPipeline(self.store, self.engine, kv)
 
     def step(self, tokens: int = 1) -> torch.Tensor:
         """The sum over all keys and values: what a step saw."""
@@ -174,6 +174,30 @@ def test_part_of_the_memory_keeps_part_of_the_units(cache: Cache) -> None:
     direct = cache.pipeline.transfers().direct_read_bytes - io.direct_read_bytes
     assert direct == event.demoted_units * UNIT_BYTES
     assert cache.settle().read_bytes - before.read_bytes == direct, "a cached unit was read"
+
+
+@pytest.mark.parametrize("percent", [0, 25, 100])
+def test_a_fixed_split_holds_whatever_memory_there_is(tmp_path: Path, percent: int) -> None:
+    cache = Cache(tmp_path / "kv.store", cache_percent=percent)
+    cache.memory.there_bytes = 8 * MIB
+    cache.step(TOKENS // 2)
+    cache.step(TOKENS // 2)  # past the first horizon: the sizes are new, the split is not
+    cache.memory.there_bytes = 256 * MIB
+    cached = 2 * LAYERS * percent // 100
+    for _ in range(4):
+        io = cache.pipeline.transfers()
+        cache.step()
+        after = cache.pipeline.transfers()
+        through = after.page_cache_read_bytes - io.page_cache_read_bytes
+        assert through == cached * UNIT_BYTES
+        assert after.direct_read_bytes - io.direct_read_bytes == KV_BYTES - through
+    assert cache.pipeline.events() == ()
+    units = cache.pipeline.placements()
+    assert sum(unit.path == "page-cache" for unit in units) == cached
+    assert all(f"{percent} %" in unit.reason for unit in units)
+    planned = sum(unit.bytes for unit in units if unit.path == "page-cache")
+    assert cache.pipeline.memory_use().page_cache_planned_bytes == planned
+    cache.close()
 
 
 def test_evicted_pages_are_noticed_and_given_up(cache: Cache) -> None:

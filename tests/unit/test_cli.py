@@ -58,6 +58,14 @@ def test_every_command_has_help(command: list[str]) -> None:
         assert "--json" in result.stdout
 
 
+def test_a_fixed_split_is_planned_as_asked() -> None:
+    arguments = ["plan", "-m", TINY, "--context", "512", "--memory-budget", "8MiB", "--json"]
+    for percent, cached in ((0, 0), (34, 2), (100, 6)):
+        told = json.loads(invoke(*arguments, "--cache-percent", str(percent)).stdout)
+        assert told["cache_percent"] == percent
+        assert [unit["path"] for unit in told["units"]].count("page-cache") == cached
+
+
 def test_version() -> None:
     assert invoke("--version").stdout.startswith("dualblade ")
 
@@ -74,6 +82,15 @@ USAGE_ERRORS = [
     (["generate", "-m", TINY, "-p", "x", "--attention", "tiled"], "unknown attention"),
     (["generate", "-m", TINY, "-p", "x", "--io-engine", "aio"], "unknown io_engine"),
     (["generate", "-m", TINY, "-p", "x", "--queue-depth", "0"], "queue_depth must be"),
+    (["generate", "-m", TINY, "-p", "x", "--cache-percent", "101"], "--cache-percent"),
+    (
+        ["generate", "-m", TINY, "-p", "x", "--cache-percent", "5", "--path", "direct"],
+        "splits the dual path",
+    ),
+    (
+        ["plan", "-m", TINY, "--context", "9", "--cache-percent", "5", "--path", "memory"],
+        "splits the dual path",
+    ),
     (["generate", "-m", TINY, "-p", "x", "--dtype", "int8"], "unknown dtype"),
     (["generate", "-m", TINY, "-p", "x", "--device", "gpu"], "unknown device"),
     (["generate", "-m", TINY, "-p", "x", "--system", "y"], "no chat template"),

@@ -18,6 +18,7 @@ from dualblade.residency import (
     decide,
     plan_by_size,
     plan_fixed,
+    resized,
 )
 from dualblade.residency.plan import spread_order
 from dualblade.residency.speeds import GAIN_FRACTION, predict
@@ -66,12 +67,13 @@ def test_the_order_names_each_unit_once(count: int) -> None:
     assert sorted(spread_order(count)) == list(range(count))
 
 
-@given(sizes, st.integers(0, 1 << 36), st.integers(0, 1 << 36))
-def test_a_shrinking_plan_only_demotes(sizes: list[int], share: int, less: int) -> None:
+@given(sizes, st.integers(0, 1 << 36), st.integers(0, 1 << 20))
+def test_other_sizes_leave_every_unit_on_its_path(sizes: list[int], share: int, more: int) -> None:
     before = plan_by_size(demands(sizes), share)
-    after = plan_by_size(demands(sizes), min(share, less), among=before.cached_units)
-    assert after.cached_units <= before.cached_units
-    assert after.bytes_on(Path.PAGE_CACHE) <= less
+    after = resized(before, demands([size + more for size in sizes]))
+    assert after.cached_units == before.cached_units
+    cached = len(before.cached_units)
+    assert after.bytes_on(Path.PAGE_CACHE) == before.bytes_on(Path.PAGE_CACHE) + cached * more
 
 
 @given(sizes)

@@ -46,6 +46,12 @@ class _Request:
     json: bool
     stats: bool
 
+    def __post_init__(self) -> None:
+        from dualblade import config
+
+        config.check_attention(self.attention)
+        self.engine.check_path(config.Path.parse(self.path))
+
 
 Prompt = Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt.")]
 PromptFile = Annotated[
@@ -103,6 +109,7 @@ def generate(
     store: options.Store = None,
     memory_budget: options.MemoryBudget = "auto",
     path: options.KVPath = "dual",
+    cache_percent: options.CachePercent = None,
     attention: options.Attention = "auto",
     disk_capacity_bytes: options.DiskCapacity = None,
     io_engine: options.IOEngine = "auto",
@@ -128,9 +135,6 @@ def generate(
       dualblade generate --model ./llama --prompt-file book.txt --memory-budget 512MiB --stats
       dualblade generate --model random:llama-3.2-1b -p hello --max-new-tokens 8 --path direct
     """
-    from dualblade import config
-
-    config.check_attention(attention)
     _run(
         _Request(
             model=model,
@@ -146,12 +150,13 @@ def generate(
             device=device,
             store=store,
             memory_budget=memory_budget if memory_budget == "auto" else parse_size(memory_budget),
-            path=config.Path.parse(path).value,
+            path=path,
             attention=attention,
             engine=options.engine_config(
                 io_engine=io_engine,
                 queue_depth=queue_depth,
                 disk_capacity_bytes=disk_capacity_bytes,
+                cache_percent=cache_percent,
             ),
             json=json,
             stats=stats,

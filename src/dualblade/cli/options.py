@@ -47,6 +47,17 @@ KVPath = Annotated[
         help="dual (page cache up to the budget, the rest direct), page-cache, direct or memory.",
     ),
 ]
+CachePercent = Annotated[
+    int | None,
+    typer.Option(
+        "--cache-percent",
+        min=0,
+        max=100,
+        metavar="N",
+        help="Fix the split of the dual path: N % of the KV through the page cache, fit or not. By "
+        "default the plan follows the memory there is.",
+    ),
+]
 Attention = Annotated[
     str,
     typer.Option(

@@ -23,6 +23,7 @@ def plan(
     batch: Annotated[int, typer.Option("--batch", min=1, metavar="B", help="Sequences.")] = 1,
     memory_budget: options.MemoryBudget = "auto",
     path: options.KVPath = "dual",
+    cache_percent: options.CachePercent = None,
     attention: options.Attention = "auto",
     dtype: options.Dtype = "auto",
     device: Annotated[
@@ -53,7 +54,9 @@ def plan(
     check_attention(attention)
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"unknown device {device!r}", hint="use cpu or cuda")
-    engine = options.engine_config(io_engine="auto", queue_depth=queue_depth)
+    engine = options.engine_config(
+        io_engine="auto", queue_depth=queue_depth, cache_percent=cache_percent
+    )
 
     from dualblade.cli.output import write_json
     from dualblade.hf.choice import suited
@@ -79,10 +82,7 @@ def plan(
     made = plan_cache(config, request)
     result = _result(model, str(element).removeprefix("torch."), request, made)
     if made.shares is not None and way is KVPath.DUAL:
-        result["other_memory"] = [
-            _other_memory(config, replace(request, budget_bytes=int(budget * factor)), factor)
-            for factor in (0.5, 2.0)
-        ]
+        result["other_memory"] = [_other_memory(config, request, by) for by in (0.5, 2.0)]
     if json:
         write_json(result)
     else:
@@ -100,6 +100,7 @@ def _result(model: str, dtype: str, request: PlanRequest, made: CachePlan) -> di
         "context": request.tokens,
         "batch": request.batch,
         "path": request.path.value,
+        "cache_percent": request.engine.cache_percent,
         "attention": "tiles" if request.over_tiles else "exact",
         "kv_bytes": made.kv_bytes,
         "kv_bytes_per_token": made.token_bytes,
@@ -129,6 +130,7 @@ def _other_memory(config: Any, request: PlanRequest, factor: float) -> dict[str,
     from dualblade.errors import BudgetError
     from dualblade.hf.plan import plan_cache
 
+    request = replace(request, budget_bytes=int(request.budget_bytes * factor))
     told = {"factor": factor, "budget_bytes": request.budget_bytes}
     try:
         made = plan_cache(config, request)

@@ -77,7 +77,8 @@ class DualBladeCache(Cache):
                        the `dual` path the plan follows the memory that is there, and a stated
                        budget is a limit that less memory lowers.
         path           `dual` keeps in the page cache what fits under the budget and reads the
-                       rest directly; `page-cache`, `direct` and `memory` are one way for all.
+                       rest directly, or splits as EngineConfig.cache_percent says; `page-cache`,
+                       `direct` and `memory` are one way for all.
         attention      `exact`: the model's own attention on gathered tiles, bit-equal to
                        `DynamicCache`. `tiles`: ours on tiles where they lie, in memory that does
                        not grow with the context; rounding differs, as between sdpa and eager. The
@@ -89,9 +90,8 @@ class DualBladeCache(Cache):
         Raises: ConfigError, Unsupported, BudgetError, NotAStore, NoSpace, StorageError.
         """
         way, settings = Path.parse(path), config or EngineConfig()
-        check_attention(attention)
-        if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
-            raise ConfigError(f"max_tokens must be a positive number, not {max_tokens!r}")
+        settings.check_path(way)
+        _check_words(attention, max_tokens)
         layers = memory_layers(model.config)
         stored = offloadable(model.config, layers)
         _check_model(model, layers, stored)
@@ -260,6 +260,12 @@ def _layer_bytes(layer: Any) -> int:
     """Bytes of the KV that a layer in memory holds."""
     tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _check_words(attention: str, max_tokens: int | None) -> None:
+    check_attention(attention)
+    if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
+        raise ConfigError(f"max_tokens must be a positive number, not {max_tokens!r}")
 
 
 def _check_model(model: PreTrainedModel, layers: list[Any], stored: list[bool]) -> None:

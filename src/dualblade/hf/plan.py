@@ -56,6 +56,7 @@ class PlanRequest:
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.batch < 1:
             raise ConfigError("context and batch must be at least 1")
+        self.engine.check_path(self.path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +204,14 @@ def _residency(
     if request.path is not Path.DUAL:
         return plan_fixed(demands, request.path)
     room = shares.page_cache_bytes
-    return decide(PlanInputs(demands=demands, page_cache_bytes=room, speeds=request.speeds))
+    return decide(
+        PlanInputs(
+            demands=demands,
+            page_cache_bytes=room,
+            speeds=request.speeds,
+            cache_percent=request.engine.cache_percent,
+        )
+    )
 
 
 def _step(plan: ResidencyPlan, shares: BudgetShares, speeds: DoorSpeeds | None) -> StepTime | None:

@@ -89,6 +89,7 @@ class KVPipeline:
             MemoryWatch(source, settings.budget_bytes),
             clock=source.clock,
             speeds=settings.speeds,
+            cache_percent=settings.config.cache_percent,
         )
         self._maker = LayerMaker(
             space=store,

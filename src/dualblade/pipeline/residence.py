@@ -34,6 +34,7 @@ from dualblade.residency import (
     after,
     decide,
     plan_fixed,
+    resized,
 )
 from dualblade.store import Door, Extent, Store
 from dualblade.units import format_size
@@ -134,7 +135,8 @@ class HitSweep:
 class Placements:
     """The residency plan in force, the controller that changes it, and the doors that follow.
 
-    A fixed path has a plan and no controller. Only the `dual` path looks at memory.
+    A fixed path and a fixed split (`cache_percent`) have a plan and no controller. Only the `dual`
+    path looks at memory.
     """
 
     def __init__(
@@ -201,7 +203,7 @@ class Placements:
             self._begin(room)
         elif self._controller is None:
             if has_changed:
-                self._plan = self._fixed_plan(room)
+                self._plan = resized(self._plan, self._demands)
         elif like.index == 0 or has_changed or room < self._controller.planned_bytes:
             self._re_decide(self._controller, layers, room)
         if self._controller is not None:
@@ -247,30 +249,23 @@ class Placements:
 
     def _begin(self, room: int) -> None:
         """The first plan. A prompt that does not fit is written directly where it does not."""
-        if self._path is not Path.DUAL or self._cache_percent is not None:
-            self._plan = self._fixed_plan(room)
-        else:
-            self._plan = decide(
-                PlanInputs(demands=self._demands, page_cache_bytes=room, speeds=self._speeds)
-            )
-            self._controller = Controller(self._plan.cached_units, self._policy)
-            # Told at once, so that it knows sizes and room before the next boundary.
-            event = self._controller.decide(self._observation(room))
-            assert event is None, "a plan just made needs no change"
-        self._cached = self._plan.cached_units
-
-    def _fixed_plan(self, room: int) -> ResidencyPlan:
         if self._path is not Path.DUAL:
-            return plan_fixed(self._demands, self._path)
-        return decide(
+            self._plan = plan_fixed(self._demands, self._path)
+            return
+        self._plan = decide(
             PlanInputs(
                 demands=self._demands,
                 page_cache_bytes=room,
                 speeds=self._speeds,
                 cache_percent=self._cache_percent,
-                among=None if self._plan is None else self._cached,
             )
         )
+        self._cached = self._plan.cached_units
+        if self._cache_percent is None:
+            self._controller = Controller(self._plan.cached_units, self._policy)
+            # Told at once, so that it knows sizes and room before the next boundary.
+            event = self._controller.decide(self._observation(room))
+            assert event is None, "a plan just made needs no change"
 
     def _observation(self, room: int, hits: float | None = None) -> Observation:
         return Observation(

@@ -11,6 +11,7 @@ from dualblade.residency.plan import (
     decide,
     plan_by_size,
     plan_fixed,
+    resized,
 )
 from dualblade.residency.speeds import DoorSpeeds, StepTime, predict
 
@@ -32,4 +33,5 @@ __all__ = [
     "plan_by_size",
     "plan_fixed",
     "predict",
+    "resized",
 ]

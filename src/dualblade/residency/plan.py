@@ -7,7 +7,7 @@ a plan for less memory is part of the plan for more, and a change of plan moves 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from dualblade.config import Path
@@ -118,14 +118,12 @@ class PlanInputs:
 
     speeds         None: not measured; what fits is cached.
     cache_percent  this part of the bytes goes through the page cache, whether it fits or not.
-    among          only these units may be cached, so that a plan demotes and promotes none.
     """
 
     demands: tuple[UnitDemand, ...]
     page_cache_bytes: int
     speeds: DoorSpeeds | None = None
     cache_percent: int | None = None
-    among: Collection[UnitId] | None = None
 
     def __post_init__(self) -> None:
         assert self.page_cache_bytes >= 0, "negative page cache"
@@ -191,16 +189,18 @@ def plan_fixed(demands: Sequence[UnitDemand], path: Path) -> ResidencyPlan:
     return ResidencyPlan(placements=placements, page_cache_bytes_max=0)
 
 
-def plan_by_size(
-    demands: Sequence[UnitDemand],
-    page_cache_bytes: int,
-    *,
-    among: Collection[UnitId] | None = None,
-) -> ResidencyPlan:
+def plan_by_size(demands: Sequence[UnitDemand], page_cache_bytes: int) -> ResidencyPlan:
     """`decide` without speeds: what fits in `page_cache_bytes` is cached."""
-    return decide(
-        PlanInputs(demands=tuple(demands), page_cache_bytes=page_cache_bytes, among=among)
+    return decide(PlanInputs(demands=tuple(demands), page_cache_bytes=page_cache_bytes))
+
+
+def resized(plan: ResidencyPlan, demands: Sequence[UnitDemand]) -> ResidencyPlan:
+    """`plan` with other sizes of the same units, each on its path. Its predictions are void."""
+    placements = tuple(
+        replace(placement, size_bytes=demand.size_bytes)
+        for placement, demand in zip(plan.placements, demands, strict=True)
     )
+    return replace(plan, placements=placements, now=None, expected=None)
 
 
 def _first_fitting(inputs: PlanInputs, cache_bytes: int) -> frozenset[UnitId]:
@@ -209,8 +209,6 @@ def _first_fitting(inputs: PlanInputs, cache_bytes: int) -> frozenset[UnitId]:
     cached = []
     for index in spread_order(len(inputs.demands)):
         demand = inputs.demands[index]
-        if inputs.among is not None and demand.unit not in inputs.among:
-            continue
         cache_bytes -= demand.size_bytes
         if cache_bytes < 0:
             break
