@@ -13,8 +13,9 @@ from dualblade.bench import decode, decode_child, decode_rows, decode_run
 from dualblade.bench.decode import DecodeBenchOptions
 from dualblade.bench.decode_child import Steps
 from dualblade.bench.decode_fio import FioYardstick
+from dualblade.bench.decode_process import ChildOutcome
 from dualblade.bench.decode_rows import LayerShape, RandomRows, fill, kv_bytes, whole_layer
-from dualblade.bench.decode_run import parse_limit
+from dualblade.bench.decode_run import Limit, Workload, parse_limit
 from dualblade.errors import ConfigError, Unsupported
 from dualblade.units import GIB, MIB
 
@@ -64,6 +65,27 @@ def test_what_is_no_limit(text: str) -> None:
 def test_wrong_options_are_config_errors(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         DecodeBenchOptions(model="random:llama", **wrong)
+
+
+def test_a_static_mode_is_dual_with_a_percentage(monkeypatch: pytest.MonkeyPatch) -> None:
+    for mode, percent in (
+        ("static-0", 0),
+        ("static-100", 100),
+        ("static-101", None),
+        ("dual", None),
+    ):
+        assert decode_run.static_percent(mode) == percent
+    given: list[dict[str, Any]] = []
+
+    def child(payload: dict[str, Any], _group: object) -> ChildOutcome:
+        given.append(payload)
+        return ChildOutcome(result={}, oom_killed=False, error="not run")
+
+    monkeypatch.setattr(decode_run, "run_child", child)
+    nothing = Limit(asked=None, limit_bytes=None, budget="auto")
+    run = decode_run.one_run(Workload(model="random:llama"), "static-40", nothing)
+    assert run["mode"] == "static-40"
+    assert (given[0]["mode"], given[0]["engine"]) == ("dual", {"cache_percent": 40})
 
 
 def rows(shapes: list[LayerShape], *, batch: int = 2, seed: int = 0) -> RandomRows:

@@ -104,48 +104,60 @@ def bench_decode(
         _show_decode(result)
 
 
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        metavar="FILE.json",
+        help="The result. FILE.jsonl beside it keeps each finished run, to go on from.",
+    ),
+]
+MaybeModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="As elsewhere; by default a small model with the KV of OPT-1.3B.",
+    ),
+]
+Splits = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--split",
+        min=0,
+        max=100,
+        metavar="PERCENT",
+        help="A fixed split to try; may be repeated. By default 0, 20, ... 100.",
+    ),
+]
+Refine = Annotated[
+    int, typer.Option("--refine", min=1, metavar="PERCENT", help="Tried beside the best split.")
+]
+CoarseRounds = Annotated[
+    int, typer.Option("--coarse-rounds", min=1, help="Of all splits; they choose the best.")
+]
+Rounds = Annotated[
+    int, typer.Option("--rounds", min=1, help="Of dual and the best splits; they judge.")
+]
+Figure = Annotated[
+    Path | None,
+    typer.Option("--figure", metavar="FILE", help="Draw it as .svg or .png (extra: report)."),
+]
+
+
 def bench_envelope(
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            metavar="FILE.json",
-            help="The result. FILE.jsonl beside it keeps each finished run, to go on from.",
-        ),
-    ],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="MODEL",
-            help="As elsewhere; by default a small model with the KV of OPT-1.3B.",
-        ),
-    ] = None,
+    output: Output,
+    model: MaybeModel = None,
     batch: Batch = 1,
     context: options.Context = "6000",
     steps: Steps = 8,
     warmup_steps: WarmupSteps = 3,
     memory_limit: MemoryLimits = None,
-    split: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--split",
-            min=0,
-            max=100,
-            metavar="PERCENT",
-            help="A fixed split to try; may be repeated. By default 0, 20, ... 100.",
-        ),
-    ] = None,
-    refine: Annotated[
-        int, typer.Option("--refine", min=1, metavar="PERCENT", help="Tried beside the best split.")
-    ] = 10,
-    coarse_rounds: Annotated[
-        int, typer.Option("--coarse-rounds", min=1, help="Of all splits; they choose the best.")
-    ] = 2,
-    rounds: Annotated[
-        int, typer.Option("--rounds", min=1, help="Of dual and the best splits; they judge.")
-    ] = 5,
+    split: Splits = None,
+    refine: Refine = 10,
+    coarse_rounds: CoarseRounds = 2,
+    rounds: Rounds = 5,
     dtype: Dtype = "bfloat16",
     attention: options.Attention = "auto",
     store: options.Store = None,
@@ -153,10 +165,7 @@ def bench_envelope(
     queue_depth: options.QueueDepth = None,
     chunk: MaybeChunk = None,
     seed: Seed = 0,
-    figure: Annotated[
-        Path | None,
-        typer.Option("--figure", metavar="FILE", help="Draw it as .svg or .png (extra: report)."),
-    ] = None,
+    figure: Figure = None,
     json: options.Json = False,
     debug: options.Debug = False,  # noqa: ARG001 - read by Command
 ) -> None:
