@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from dualblade.bench import decode, decode_run
-from dualblade.bench.decode import MODES, DecodeBenchOptions, run_decode_bench
+from dualblade.bench.decode import DecodeBenchOptions, run_decode_bench
 from dualblade.bench.decode_process import ChildOutcome
+from dualblade.bench.decode_run import MODES
 from dualblade.errors import DualBladeError
 from dualblade.host.cgroup import MemoryCgroup, _find_parent
 from dualblade.units import MIB
