@@ -181,6 +181,9 @@ def run_of(mode: str, seconds: float | None, **more: Any) -> dict[str, Any]:
         "oom_killed": seconds is None,
         "tokens_sha256": None if seconds is None else "a",
         "fio_read_bytes_per_second": None,
+        "cpu_seconds_per_step": None if seconds is None else 0.5,
+        "peak_memory_bytes": None if seconds is None else 1000,
+        "ssd_utilisation": None,
     }
     return {**run, **more}
 
@@ -205,6 +208,13 @@ def test_summary_compares_with_memory_and_the_drive() -> None:
     assert dual["step_to_roof"] == 1.2  # here computing is the roof
     assert killed["oom_killed"] == 1
     assert killed["step_seconds_median"] is killed["step_to_roof"] is None
+
+
+def test_utilisation_is_what_the_drive_gave_of_what_fio_had() -> None:
+    run = run_of("direct", 2.0, device_read_bytes_per_step=100)
+    assert decode._utilisation(run, 200) == 0.25
+    assert decode._utilisation(run, None) is None
+    assert decode._utilisation(run_of("direct", None), 200) is None
 
 
 def test_tokens_agree_needs_two() -> None:

@@ -107,7 +107,7 @@ USAGE_ERRORS = [
     (["plan", "-m", TINY, "--context", "0"], "4096 or 32k"),
     (["plan", "-m", TINY, "--context", "10", "--device", "tpu"], "use cpu or cuda"),
     (["plan", "-m", "./nowhere", "--context", "10"], "no model at ./nowhere"),
-    (["bench", "decode", "-m", TINY, "--mode", "mmap"], "unknown mode"),
+    (["bench", "decode", "-m", TINY, "--mode", "mapped"], "unknown mode"),
     (["bench", "decode", "-m", TINY, "--mode", "dual", "--memory-limit", "x"], "memory limit"),
     (["bench", "decode", "-m", TINY, "--mode", "static-101"], "unknown mode"),
     (["bench", "envelope", "--output", "x", "--figure", "x.gif"], "a .svg or .png file"),

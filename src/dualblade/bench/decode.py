@@ -86,9 +86,16 @@ def run_decode_bench(options: DecodeBenchOptions, progress: Progress = quiet) ->
         runs, speeds = [], []
         for repeat, limit, mode in itertools.product(range(options.repeats), limits, options.modes):
             speeds.append(fio.measure() if fio is not None and is_stored(mode) else None)
-            speed = speeds[-1] and speeds[-1]["read_bytes_per_second"]
+            speed = speeds[-1]["read_bytes_per_second"] if speeds[-1] is not None else None
             run = one_run(options, mode, limit)
-            runs.append({**run, "repeat": repeat, "fio_read_bytes_per_second": speed})
+            runs.append(
+                {
+                    **run,
+                    "repeat": repeat,
+                    "fio_read_bytes_per_second": speed,
+                    "ssd_utilisation": _utilisation(run, speed),
+                }
+            )
             progress(told(run))
     if all(run["error"] is not None for run in runs):
         raise DualBladeError(f"no run got through: {runs[0]['error']}")
@@ -155,10 +162,22 @@ def _summaries(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "step_seconds_spread": [min(times), max(times)] if times else None,
                 "step_to_memory": _ratio(step, memory),
                 "step_to_dynamic_cache": _ratio(step, medians.get((YARDSTICK, None))),
+                "cpu_seconds_per_step": _median(group, "cpu_seconds_per_step"),
+                "device_read_bytes_per_step": _median(group, "device_read_bytes_per_step"),
+                "peak_memory_bytes": _median(group, "peak_memory_bytes"),
+                "ssd_utilisation": _median(group, "ssd_utilisation"),
                 **_against_roof(group, memory),
             }
         )
     return summaries
+
+
+def _utilisation(run: dict[str, Any], fio_speed: int | None) -> float | None:
+    """Bytes per second that the drive gave during the steps, over fio's just before."""
+    step = run["step_seconds_median"]
+    if step is None or fio_speed is None:
+        return None
+    return float(run["device_read_bytes_per_step"] / step / fio_speed)
 
 
 def _against_roof(runs: list[dict[str, Any]], memory: float | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,13 @@ from dualblade.units import MIB, format_size, parse_size
 YARDSTICK = "dynamic-cache"
 """A mode besides the path words: transformers' DynamicCache with the same rows."""
 
-MODES = (*(path.value for path in config.Path), YARDSTICK)
+MMAP = "mmap"
+"""A mode: memory-mapped files, the way of earlier offloaders (mmap_kv)."""
+
+MMAP_ENDING = ".mmap"
+"""Of the folder beside a kept store that has the mapped files."""
+
+MODES = (*(path.value for path in config.Path), MMAP, YARDSTICK)
 """And `static-N`: the `dual` path with N percent of the KV through the page cache,
 whether they fit or not."""
 
@@ -257,13 +264,19 @@ def _limit_from(limit: Limit) -> str | None:
 
 @contextlib.contextmanager
 def store_left_as_found(store: Path | None) -> Iterator[None]:
-    """Remove the store file afterwards when it was not there before."""
-    existed = store is None or store.exists()
+    """Remove the store file afterwards when it was not there before; so with the mapped files."""
+    if store is None:
+        yield
+        return
+    files = store.with_name(store.name + MMAP_ENDING)
+    existed, files_existed = store.exists(), files.exists()
     try:
         yield
     finally:
-        if not existed and store is not None:
+        if not existed:
             store.unlink(missing_ok=True)
+        if not files_existed:
+            shutil.rmtree(files, ignore_errors=True)
 
 
 def told(run: Mapping[str, Any]) -> str:

@@ -18,8 +18,9 @@ Modes = Annotated[
     typer.Option(
         "--mode",
         metavar="PATH",
-        help="dual, page-cache, direct, memory; dynamic-cache (transformers' own); or static-N: N "
-        "percent through the page cache, whether they fit or not. May be repeated.",
+        help="dual, page-cache, direct, memory; mmap (memory-mapped files, the way of earlier "
+        "offloaders); dynamic-cache (transformers' own); static-N: N percent through the page "
+        "cache, whether they fit or not. May be repeated.",
     ),
 ]
 Batch = Annotated[int, typer.Option("--batch", min=1, metavar="B", help="Sequences.")]

@@ -71,9 +71,14 @@ class MemoryKV:
     """The KV of all full-attention layers, in memory. Like `KVPipeline`, without a store."""
 
     def __init__(
-        self, device: torch.device, tile_tokens: int | None, tokens_max: int | None
+        self,
+        device: torch.device,
+        tile_tokens: int | None,
+        tokens_max: int | None,
+        *,
+        memory: TileMemory | None = None,
     ) -> None:
-        self._memory = TileMemory(device)
+        self._memory = TileMemory(device) if memory is None else memory
         self._maker = LayerMaker(
             space=self._memory,
             tokens_max=tokens_max,
