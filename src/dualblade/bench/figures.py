@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +79,156 @@ def envelope_figure(result: Mapping[str, Any]) -> Figure:
         axes.set_title("The automatic split against every fixed one")
         axes.legend(loc="best")
     return figure
+
+
+def decode_figure(result: Mapping[str, Any]) -> Figure:
+    """Step time of each mode: against the limits where there are three, else as bars."""
+    summary = [entry for entry in result["summary"] if entry["step_seconds_median"] is not None]
+    limits = list(dict.fromkeys(entry["memory_limit"] for entry in result["summary"]))
+    modes = list(dict.fromkeys(entry["mode"] for entry in summary))
+    if len([limit for limit in limits if limit is not None]) < 3:
+        return _bars(
+            [
+                (
+                    f"{entry['mode']}, {limit_word(entry['memory_limit'])}",
+                    1000 * entry["step_seconds_median"],
+                    [1000 * seconds for seconds in entry["step_seconds_spread"]],
+                    mode_color(entry["mode"]),
+                )
+                for entry in summary
+            ],
+            "Time of a decode step",
+            "ms",
+        )
+    with _figure() as (figure, axes):
+        for mode in modes:
+            points = [
+                (limits.index(entry["memory_limit"]), 1000 * entry["step_seconds_median"])
+                for entry in summary
+                if entry["mode"] == mode
+            ]
+            axes.plot(
+                *zip(*sorted(points), strict=True),
+                color=mode_color(mode),
+                lw=2.8 if mode == "dual" else 1.4,
+                marker="o",
+                ms=5,
+                label=mode,
+                zorder=3 if mode == "dual" else 2,
+            )
+        axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
+        axes.set_xticks(range(len(limits)), [limit_word(limit) for limit in limits])
+        axes.set_xlabel("memory limit: part of the KV left for its cache, or of the process")
+        axes.set_ylabel("ms per decode step")
+        axes.set_title("Time of a decode step under memory limits")
+        axes.legend(loc="best")
+    return figure
+
+
+def utilisation_figure(entries: Sequence[tuple[str, str | None, float]]) -> Figure:
+    """(mode, limit, part of fio's bandwidth) as bars."""
+    return _bars(
+        [
+            (f"{mode}, {limit_word(limit)}", 100 * part, None, mode_color(mode))
+            for mode, limit, part in entries
+        ],
+        "How much of the drive's bandwidth was used",
+        "percent of fio's",
+    )
+
+
+def stages_figure(bars: Sequence[tuple[str, Mapping[str, float]]]) -> Figure:
+    """Where a step's time goes: (name, ms by stage) as stacked bars."""
+    stages = list(dict.fromkeys(stage for _, parts in bars for stage in parts))
+    with _figure(height=1.2 + 0.3 * len(bars)) as (figure, axes):
+        names = [name for name, _ in bars]
+        left = [0.0] * len(bars)
+        for stage in stages:
+            widths = [parts.get(stage, 0.0) for _, parts in bars]
+            color = _STAGES.get(stage, OTHERS)
+            axes.barh(range(len(bars)), widths, left=left, color=color, label=stage, height=0.66)
+            left = [at + width for at, width in zip(left, widths, strict=True)]
+        _name_bars(axes, names)
+        axes.set_xlabel("ms of the model's thread per step")
+        axes.set_title("Where a step's time goes")
+        figure.legend(ncols=len(stages), loc="outside lower center", fontsize=8.5)
+    return figure
+
+
+def growth_figure(points: Sequence[tuple[float, float]]) -> Figure:
+    """(KV in MiB, ms per step): whether the cost grows with the bytes alone."""
+    with _figure(height=3.4) as (figure, axes):
+        axes.plot(*zip(*points, strict=True), color=OURS, lw=2.2, marker="o", ms=6)
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("KV, MiB")
+        axes.set_ylabel("ms per decode step")
+        axes.set_title("Step time against the size of the KV")
+    return figure
+
+
+def mode_color(mode: str) -> str:
+    """One colour to a mode, in all figures."""
+    return _MODES.get(mode, OTHERS)
+
+
+_MODES = {
+    "dual": OURS,
+    "direct": "#009E73",
+    "page-cache": "#E69F00",
+    "mmap": BEST,
+    "memory": "#5B6268",
+    "dynamic-cache": "#A7ADB2",
+}
+_STAGES = {
+    "waiting for reads": BEST,
+    "attention": OURS,
+    "gather": "#56B4E9",
+    "taking rows in": "#E69F00",
+    "model": "#C9CED2",
+}
+
+
+def _bars(
+    bars: Sequence[tuple[str, float, Sequence[float] | None, str]], title: str, unit: str
+) -> Figure:
+    """(name, value, [least, most] or None, colour), the first on top, with the values written."""
+    with _figure(height=0.9 + 0.3 * len(bars)) as (figure, axes):
+        for place, (_, value, spread, color) in enumerate(bars):
+            error = None if spread is None else [[value - spread[0]], [spread[1] - value]]
+            axes.barh(
+                place, value, color=color, height=0.66, xerr=error, error_kw={"lw": 1, "capsize": 2}
+            )
+            end = value if spread is None else spread[1]
+            axes.annotate(
+                f"{value:.0f}",
+                (end, place),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8.5,
+            )
+        _name_bars(axes, [name for name, *_ in bars])
+        axes.set_xlabel(unit)
+        axes.set_title(title)
+        axes.margins(x=0.08)
+    return figure
+
+
+def _name_bars(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.grid(visible=True, axis="x")
+
+
+def limit_word(limit: str | None) -> str:
+    """A limit as it was asked for, for people."""
+    wanted = None if limit is None else parse_limit(limit)
+    if wanted is None:
+        return "no limit"
+    return f"{100 * wanted:g} %" if isinstance(wanted, float) else str(limit)
 
 
 def _plot_with_spread(
