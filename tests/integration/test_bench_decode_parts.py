@@ -12,10 +12,10 @@ import torch
 from dualblade.bench import decode, decode_child, decode_rows, decode_run
 from dualblade.bench.decode import DecodeBenchOptions
 from dualblade.bench.decode_child import Steps
-from dualblade.bench.decode_fio import FioYardstick
 from dualblade.bench.decode_process import ChildOutcome
 from dualblade.bench.decode_rows import LayerShape, RandomRows, fill, kv_bytes, whole_layer
 from dualblade.bench.decode_run import Limit, Workload, parse_limit
+from dualblade.bench.fio import FioYardstick
 from dualblade.errors import ConfigError, Unsupported
 from dualblade.units import GIB, MIB
 

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dualblade.bench.decode_fio import FioYardstick
 from dualblade.bench.decode_run import (
     YARDSTICK,
     Limit,
@@ -34,6 +33,7 @@ from dualblade.bench.decode_run import (
     tokens_agree,
     told,
 )
+from dualblade.bench.fio import FioYardstick
 from dualblade.config import EngineConfig
 from dualblade.errors import ConfigError, DualBladeError
 from dualblade.host.machine import command_line, machine_facts
