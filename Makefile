@@ -42,7 +42,7 @@ $(VENV)/.installed: pyproject.toml $(NATIVE) scripts/system_packages
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q torch==2.13.0
 	$(BIN)/pip install -q 'scikit-build-core>=0.10' 'nanobind>=2.4' cmake ninja
-	$(BIN)/pip install -q --no-build-isolation -e '.[dev,gguf]'
+	$(BIN)/pip install -q --no-build-isolation -e '.[dev,gguf,report]'
 	touch $@
 
 clean:

@@ -304,6 +304,40 @@ def prefill() -> str:
     )
 
 
+def envelope() -> str:
+    if not (RESULTS / "envelope.json").exists():
+        return "Not measured yet: `dualblade bench envelope --output results/envelope.json`."
+    data = load("envelope")
+    rows = []
+    for entry in data["summary"]:
+        row = [entry["memory_limit"].replace("%", " %")]
+        if entry["dual_to_best"] is None:
+            rows.append([*row, "", "", "", "", "", f"{entry['oom_killed']}"])
+            continue
+        low, high = entry["dual_to_best_spread"]
+        row += [f"{entry['best_static_percent']} %"]
+        row += [f"{1000 * entry[f'{name}_seconds']:.0f}" for name in ("best_static", "dual")]
+        row += [f"{entry['dual_to_best']:.2f}", f"{low:.2f}-{high:.2f}", f"{entry['oom_killed']}"]
+        rows.append(row)
+    head = [
+        "memory for the cache",
+        "best fixed split",
+        "its ms/step",
+        "dual ms/step",
+        "dual / best",
+        "spread",
+        "killed",
+    ]
+    asked = data["options"]
+    return (
+        f"{table(head, rows)}\n\nMemory: of the KV's "
+        f"{data['calibration']['kv_bytes'] / GIB:.2f} GiB, in a memory cgroup. Split: the part of "
+        f"the KV through the page cache. Medians of {asked['rounds']} pairs run in turn, of "
+        f"{len(data['runs'])} runs in all; `{data['command']}` on {machine_line(data['machine'])}; "
+        "file: `results/envelope.json`."
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "io": io,
@@ -314,6 +348,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "context": context,
     "lookup": lookup,
     "prefill": prefill,
+    "envelope": envelope,
 }
 
 

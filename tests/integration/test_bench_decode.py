@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from dualblade.bench import decode
-from dualblade.bench.decode import MODES, DecodeBenchOptions, run_decode_bench
+from dualblade.bench import decode, decode_run
+from dualblade.bench.decode import DecodeBenchOptions, run_decode_bench
 from dualblade.bench.decode_process import ChildOutcome
+from dualblade.bench.decode_run import MODES
 from dualblade.errors import DualBladeError
 from dualblade.host.cgroup import MemoryCgroup, _find_parent
 from dualblade.units import MIB
@@ -26,7 +27,7 @@ from dualblade.units import MIB
 MODEL = "random:llama?layers=8,hidden=128,heads=2,kv_heads=2,intermediate=128,vocab=256"
 KV_BYTES = 64 * MIB  # 8 layers x keys and values x 2 heads x 64 dims x 2 bytes = 4 KiB a token
 SHAPE: dict[str, Any] = {"model": MODEL, "batch": 4, "context": 4096, "steps": 3}
-STORED = ("dual", "page-cache", "direct")
+STORED = ("dual", "page-cache", "direct", "mmap")
 
 REASON = MemoryCgroup.available()
 needs_cgroup = pytest.mark.skipif(REASON is not None, reason=f"no memory cgroup: {REASON}")
@@ -101,10 +102,11 @@ def test_each_mode_reads_what_it_must_and_no_more(free_runs: dict[str, Any]) -> 
     direct = of_mode(free_runs, "direct")
     assert direct["device_read_bytes_per_step"] == direct["direct_read_bytes_per_step"] == KV_BYTES
     assert direct["page_cache_hit_fraction"] is None
-    cached = of_mode(free_runs, "page-cache")
-    assert cached["device_read_bytes_per_step"] == 0
-    assert cached["page_cache_read_bytes_per_step"] == KV_BYTES
-    assert cached["page_cache_hit_fraction"] == 1.0
+    for mode in ("page-cache", "mmap"):
+        cached = of_mode(free_runs, mode)
+        assert cached["device_read_bytes_per_step"] == 0
+        assert cached["page_cache_read_bytes_per_step"] == KV_BYTES
+        assert cached["page_cache_hit_fraction"] == 1.0
     dual = of_mode(free_runs, "dual")
     assert dual["direct_read_bytes_per_step"] == dual["device_read_bytes_per_step"]
     together = dual["direct_read_bytes_per_step"] + dual["page_cache_read_bytes_per_step"]
@@ -137,8 +139,30 @@ def test_stored_modes_live_in_half_of_the_memory(limited_runs: dict[str, Any], m
     assert run["memory_limit_from"] == "loaded"
     assert run["oom_killed"] is False
     assert 0 < run["peak_memory_bytes"] <= run["memory_limit_bytes"]
-    assert run["budget_bytes"] == KV_BYTES // 2
+    if mode != "mmap":  # which asks nobody
+        assert run["budget_bytes"] == KV_BYTES // 2
     assert run["tokens_sha256"]
+
+
+@needs_cgroup
+def test_mapped_files_are_read_again_at_every_step(limited_runs: dict[str, Any]) -> None:
+    """A cyclic sweep over twice the memory: the kernel's cache has no hits, or nearly none."""
+    assert of_mode(limited_runs, "mmap")["device_read_bytes_per_step"] > 0.75 * KV_BYTES
+
+
+def test_mmap_with_exact_attention_is_bit_equal(tmp_path: Path) -> None:
+    """On files that are kept, as a series of runs over one store has them."""
+    options = DecodeBenchOptions(
+        **SHAPE,
+        modes=("mmap", "dynamic-cache", "mmap"),
+        attention="exact",
+        store=tmp_path / "kv.store",
+        engine={"keep_store_blocks": True},
+    )
+    result = run_decode_bench(options)
+    assert result["tokens_agree"] is True
+    assert [run["error"] for run in result["runs"]] == [None] * 3
+    assert list(tmp_path.iterdir()) == []
 
 
 @needs_cgroup
@@ -154,7 +178,7 @@ def test_what_does_not_fit_is_killed_and_reported(limited_runs: dict[str, Any]) 
 @needs_cgroup
 def test_a_limit_below_the_process_kills_it_while_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = {"base_bytes": 300 * MIB, "kv_bytes": KV_BYTES}
-    monkeypatch.setattr(decode, "_calibrate", lambda *_: measured)
+    monkeypatch.setattr(decode, "calibrate", lambda *_: measured)
     options = DecodeBenchOptions(**SHAPE, modes=("memory",), memory_limits=("48MiB",))
     (run,) = run_decode_bench(options)["runs"]
     assert run["memory_limit_from"] == "start"
@@ -185,7 +209,7 @@ def test_a_model_that_cannot_be_loaded_stops_the_calibration(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     failed = ChildOutcome(result={}, oom_killed=False, error="no model 'nonesuch'")
-    monkeypatch.setattr(decode, "run_child", lambda *_: failed)
+    monkeypatch.setattr(decode_run, "run_child", lambda *_: failed)
     options = DecodeBenchOptions(model="nonesuch", memory_limits=("50%",))
     with pytest.raises(DualBladeError, match="nonesuch"):
         run_decode_bench(options)
@@ -196,7 +220,7 @@ import sys
 from pathlib import Path
 from dualblade.bench import decode
 from dualblade.bench.decode import DecodeBenchOptions, run_decode_bench
-decode._calibrate = lambda *_: {"base_bytes": 1 << 30, "kv_bytes": 64 << 20}
+decode.calibrate = lambda *_: {"base_bytes": 1 << 30, "kv_bytes": 64 << 20}
 options = DecodeBenchOptions(
     model=sys.argv[1], batch=4, context=4096, steps=10**6, modes=("direct",),
     memory_limits=sys.argv[3:], store=Path(sys.argv[2]), memory_budget="32MiB",

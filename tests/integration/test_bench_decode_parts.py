@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from dualblade.bench import decode, decode_child, decode_rows
-from dualblade.bench.decode import DecodeBenchOptions, parse_limit
+from dualblade.bench import decode, decode_child, decode_rows, decode_run
+from dualblade.bench.decode import DecodeBenchOptions
 from dualblade.bench.decode_child import Steps
-from dualblade.bench.decode_fio import FioYardstick
+from dualblade.bench.decode_process import ChildOutcome
 from dualblade.bench.decode_rows import LayerShape, RandomRows, fill, kv_bytes, whole_layer
+from dualblade.bench.decode_run import Limit, Workload, parse_limit
+from dualblade.bench.fio import FioYardstick
 from dualblade.errors import ConfigError, Unsupported
 from dualblade.units import GIB, MIB
 
@@ -63,6 +65,27 @@ def test_what_is_no_limit(text: str) -> None:
 def test_wrong_options_are_config_errors(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         DecodeBenchOptions(model="random:llama", **wrong)
+
+
+def test_a_static_mode_is_dual_with_a_percentage(monkeypatch: pytest.MonkeyPatch) -> None:
+    for mode, percent in (
+        ("static-0", 0),
+        ("static-100", 100),
+        ("static-101", None),
+        ("dual", None),
+    ):
+        assert decode_run.static_percent(mode) == percent
+    given: list[dict[str, Any]] = []
+
+    def child(payload: dict[str, Any], _group: object) -> ChildOutcome:
+        given.append(payload)
+        return ChildOutcome(result={}, oom_killed=False, error="not run")
+
+    monkeypatch.setattr(decode_run, "run_child", child)
+    nothing = Limit(asked=None, limit_bytes=None, budget="auto")
+    run = decode_run.one_run(Workload(model="random:llama"), "static-40", nothing)
+    assert run["mode"] == "static-40"
+    assert (given[0]["mode"], given[0]["engine"]) == ("dual", {"cache_percent": 40})
 
 
 def rows(shapes: list[LayerShape], *, batch: int = 2, seed: int = 0) -> RandomRows:
@@ -158,6 +181,9 @@ def run_of(mode: str, seconds: float | None, **more: Any) -> dict[str, Any]:
         "oom_killed": seconds is None,
         "tokens_sha256": None if seconds is None else "a",
         "fio_read_bytes_per_second": None,
+        "cpu_seconds_per_step": None if seconds is None else 0.5,
+        "peak_memory_bytes": None if seconds is None else 1000,
+        "ssd_utilisation": None,
     }
     return {**run, **more}
 
@@ -184,21 +210,28 @@ def test_summary_compares_with_memory_and_the_drive() -> None:
     assert killed["step_seconds_median"] is killed["step_to_roof"] is None
 
 
+def test_utilisation_is_what_the_drive_gave_of_what_fio_had() -> None:
+    run = run_of("direct", 2.0, device_read_bytes_per_step=100)
+    assert decode._utilisation(run, 200) == 0.25
+    assert decode._utilisation(run, None) is None
+    assert decode._utilisation(run_of("direct", None), 200) is None
+
+
 def test_tokens_agree_needs_two() -> None:
-    assert decode._tokens_agree([run_of("direct", 1.0), run_of("dual", None)]) is None
-    assert decode._tokens_agree([run_of("direct", 1.0), run_of("dual", 1.0)]) is True
+    assert decode_run.tokens_agree([run_of("direct", 1.0), run_of("dual", None)]) is None
+    assert decode_run.tokens_agree([run_of("direct", 1.0), run_of("dual", 1.0)]) is True
     other = run_of("dual", 1.0, tokens_sha256="b")
-    assert decode._tokens_agree([run_of("direct", 1.0), other]) is False
+    assert decode_run.tokens_agree([run_of("direct", 1.0), other]) is False
     rounded = run_of("dynamic-cache", 1.0, tokens_sha256="b", attention="exact")
-    assert decode._tokens_agree([run_of("direct", 1.0), rounded]) is None
+    assert decode_run.tokens_agree([run_of("direct", 1.0), rounded]) is None
 
 
 def test_a_store_that_was_not_there_is_removed(tmp_path: Path) -> None:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     theirs.touch()
-    with pytest.raises(KeyboardInterrupt), decode._store_left_as_found(ours):
+    with pytest.raises(KeyboardInterrupt), decode_run.store_left_as_found(ours):
         _make_and_interrupt(ours)
-    with decode._store_left_as_found(theirs):
+    with decode_run.store_left_as_found(theirs):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 

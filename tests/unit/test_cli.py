@@ -45,7 +45,13 @@ def test_help_imports_nothing_heavy() -> None:
     "command",
     [
         *(["generate"], ["demo"], ["doctor"], ["plan"], ["bench"], ["bench", "io"]),
-        *(["bench", "decode"], ["store"], ["store", "format"], ["store", "inspect"]),
+        *(
+            ["bench", "decode"],
+            ["bench", "envelope"],
+            ["store"],
+            ["store", "format"],
+            ["store", "inspect"],
+        ),
         *(["store", "verify"], ["store", "wipe"]),
     ],
 )
@@ -101,7 +107,7 @@ USAGE_ERRORS = [
     (["plan", "-m", TINY, "--context", "0"], "4096 or 32k"),
     (["plan", "-m", TINY, "--context", "10", "--device", "tpu"], "use cpu or cuda"),
     (["plan", "-m", "./nowhere", "--context", "10"], "no model at ./nowhere"),
-    (["bench", "decode", "-m", TINY, "--mode", "mmap"], "unknown mode"),
+    (["bench", "decode", "-m", TINY, "--mode", "mapped"], "unknown mode"),
     (["bench", "decode", "-m", TINY, "--mode", "dual", "--memory-limit", "x"], "memory limit"),
     (["generate", "-m", TINY, "-p", "x", "--checksums", "some"], "off, sample, all"),
     (["bench", "decode", "-m", TINY, "--mode", "direct", "--engine", "checksums"], "checksums=all"),
@@ -109,6 +115,9 @@ USAGE_ERRORS = [
         ["bench", "decode", "-m", TINY, "--mode", "direct", "--engine", "cheksums=all"],
         "'checksums'",
     ),
+    (["bench", "decode", "-m", TINY, "--mode", "static-101"], "unknown mode"),
+    (["bench", "envelope", "--output", "x", "--figure", "x.gif"], "a .svg or .png file"),
+    (["bench", "envelope", "--output", "x", "--memory-limit", "none"], "under limits"),
     (["bench", "io", "--store", "x", "--size", "1KiB"], "not whole chunks"),
     (["demo", "--dtype", "int8"], "unknown dtype"),
     (["frobnicate"], "No such command"),

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from dualblade.bench.decode_rows import RandomRows, fill, kv_bytes, probe_layers
+from dualblade.bench.decode_run import MMAP, YARDSTICK
 from dualblade.config import EngineConfig
 from dualblade.errors import BudgetError, ConfigError, DualBladeError
 from dualblade.host.cgroup import MemoryLimit
@@ -33,9 +34,6 @@ from dualblade.host.process import (
     release_memory,
     reset_peak_memory,
 )
-
-YARDSTICK = "dynamic-cache"
-TINY_CONTEXT = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,9 +208,26 @@ def _filled_cache(
 
             cache: Any = filled_dynamic_cache(model, rows, options.context)
         else:
-            cache = stack.enter_context(_dualblade_cache(options, model))
+            made = _mmap_cache if options.mode == MMAP else _dualblade_cache
+            cache = stack.enter_context(made(options, model))
             fill(rows, options.context, cache, model.device)
         yield cache, Decoder(model, cache, options.batch)
+
+
+def _mmap_cache(options: ChildOptions, model: Any) -> Any:
+    from dualblade.bench.mmap_kv import mmap_cache
+
+    return mmap_cache(
+        model,
+        store=Path(options.store) if options.store is not None else None,
+        attention=options.attention,
+        max_tokens=_tokens_max(options),
+        settings=EngineConfig.from_mapping(options.engine),
+    )
+
+
+def _tokens_max(options: ChildOptions) -> int:
+    return options.context + options.warmup_steps + options.steps
 
 
 def _dualblade_cache(options: ChildOptions, model: Any) -> Any:
@@ -224,7 +239,7 @@ def _dualblade_cache(options: ChildOptions, model: Any) -> Any:
         memory_budget=options.memory_budget,
         path=options.mode,
         attention=options.attention,  # type: ignore[arg-type]  # for_model checks it
-        max_tokens=options.context + options.warmup_steps + options.steps,
+        max_tokens=_tokens_max(options),
         config=EngineConfig.from_mapping(options.engine),
     )
 

@@ -15,11 +15,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import mmap
 import os
 import resource
-import shutil
 import statistics
 import subprocess
 import time
@@ -30,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from dualblade.bench.fio import FioRead, find_fio, huge_pages
 from dualblade.errors import ConfigError, CorruptExtent, NoSpace, StorageError, Unsupported
 from dualblade.host.machine import command_line, machine_facts
 from dualblade.io import Arena, Engine, EngineChoice, Op, Transfer, open_engine
@@ -46,7 +45,6 @@ MAGIC = b"dualblade bench io scratch file, version 1\n"
 HEADER_BYTES = DATA_OFFSET
 
 _FILL_BYTES = 8 * MIB
-_HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,8 +110,8 @@ def run_io_bench(options: IoBenchOptions, progress: Progress = lambda _: None) -
         without O_DIRECT or a missing fio, NoSpace, DeviceError, CorruptExtent when what is read
         is not what was written.
     """
-    if options.compare_fio and shutil.which("fio") is None:
-        raise Unsupported("fio is not installed", hint="apt-get install fio")
+    if options.compare_fio:
+        find_fio()
     with (
         open_engine(
             options.io_engine, queue_depth=options.depth, chunk_bytes=options.chunk_bytes
@@ -346,52 +344,29 @@ def _describe(sweep: Pass) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _reserved_huge_pages(options: IoBenchOptions) -> Iterator[None]:
-    """Reserve what fio's --iomem=mmaphuge takes, for the time of the comparison."""
-    before = int(_HUGE_PAGES.read_text())
-    # One more than the buffers need: fio aligns them to a page inside what it maps.
-    wanted = options.queue_depth * options.chunk_bytes // (2 * MIB) + 2
-    try:
-        _HUGE_PAGES.write_text(str(before + wanted))
-    except OSError as error:
-        raise Unsupported(
-            f"cannot reserve {wanted} huge pages for fio: {error.strerror}",
-            hint="run the comparison as root",
-        ) from error
-    try:
-        if int(_HUGE_PAGES.read_text()) < before + wanted:
-            raise Unsupported(f"the kernel found no {wanted} free huge pages for fio")
+    """What fio takes, for the time of the comparison: without them it pays for each 4 KiB page."""
+    with huge_pages(options.queue_depth * options.chunk_bytes) as reserved:
+        if not reserved:
+            raise Unsupported(
+                "the kernel gave no huge pages for fio", hint="run the comparison as root"
+            )
         yield
-    finally:
-        _HUGE_PAGES.write_text(str(before))
 
 
-def _fio_command(options: IoBenchOptions) -> list[str]:
-    return [
-        "fio",
-        "--name=read",
-        f"--filename={options.stores[0].replace(':', chr(92) + ':')}",
-        "--readonly",
-        "--rw=read",
-        "--direct=1",
-        "--ioengine=io_uring",
-        "--iomem=mmaphuge",
-        f"--bs={options.chunk_bytes}",
-        f"--iodepth={options.queue_depth}",
-        f"--offset={HEADER_BYTES}",
-        f"--size={options.size_bytes}",
-        "--output-format=json",
-    ]
+def _fio(options: IoBenchOptions) -> FioRead:
+    return FioRead(
+        file=Path(options.stores[0]),
+        size_bytes=options.size_bytes,
+        chunk_bytes=options.chunk_bytes,
+        queue_depth=options.queue_depth,
+        offset_bytes=HEADER_BYTES,
+    )
 
 
 def _fio_read(options: IoBenchOptions) -> Pass:
-    done = subprocess.run(_fio_command(options), capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        last = (done.stderr or done.stdout).strip().splitlines()[-1:]
-        raise Unsupported(f"fio failed: {' '.join(last) or done.returncode}")
-    job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
-    seconds = job["read"]["runtime"] / 1000
+    job = _fio(options).run(huge=True)
     return Pass(
-        seconds=seconds,
+        seconds=job["read"]["runtime"] / 1000,
         cpu_seconds=(job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1000,
         bytes=job["read"]["io_bytes"],
     )
@@ -401,10 +376,10 @@ def _compare(ours: list[Pass], theirs: list[Pass], options: IoBenchOptions) -> d
     pairs = list(zip(ours, theirs, strict=True))
     throughput = [own.bytes_per_second / fio.bytes_per_second for own, fio in pairs]
     cpu = [own.cpu_seconds_per_gib / fio.cpu_seconds_per_gib for own, fio in pairs]
-    version = subprocess.run(["fio", "--version"], capture_output=True, text=True, check=False)
+    version = subprocess.run([find_fio(), "--version"], capture_output=True, text=True, check=False)
     return {
         "version": version.stdout.strip(),
-        "command": " ".join(_fio_command(options)),
+        "command": " ".join(_fio(options).command(huge=True)),
         "throughput_ratio_median": statistics.median(throughput),
         "cpu_ratio_median": statistics.median(cpu),
         "throughput_ratios": throughput,

@@ -8,14 +8,20 @@ from typing import Annotated, Any
 import typer
 
 from dualblade.cli import options
+from dualblade.cli.bench_decode import bench_decode, bench_envelope
+from dualblade.cli.bench_report import bench_report
 from dualblade.cli.command import Command
 from dualblade.units import format_size, parse_size
 
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Measure the I/O engine, and decoding under a limit.",
+    help="Measure the I/O engine, attention, and decoding under a limit; report it.",
 )
+
+app.command("decode", cls=Command)(bench_decode)
+app.command("envelope", cls=Command)(bench_envelope)
+app.command("report", cls=Command)(bench_report)
 
 CompareFio = Annotated[
     bool, typer.Option("--compare-fio", help="Run fio in turn on the same file, block and depth.")
@@ -132,104 +138,6 @@ def bench_attention(
         _show_attention(result)
 
 
-Modes = Annotated[
-    list[str],
-    typer.Option(
-        "--mode",
-        metavar="PATH",
-        help="dual, page-cache, direct, memory; or dynamic-cache (transformers' own). "
-        "May be repeated.",
-    ),
-]
-Batch = Annotated[int, typer.Option("--batch", min=1, metavar="B", help="Sequences.")]
-Steps = Annotated[int, typer.Option("--steps", min=1, metavar="S", help="Timed steps.")]
-WarmupSteps = Annotated[
-    int, typer.Option("--warmup-steps", min=0, help="Steps before, not counted.")
-]
-MemoryLimits = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--memory-limit",
-        metavar="LIMIT",
-        help="Memory cgroup of each run: a size for the whole process, or a fraction of the "
-        "KV that is left for its cache (0.25). May be repeated.",
-    ),
-]
-Dtype = Annotated[str, typer.Option("--dtype", help="bfloat16 or float32.")]
-MaybeChunk = Annotated[
-    str | None, typer.Option("--chunk", metavar="SIZE", help="Largest single request.")
-]
-Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Of everything.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of the rows and weights.")]
-
-
-@app.command("decode", cls=Command)
-def bench_decode(
-    model: options.Model,
-    mode: Modes,
-    batch: Batch = 1,
-    context: options.Context = "1024",
-    steps: Steps = 16,
-    warmup_steps: WarmupSteps = 2,
-    memory_limit: MemoryLimits = None,
-    memory_budget: options.MemoryBudget = "auto",
-    dtype: Dtype = "bfloat16",
-    attention: options.Attention = "auto",
-    store: options.OneStore = None,
-    io_engine: options.IOEngine = "auto",
-    queue_depth: options.QueueDepth = None,
-    chunk: MaybeChunk = None,
-    engine: options.EngineSettings = None,
-    repeats: Repeats = 1,
-    compare_fio: CompareFio = False,
-    trace: options.Trace = None,
-    seed: Seed = 0,
-    json: options.Json = False,
-    debug: options.Debug = False,  # noqa: ARG001 - read by Command
-) -> None:
-    """Time decode steps with the KV on each path.
-
-    Each run is a process of its own. The KV is filled with seeded random rows instead of a long
-    prefill. With a limit (as root) each run is in a memory cgroup; a run that is killed there is
-    reported, not an error.
-
-    \b
-    Examples:
-      dualblade bench decode --model random:opt-1.3b --context 2000 --mode memory --mode direct
-      dualblade bench decode --model demo --context 8000 --mode dual --memory-limit 0.25 --json
-    """
-    from dualblade.bench.decode import DecodeBenchOptions, run_decode_bench
-    from dualblade.cli.output import Reporter, write_json
-
-    settings: dict[str, Any] = {"io_engine": io_engine, "queue_depth": queue_depth}
-    settings["chunk_bytes"] = None if chunk is None else parse_size(chunk)
-    settings.update(options.parse_settings(engine))
-    wanted = DecodeBenchOptions(
-        model=model,
-        batch=batch,
-        context=options.parse_tokens(context),
-        steps=steps,
-        modes=mode,
-        memory_limits=memory_limit or (),
-        memory_budget=memory_budget,
-        dtype=dtype,
-        attention=attention,
-        store=store,
-        repeats=repeats,
-        warmup_steps=warmup_steps,
-        seed=seed,
-        compare_fio=compare_fio,
-        trace=trace,
-        engine={name: value for name, value in settings.items() if value is not None},
-    )
-    with Reporter() as reporter:
-        result = run_decode_bench(wanted, reporter.tell)
-    if json:
-        write_json(result)
-    else:
-        _show_decode(result)
-
-
 def _show_io(result: dict[str, Any]) -> None:
     from dualblade.cli.output import result_console
 
@@ -273,43 +181,3 @@ def _show_attention(result: dict[str, Any]) -> None:
     console = result_console()
     console.print(table)
     console.print(f"GiB of KV per second; {result['kernel']} kernel, {result['threads']} threads")
-
-
-def _show_decode(result: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    from dualblade.cli.output import result_console
-
-    columns = ("mode", "limit", "ms per step", "p99", "read per step", "hits", "peak", "engine")
-    table = Table(box=None, pad_edge=False)
-    for name in columns:
-        table.add_column(name, justify="left" if name in ("mode", "engine") else "right")
-    for run in result["runs"]:
-        table.add_row(*_decode_row(run))
-    console = result_console()
-    console.print(table)
-    agree = {
-        True: "runs with the same attention gave the same tokens",
-        False: "[red]the tokens differ[/red]",
-    }
-    if result["tokens_agree"] is not None:
-        console.print(agree[result["tokens_agree"]])
-
-
-def _decode_row(run: dict[str, Any]) -> list[str]:
-    limit = run["memory_limit_bytes"]
-    shown = "-" if limit is None else format_size(limit)
-    if run["oom_killed"] or run["error"] is not None:
-        why = "killed for want of memory" if run["oom_killed"] else run["error"]
-        return [run["mode"], shown, "-", "-", "-", "-", "-", why]
-    hits = run["page_cache_hit_fraction"]
-    return [
-        run["mode"],
-        shown,
-        f"{run['step_seconds_median'] * 1000:.1f}",
-        f"{run['step_seconds_p99'] * 1000:.1f}",
-        format_size(run["device_read_bytes_per_step"]),
-        "-" if hits is None else f"{hits:.0%}",
-        format_size(run["peak_memory_bytes"]),
-        run["engine"] or "-",
-    ]

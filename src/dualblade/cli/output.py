@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +19,8 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+
+from dualblade.errors import ConfigError
 
 _WIDTH_WITHOUT_TERMINAL = 120
 _LINE_EVERY_SECONDS = 5.0
@@ -35,6 +38,16 @@ def write_json(result: dict[str, Any]) -> None:
     """The one JSON object of `--json`."""
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
     sys.stdout.flush()
+
+
+def write_json_file(path: Path, result: dict[str, Any]) -> None:
+    """The same object as a file, whole or not at all. Raises: ConfigError."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(json.dumps(result, indent=2) + "\n")
+        part.replace(path)
+    except OSError as exc:
+        raise ConfigError(f"cannot write {path}: {exc.strerror}") from exc
 
 
 class Reporter:

@@ -73,9 +73,11 @@ class MemoryKV(LayeredKV):
         tile_tokens: int | None,
         tokens_max: int | None,
         trace_events: int = 0,
+        *,
+        memory: TileMemory | None = None,
     ) -> None:
         super().__init__(trace_events)
-        self._memory = TileMemory(device)
+        self._memory = TileMemory(device) if memory is None else memory
         self._maker = LayerMaker(
             space=self._memory,
             tokens_max=tokens_max,

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,58 @@ _HUGE_PAGE_BYTES = 2 * MIB
 _HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FioRead:
+    """Sequential O_DIRECT reads of `file` by io_uring, as our engine does them. `seconds` None:
+    one pass."""
+
+    file: Path
+    size_bytes: int
+    chunk_bytes: int
+    queue_depth: int
+    offset_bytes: int = 0
+    seconds: float | None = None
+
+    def command(self, *, huge: bool) -> list[str]:
+        """What is run; `huge`: into huge pages."""
+        passes = () if self.seconds is None else ("--time_based", f"--runtime={self.seconds}")
+        return [
+            find_fio(),
+            "--name=read",
+            "--filename=" + str(self.file).replace(":", "\\:"),  # it separates names
+            "--readonly",
+            "--thread",  # else its worker is a process that outlives a killed fio
+            "--rw=read",
+            "--direct=1",
+            "--ioengine=io_uring",
+            f"--bs={self.chunk_bytes}",
+            f"--iodepth={self.queue_depth}",
+            f"--offset={self.offset_bytes}",
+            f"--size={self.size_bytes}",
+            *passes,
+            f"--iomem={'mmaphuge' if huge else 'mmap'}",
+            "--output-format=json",
+        ]
+
+    def run(self, *, huge: bool) -> dict[str, Any]:
+        """fio's own account of the job. Raises: Unsupported when it fails."""
+        done = subprocess.run(self.command(huge=huge), capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            last = (done.stderr or done.stdout).strip().splitlines()[-1:]
+            raise Unsupported(f"fio failed: {' '.join(last) or done.returncode}")
+        # Notes on stdout may come before the JSON.
+        job: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
+        return job
+
+
+def find_fio() -> str:
+    """The program. Raises: Unsupported when it is not installed."""
+    fio = shutil.which("fio")
+    if fio is None:
+        raise Unsupported("fio is not installed", hint="apt-get install fio")
+    return fio
+
+
 class FioYardstick:
     """fio on a scratch file of random bytes that lies where the store does; a context manager.
 
@@ -34,10 +87,7 @@ class FioYardstick:
     """
 
     def __init__(self, folder: Path, *, size_bytes: int, chunk_bytes: int, queue_depth: int):
-        fio = shutil.which("fio")
-        if fio is None:
-            raise Unsupported("fio is not installed", hint="apt-get install fio")
-        self._fio = fio
+        find_fio()
         self._chunk_bytes = chunk_bytes
         self._queue_depth = queue_depth
         whole = min(size_bytes, SCRATCH_BYTES_MAX) // chunk_bytes * chunk_bytes
@@ -50,16 +100,22 @@ class FioYardstick:
         Huge pages are set aside for the time where that is allowed, because a device pays for
         each 4 KiB page of a buffer; `huge_pages` says whether they were. Raises: Unsupported.
         """
-        with _huge_pages(self._chunk_bytes * self._queue_depth) as huge:
-            command = self._command(seconds, huge=huge)
-            read = _run(command)["jobs"][0]["read"]
+        read = FioRead(
+            file=self._file,
+            size_bytes=self._size_bytes,
+            chunk_bytes=self._chunk_bytes,
+            queue_depth=self._queue_depth,
+            seconds=seconds,
+        )
+        with huge_pages(self._chunk_bytes * self._queue_depth) as huge:
+            job = read.run(huge=huge)["read"]
         return {
-            "read_bytes_per_second": int(read["bw_bytes"]),
-            "read_bytes": int(read["io_bytes"]),
+            "read_bytes_per_second": int(job["bw_bytes"]),
+            "read_bytes": int(job["io_bytes"]),
             "huge_pages": huge,
             "chunk_bytes": self._chunk_bytes,
             "queue_depth": self._queue_depth,
-            "command": " ".join(command),
+            "command": " ".join(read.command(huge=huge)),
         }
 
     def close(self) -> None:
@@ -71,35 +127,6 @@ class FioYardstick:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-    def _command(self, seconds: float, *, huge: bool) -> list[str]:
-        return [
-            self._fio,
-            "--name=read",
-            "--filename=" + str(self._file).replace(":", "\\:"),  # it separates names
-            "--readonly",
-            "--thread",  # else its worker is a process that outlives a killed fio
-            "--rw=read",
-            "--direct=1",
-            "--ioengine=io_uring",
-            f"--bs={self._chunk_bytes}",
-            f"--iodepth={self._queue_depth}",
-            f"--size={self._size_bytes}",
-            "--time_based",
-            f"--runtime={seconds}",
-            f"--iomem={'mmaphuge' if huge else 'mmap'}",
-            "--output-format=json",
-        ]
-
-
-def _run(command: list[str]) -> dict[str, Any]:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        last = (done.stderr or done.stdout).strip().splitlines()[-1:]
-        raise Unsupported(f"fio failed: {' '.join(last) or done.returncode}")
-    # Notes on stdout may come before the JSON.
-    result: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
-    return result
 
 
 def _random_file(folder: Path, size_bytes: int) -> Path:
@@ -118,7 +145,7 @@ def _random_file(folder: Path, size_bytes: int) -> Path:
 
 
 @contextlib.contextmanager
-def _huge_pages(size_bytes: int) -> Iterator[bool]:
+def huge_pages(size_bytes: int) -> Iterator[bool]:
     """Set huge pages aside for buffers of `size_bytes`; whether that was possible."""
     count = size_bytes // _HUGE_PAGE_BYTES + 2  # fio aligns its buffers, and adds a page
     try:

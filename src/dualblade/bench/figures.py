@@ -1,0 +1,325 @@
+"""Figures of result files, by matplotlib (extra `report`). Each takes a result and gives a Figure.
+
+Colours stay apart for the colour-blind (Okabe and Ito); ours is always the bold blue one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dualblade.bench.decode_run import parse_limit
+from dualblade.errors import ConfigError, Unsupported
+from dualblade.units import GIB
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+OURS, BEST, OTHERS = "#0072B2", "#D55E00", "#8A9199"
+
+_STYLE: Any = {  # matplotlib types its 300 keys one by one
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#E3E6E8",
+    "legend.frameon": False,
+    "svg.fonttype": "none",  # text stays text: small, and in the reader's font
+    "svg.hashsalt": "dualblade",  # the same figure is the same file
+}
+
+
+def envelope_figure(result: Mapping[str, Any]) -> Figure:
+    """Step time against the memory limit: every fixed split, the best of them, and `dual`.
+
+    Raises: Unsupported without matplotlib.
+    """
+    entries = sorted(result["summary"], key=lambda entry: entry["memory_limit_bytes"])
+    with _figure() as (figure, axes):
+        places = [_limit_place(entry) for entry in entries]
+        percents = sorted({s["percent"] for entry in entries for s in entry["splits"]})
+        for percent in percents:
+            points = [
+                (place, 1000 * split["step_seconds_median"])
+                for place, entry in zip(places, entries, strict=True)
+                for split in entry["splits"]
+                if split["percent"] == percent and split["step_seconds_median"] is not None
+            ]
+            if len(points) == len(entries):
+                axes.plot(*zip(*points, strict=True), color=OTHERS, lw=0.8, marker=".", ms=4)
+                axes.annotate(
+                    f"{percent} %",
+                    points[-1],
+                    xytext=(7, 0),
+                    textcoords="offset points",
+                    color="#5B6268",
+                    fontsize=8,
+                    va="center",
+                )
+            elif points:  # tried near the best of some limits only
+                axes.plot(*zip(*points, strict=True), color=OTHERS, ls="", marker=".", ms=4)
+        _plot_with_spread(axes, places, entries, "best_static", "best fixed split", BEST, lw=1.4)
+        _plot_with_spread(axes, places, entries, "dual", "dual (automatic)", OURS, lw=2.8)
+        axes.plot([], [], color=OTHERS, lw=0.8, marker=".", ms=4, label="fixed splits")
+        axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
+        axes.set_xticks(places, [f"{place:g}" for place in places])
+        axes.margins(x=0.09)
+        axes.set_xlabel(_limit_label(entries))
+        axes.set_ylabel("ms per decode step")
+        axes.set_title("The automatic split against every fixed one")
+        axes.legend(loc="best")
+    return figure
+
+
+def decode_figure(result: Mapping[str, Any]) -> Figure:
+    """Step time of each mode: against the limits where there are three, else as bars."""
+    summary = [entry for entry in result["summary"] if entry["step_seconds_median"] is not None]
+    limits = list(dict.fromkeys(entry["memory_limit"] for entry in result["summary"]))
+    modes = list(dict.fromkeys(entry["mode"] for entry in summary))
+    if len([limit for limit in limits if limit is not None]) < 3:
+        return _bars(
+            [
+                (
+                    f"{entry['mode']}, {limit_word(entry['memory_limit'])}",
+                    1000 * entry["step_seconds_median"],
+                    [1000 * seconds for seconds in entry["step_seconds_spread"]],
+                    mode_color(entry["mode"]),
+                )
+                for entry in summary
+            ],
+            "Time of a decode step",
+            "ms",
+        )
+    with _figure() as (figure, axes):
+        for mode in modes:
+            points = [
+                (limits.index(entry["memory_limit"]), 1000 * entry["step_seconds_median"])
+                for entry in summary
+                if entry["mode"] == mode
+            ]
+            axes.plot(
+                *zip(*sorted(points), strict=True),
+                color=mode_color(mode),
+                lw=2.8 if mode == "dual" else 1.4,
+                marker="o",
+                ms=5,
+                label=mode,
+                zorder=3 if mode == "dual" else 2,
+            )
+        axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
+        axes.set_xticks(range(len(limits)), [limit_word(limit) for limit in limits])
+        axes.set_xlabel("memory limit: part of the KV left for its cache, or of the process")
+        axes.set_ylabel("ms per decode step")
+        axes.set_title("Time of a decode step under memory limits")
+        axes.legend(loc="best")
+    return figure
+
+
+def utilisation_figure(entries: Sequence[tuple[str, str | None, float]]) -> Figure:
+    """(mode, limit, part of fio's bandwidth) as bars."""
+    return _bars(
+        [
+            (f"{mode}, {limit_word(limit)}", 100 * part, None, mode_color(mode))
+            for mode, limit, part in entries
+        ],
+        "How much of the drive's bandwidth was used",
+        "percent of fio's",
+    )
+
+
+def stages_figure(bars: Sequence[tuple[str, Mapping[str, float]]]) -> Figure:
+    """Where a step's time goes: (name, ms by stage) as stacked bars."""
+    stages = list(dict.fromkeys(stage for _, parts in bars for stage in parts))
+    with _figure(height=1.2 + 0.3 * len(bars)) as (figure, axes):
+        names = [name for name, _ in bars]
+        left = [0.0] * len(bars)
+        for stage in stages:
+            widths = [parts.get(stage, 0.0) for _, parts in bars]
+            color = _STAGES.get(stage, OTHERS)
+            axes.barh(range(len(bars)), widths, left=left, color=color, label=stage, height=0.66)
+            left = [at + width for at, width in zip(left, widths, strict=True)]
+        _name_bars(axes, names)
+        axes.set_xlabel("ms of the model's thread per step")
+        axes.set_title("Where a step's time goes")
+        figure.legend(ncols=len(stages), loc="outside lower center", fontsize=8.5)
+    return figure
+
+
+def growth_figure(points: Sequence[tuple[float, float]]) -> Figure:
+    """(KV in MiB, ms per step): whether the cost grows with the bytes alone."""
+    with _figure(height=3.4) as (figure, axes):
+        axes.plot(*zip(*points, strict=True), color=OURS, lw=2.2, marker="o", ms=6)
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("KV, MiB")
+        axes.set_ylabel("ms per decode step")
+        axes.set_title("Step time against the size of the KV")
+    return figure
+
+
+def mode_color(mode: str) -> str:
+    """One colour to a mode, in all figures."""
+    return _MODES.get(mode, OTHERS)
+
+
+_MODES = {
+    "dual": OURS,
+    "direct": "#009E73",
+    "page-cache": "#E69F00",
+    "mmap": BEST,
+    "memory": "#5B6268",
+    "dynamic-cache": "#A7ADB2",
+}
+_STAGES = {
+    "waiting for reads": BEST,
+    "attention": OURS,
+    "gather": "#56B4E9",
+    "taking rows in": "#E69F00",
+    "model": "#C9CED2",
+}
+
+
+def _bars(
+    bars: Sequence[tuple[str, float, Sequence[float] | None, str]], title: str, unit: str
+) -> Figure:
+    """(name, value, [least, most] or None, colour), the first on top, with the values written."""
+    with _figure(height=0.9 + 0.3 * len(bars)) as (figure, axes):
+        for place, (_, value, spread, color) in enumerate(bars):
+            error = None if spread is None else [[value - spread[0]], [spread[1] - value]]
+            axes.barh(
+                place, value, color=color, height=0.66, xerr=error, error_kw={"lw": 1, "capsize": 2}
+            )
+            end = value if spread is None else spread[1]
+            axes.annotate(
+                f"{value:.0f}",
+                (end, place),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8.5,
+            )
+        _name_bars(axes, [name for name, *_ in bars])
+        axes.set_xlabel(unit)
+        axes.set_title(title)
+        axes.margins(x=0.08)
+    return figure
+
+
+def _name_bars(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.grid(visible=True, axis="x")
+
+
+def limit_word(limit: str | None) -> str:
+    """A limit as it was asked for, for people."""
+    wanted = None if limit is None else parse_limit(limit)
+    if wanted is None:
+        return "no limit"
+    return f"{100 * wanted:g} %" if isinstance(wanted, float) else str(limit)
+
+
+def _plot_with_spread(
+    axes: Axes,
+    places: list[float],
+    entries: list[Mapping[str, Any]],
+    name: str,
+    label: str,
+    color: str,
+    lw: float,
+) -> None:
+    """Medians as a line, least to most as bars; entries without a figure are left out."""
+    known = [(p, e) for p, e in zip(places, entries, strict=True) if e[f"{name}_seconds"]]
+    if not known:
+        return
+    medians = [1000 * entry[f"{name}_seconds"] for _, entry in known]
+    spreads = [entry[f"{name}_seconds_spread"] for _, entry in known]
+    below = [m - 1000 * low for m, (low, _) in zip(medians, spreads, strict=True)]
+    above = [1000 * high - m for m, (_, high) in zip(medians, spreads, strict=True)]
+    axes.errorbar(
+        [place for place, _ in known],
+        medians,
+        yerr=[below, above],
+        color=color,
+        lw=lw,
+        elinewidth=1,
+        capsize=3,
+        marker="o",
+        ms=4 + lw / 2,
+        label=label,
+        zorder=3,
+    )
+
+
+def _limit_place(entry: Mapping[str, Any]) -> float:
+    """Where a limit stands on the axis: percent of the KV, or GiB when it was a size."""
+    wanted = parse_limit(entry["memory_limit"])
+    return 100 * wanted if isinstance(wanted, float) else entry["memory_limit_bytes"] / GIB
+
+
+def _limit_label(entries: list[Mapping[str, Any]]) -> str:
+    fractions = all(isinstance(parse_limit(entry["memory_limit"]), float) for entry in entries)
+    return (
+        "memory left for the cache, percent of the KV"
+        if fractions
+        else "memory limit of the process, GiB"
+    )
+
+
+@contextlib.contextmanager
+def _figure(width: float = 7.2, height: float = 4.2) -> Iterator[tuple[Figure, Axes]]:
+    """A figure of one plot, in inches, in our style. Raises: Unsupported without matplotlib."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as exc:
+        raise Unsupported(
+            "figures need matplotlib", hint="pip install 'dualblade[report]'"
+        ) from exc
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.subplots()
+
+
+def require_figures(path: Path | None = None) -> None:
+    """Before the work: can figures be drawn, and written to `path`? Raises: Unsupported,
+    ConfigError for a name that ends otherwise than .svg or .png."""
+    if path is not None and path.suffix not in (".svg", ".png"):
+        raise ConfigError(f"a figure is a .svg or .png file, not {path.name!r}")
+    with _figure():
+        pass
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write SVG or PNG, by the name's ending. Raises: ConfigError when it cannot be written."""
+    from matplotlib import rc_context
+
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    try:
+        with rc_context(_STYLE):
+            figure.savefig(path, dpi=160, metadata=metadata)
+    except OSError as exc:
+        raise ConfigError(f"cannot write {path}: {exc.strerror}") from exc
+
+
+def svg_text(figure: Figure) -> str:
+    """The figure as an `<svg>` element, to stand in a page."""
+    from matplotlib import rc_context
+
+    out = io.StringIO()
+    with rc_context(_STYLE):
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,118 @@
+"""Finished runs of a long benchmark, one JSON object a line, so that it can go on where it stopped.
+
+The first line says what was asked for and what was found out before the first run; every other
+line is a run. A line is on the drive before the next run begins. One process writes at a time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dualblade.errors import ConfigError
+
+
+class RunLog:
+    """The runs of `options` in the file `path`, made if missing; a context manager.
+
+    `facts` come from `find_facts`, which is called for a new log alone, so that all runs of a log
+    share them. Both are plain values.
+
+    Raises: ConfigError when the file is of other options, is no log, or is being written to.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        options: Mapping[str, Any],
+        find_facts: Callable[[], Mapping[str, Any]],
+    ) -> None:
+        self._path = path
+        self.runs: list[dict[str, Any]] = []
+        self._is_locked = False
+        try:
+            self._file = open(path, "a+b")  # noqa: SIM115 - closed by close()
+        except OSError as exc:
+            raise ConfigError(f"cannot write {path}: {exc.strerror}") from exc
+        try:
+            self._lock()
+            lines = self._whole_lines()
+            if lines:
+                self.facts = self._check(lines[0], _plain(options))
+                self.runs = lines[1:]
+            else:
+                self.facts = _plain(find_facts())
+                self._write({"options": _plain(options), "facts": self.facts})
+        except BaseException:
+            self.close()
+            raise
+
+    def append(self, run: Mapping[str, Any]) -> None:
+        """Keep one finished run."""
+        self.runs.append(_plain(run))
+        self._write(self.runs[-1])
+
+    def close(self) -> None:
+        """Let go of the file; one without a line is removed. Twice is once."""
+        if not self._file.closed:
+            if self._is_locked and os.fstat(self._file.fileno()).st_size == 0:
+                self._path.unlink(missing_ok=True)
+            self._file.close()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._is_locked = True
+        except BlockingIOError as exc:
+            raise ConfigError(f"{self._path} is being written by another run") from exc
+
+    def _whole_lines(self) -> list[dict[str, Any]]:
+        """All lines; one that a crash cut short is taken off the file."""
+        self._file.seek(0)
+        data = self._file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        try:
+            lines = [json.loads(line) for line in whole.splitlines()]
+            known = not lines or {"options", "facts"} == set(lines[0])
+        except ValueError:
+            known = False
+        if not known or (data and not whole):
+            raise ConfigError(
+                f"{self._path} is not a log of ours", hint="name another --output, or remove it"
+            )
+        self._file.truncate(len(whole))
+        return lines
+
+    def _check(self, first: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+        """The facts of the log. Raises: ConfigError naming the first option that differs."""
+        old = first["options"]
+        for name in sorted({*old, *options}):
+            if old.get(name) != options.get(name):
+                raise ConfigError(
+                    f"{self._path} was begun with {name} {old.get(name)!r}, "
+                    f"not {options.get(name)!r}",
+                    hint="repeat the old options to go on, or name another --output",
+                )
+        facts: dict[str, Any] = first["facts"]
+        return facts
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As a reader of the file sees it: tuples are lists, numbers are what JSON makes of them."""
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return plain

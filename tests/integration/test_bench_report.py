@@ -1,0 +1,195 @@
+"""bench report: one page from any mixture of files."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from dualblade.bench import report
+from dualblade.bench.report import collect, kind_of, write_report
+from dualblade.cli.app import app
+from dualblade.errors import ConfigError
+from dualblade.units import GIB, MIB
+
+ROOT = Path(__file__).resolve().parents[2]
+MACHINE: dict[str, Any] = {
+    "date": "2026-01-01",
+    "cpu_count": 2,
+    "cpu_model": "a <b>processor</b>",
+    "memory_bytes": 24 * GIB,
+    "kernel": "6.18",
+    "versions": {"torch": "2", "transformers": "5", "dualblade": "0"},
+    "git": {"commit": "0123456789abcdef", "dirty": False},
+}
+
+
+def decode_result(seconds: dict[tuple[str, str | None], float | None]) -> dict[str, Any]:
+    """What bench decode writes, as far as a report reads it; None: killed."""
+    options = {"model": "m", "batch": 1, "context": 9, "dtype": "bfloat16"}
+    runs, summary = [], []
+    for (mode, limit), step in seconds.items():
+        died = step is None
+        runs.append(
+            {
+                "mode": mode,
+                "memory_limit": limit,
+                "attention": "tiles",
+                "engine": "io_uring",
+                "kv_bytes": GIB,
+                "context": 9,
+                "step_seconds": [] if died else [step, step],
+                "step_seconds_median": step,
+                "cpu_seconds_per_step": None if died else 0.1,
+                "device_read_bytes_per_step": None if died else 100 * MIB,
+                "peak_memory_bytes": None if died else GIB,
+                "base_memory_bytes": None if died else GIB // 2,
+                "fio_read_bytes_per_second": 200 * MIB,
+                "seconds_per_step": None
+                if died
+                else {"read_wait": 0.2, "attention": 0.1, "gather": 0.0, "append": 0.0},
+            }
+        )
+        summary.append(
+            {
+                "mode": mode,
+                "memory_limit": limit,
+                "step_seconds_median": step,
+                "step_seconds_spread": None if died else [step, step],
+                "step_to_memory": None,
+            }
+        )
+    return {
+        "benchmark": "decode",
+        "command": "dualblade bench decode",
+        "options": {**options, "steps": 2, "repeats": 1, "memory_budget": "auto"},
+        "machine": MACHINE,
+        "summary": summary,
+        "runs": runs,
+    }
+
+
+LIMITED = decode_result(
+    {
+        ("dual", "25%"): 0.5,
+        ("mmap", "25%"): 1.0,
+        ("direct", "25%"): 0.4,
+        ("memory", "25%"): None,
+    }
+)
+
+
+def write(folder: Path, name: str, content: Any) -> None:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+class Balanced(HTMLParser):
+    """Counts tags that are open, and what the page would load."""
+
+    VOID = ("meta", "br", "img", "input", "hr", "link")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.loads += [value or "" for name, value in attrs if name in ("src", "srcset")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """An SVG element that closes itself."""
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_committed_results_make_a_page(tmp_path: Path) -> None:
+    if not (ROOT / "results").is_dir():
+        pytest.skip("installed without the sources")
+    output = tmp_path / "page.html"
+    done = CliRunner().invoke(
+        app, ["bench", "report", str(ROOT / "results"), "--output", str(output), "--json"]
+    )
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["skipped"] == []
+    text = output.read_text()
+    parser = Balanced()
+    parser.feed(text)
+    assert parser.open == []
+    assert parser.loads == []
+    assert not re.search(r"url\((?!#)|@import", text)  # one file, from nowhere else
+    assert text.count("<section") == len(told["files"])
+    files = [path.name for path in (ROOT / "results").glob("*.json")]
+    assert all(name in text for name in files)
+
+
+def test_foreign_broken_and_nested_files(tmp_path: Path) -> None:
+    write(tmp_path, "deep/er/decode.json", LIMITED)
+    write(tmp_path, "foreign.json", {"name": "somebody's", "version": 1})
+    write(tmp_path, "list.json", [1, 2])
+    write(tmp_path, "broken.json", "{")
+    write(tmp_path, "old.json", {**LIMITED, "options": {}})
+    write(tmp_path, "notes.txt", "not looked at")
+    page = collect(tmp_path)
+    assert [section.file for section in page.sections] == ["deep/er/decode.json"]
+    names = [line.split(":")[0] for line in page.skipped]
+    assert sorted(names) == ["broken.json", "foreign.json", "list.json", "old.json"]
+    done = CliRunner().invoke(
+        app, ["bench", "report", str(tmp_path), "--output", str(tmp_path / "page.html")]
+    )
+    assert done.exit_code == 0
+    assert "skipped foreign.json: not a result of ours" in done.stderr
+    assert "a &lt;b&gt;processor" in (tmp_path / "page.html").read_text()
+
+
+def test_a_section_says_where_another_mode_is_faster() -> None:
+    section, cards = report._decode([("x", LIMITED)])
+    assert section.notes == ["With 25 %, direct is faster: dual takes 1.25 times as long."]
+    assert cards == [("50 %", "less time per step than memory-mapped files, under memory limits")]
+    by_mode = {row[0]: row for row in section.rows}
+    assert by_mode["memory"][2] == "killed"
+    assert by_mode["dual"][2] == "500 (500-500)"
+    assert by_mode["dual"][5] == "100 %"  # 100 MiB in half a second of 200 MiB/s
+    assert len(section.figures) == 3
+
+
+def test_stages_of_a_step_add_up() -> None:
+    parts = report._stages(LIMITED["runs"][0])
+    assert parts is not None
+    assert sum(parts.values()) == pytest.approx(500)
+    assert (parts["waiting for reads"], parts["model"]) == (pytest.approx(200), pytest.approx(200))
+
+
+def test_three_limits_are_lines_and_one_mode_over_contexts_is_growth(tmp_path: Path) -> None:
+    times = {(mode, f"{part}%"): part / 50 for mode in ("dual", "mmap") for part in (10, 25, 50)}
+    write(tmp_path, "lines.json", decode_result(times))
+    for context in (1, 2):
+        one = decode_result({("direct", None): 0.1 * context})
+        one["options"]["context"] = context
+        write(tmp_path, f"context-{context}.json", one)
+    lines, growth = collect(tmp_path).sections
+    assert "under memory limits" in lines.figures[0]
+    assert growth.title == "Growing contexts, direct"
+    assert len(growth.rows) == 2
+
+
+def test_what_cannot_be_reported_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no results"):
+        collect(tmp_path)
+    with pytest.raises(ConfigError, match="no folder"):
+        collect(tmp_path / "nowhere")
+    write(tmp_path, "decode.json", LIMITED)
+    with pytest.raises(ConfigError, match="cannot write"):
+        write_report(tmp_path, tmp_path / "nowhere" / "page.html")
+    assert kind_of({"benchmark": "decode", "summary": [1, 2]}) == "decode"
+    assert kind_of(None) is None
