@@ -111,9 +111,10 @@ nb::object nvme_command(const nb::tuple& limits, nb::handle transfer) {
 
 class PyEngine {
   public:
-    PyEngine(const std::string& kind, std::uint32_t queue_depth, std::uint64_t chunk_bytes)
+    PyEngine(const std::string& kind, std::uint32_t queue_depth, std::uint64_t chunk_bytes,
+             bool poll_direct)
         : owner_(getpid()) {
-        const EngineOptions options{queue_depth, chunk_bytes};
+        const EngineOptions options{queue_depth, chunk_bytes, poll_direct};
         try {
             engine_ = kind == "posix" ? open_posix_engine(options) : open_uring(options);
         } catch (const std::system_error& error) {
@@ -162,6 +163,10 @@ class PyEngine {
     }
     int unregister_file(int fd) {
         return on_engine([&] { return engine_->unregister_file(fd); });
+    }
+    void limit_direct_pieces(std::uint64_t size_bytes) {
+        if (size_bytes == 0) throw nb::value_error("pieces of nothing");
+        if (!forked()) engine_->limit_direct_pieces(size_bytes);
     }
     bool drain(double timeout_seconds) {
         if (forked()) return true;
@@ -217,8 +222,8 @@ NB_MODULE(_native, module) {
         .def_prop_ro("failure", &PyTicket::failure)
         .def("wait", &PyTicket::wait, nb::arg("size_bytes"), nb::arg("timeout_seconds"));
     nb::class_<PyEngine>(module, "Engine")
-        .def(nb::init<const std::string&, std::uint32_t, std::uint64_t>(), nb::arg("kind"),
-             nb::arg("queue_depth"), nb::arg("chunk_bytes"))
+        .def(nb::init<const std::string&, std::uint32_t, std::uint64_t, bool>(), nb::arg("kind"),
+             nb::arg("queue_depth"), nb::arg("chunk_bytes"), nb::arg("poll_direct"))
         .def("submit", &PyEngine::submit, nb::arg("transfers"))
         .def("counters", &PyEngine::counters)
         .def("register_buffer", &PyEngine::register_buffer, nb::arg("address"),
@@ -226,6 +231,7 @@ NB_MODULE(_native, module) {
         .def("register_namespace", &PyEngine::register_namespace, nb::arg("fd"), nb::arg("limits"))
         .def("register_file", &PyEngine::register_file, nb::arg("fd"))
         .def("unregister_file", &PyEngine::unregister_file, nb::arg("fd"))
+        .def("limit_direct_pieces", &PyEngine::limit_direct_pieces, nb::arg("size_bytes"))
         .def("drain", &PyEngine::drain, nb::arg("timeout_seconds"))
         .def("close", &PyEngine::close)
         .def("abandon", &PyEngine::abandon)

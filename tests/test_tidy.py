@@ -131,5 +131,6 @@ def test_native_core_stays_small() -> None:
         p for p in root.rglob("*") if p.suffix in (".cpp", ".hpp") and "tests" not in p.parts
     ]
     # 1,500 for the two engines; 300 for NVMe passthrough: the encoder, its registration, and what
-    # the ring needs to carry commands; 1,000 for attention, written once for all instruction sets.
-    assert sum(len(p.read_text().splitlines()) for p in sources) <= 2800
+    # the ring needs to carry commands; 200 for a queue per door, polling and commands by ioctl;
+    # 1,000 for attention, written once for all instruction sets.
+    assert sum(len(p.read_text().splitlines()) for p in sources) <= 3000

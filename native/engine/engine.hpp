@@ -5,36 +5,37 @@
 #include <vector>
 
 #include "nvme.hpp"
-#include "scheduler.hpp"
 #include "ticket.hpp"
 #include "types.hpp"
 
 namespace dualblade {
 
+// queue_depth: pieces in flight; with io_uring for each door. poll_direct: io_uring polls for the
+// completions of direct reads and writes, which must then be on devices with poll queues.
 struct EngineOptions {
     std::uint32_t queue_depth;
     std::uint64_t chunk_bytes;
+    bool poll_direct = false;
 };
 
 // submit, counters, drain and close may be called by any thread. A forked child must not call
 // anything but abandon(): its engine threads do not exist and its locks may be held for ever.
 class Engine {
   public:
-    explicit Engine(EngineOptions options) : options_(options), scheduler_(options.queue_depth) {}
+    Engine() = default;
     Engine(const Engine&) = delete;
     Engine& operator=(const Engine&) = delete;
-    // Derived classes call close() in theirs: their threads must be gone before their members.
     virtual ~Engine() = default;
 
     // Returns at once; null when closed.
-    std::shared_ptr<Ticket> submit(std::vector<Transfer> transfers);
+    virtual std::shared_ptr<Ticket> submit(std::vector<Transfer> transfers) = 0;
     // True when all submitted tickets ended before `deadline`.
-    bool drain(Clock::time_point deadline) { return scheduler_.wait_idle(deadline); }
-    Counters counters();
+    virtual bool drain(Clock::time_point deadline) = 0;
+    virtual Counters counters() = 0;
     // From here on submit() refuses; tickets that have not started fail with ECANCELED.
-    void begin_close();
+    virtual void begin_close() = 0;
     // Waits for what is in flight and joins the threads. Idempotent; any thread.
-    void close();
+    virtual void close() = 0;
 
     // 0 or a positive errno. Registered memory must stay mapped until the engine is closed. `huge`:
     // it is in huge pages, so that a command may carry more of it than of scattered pages.
@@ -46,24 +47,11 @@ class Engine {
     // 0 or a positive errno; EOPNOTSUPP: this engine has no passthrough. From then on transfers on
     // `fd`, a namespace's character device, are NVMe commands; unregister_file() ends it.
     virtual int register_namespace(int fd, const NvmeNamespace& space) = 0;
+    // From now on pieces of direct transfers are at most this long. The block layer splits what is
+    // longer than its limit, and does not poll for what it split.
+    virtual void limit_direct_pieces(std::uint64_t size_bytes) = 0;
     // In a forked child, instead of destruction: lets go of inherited descriptors, locks nothing.
     virtual void abandon() = 0;
-
-  protected:
-    virtual void wake() = 0;
-    virtual void join() = 0;
-    virtual double thread_cpu_seconds() = 0;
-    // The largest piece that each of `transfers` may be cut into.
-    virtual std::uint64_t piece_bytes_max(const std::vector<Transfer>&) {
-        return options_.chunk_bytes;
-    }
-
-    const EngineOptions options_;
-    Scheduler scheduler_;
-
-  private:
-    // Without it two threads that close at once would join the same thread twice.
-    std::mutex closing_;
 };
 
 std::unique_ptr<Engine> open_posix_engine(EngineOptions options);

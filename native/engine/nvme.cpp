@@ -1,6 +1,8 @@
 #include "nvme.hpp"
 
+#include <algorithm>
 #include <bit>
+#include <cerrno>
 #include <cstring>
 
 namespace dualblade {
@@ -43,6 +45,12 @@ NvmeCommand::NvmeCommand(Opcode opcode, const NamespaceLimits& limits, std::uint
     std::memcpy(bytes_.data(), &fields, sizeof fields);
 }
 
+std::int64_t NvmeCommand::result(std::int32_t told) const {
+    if (told == 0) return static_cast<std::int64_t>(size_bytes_);
+    if (told > 0) return -(std::int64_t{kNvmeStatus} + told);
+    return told == -EINTR ? -ETIMEDOUT : told;  // the kernel gave the command up
+}
+
 std::optional<NvmeNamespace> NvmeNamespace::make(const NamespaceLimits& limits) {
     const std::uint64_t block = limits.block_bytes;
     if (!std::has_single_bit(block) || block < 512 || block > (1 << 16)) return std::nullopt;
@@ -70,6 +78,16 @@ std::optional<NvmeCommand> NvmeNamespace::command(const Transfer& piece) const {
     if (piece.size_bytes > limits_.end - piece.offset) return std::nullopt;
     return NvmeCommand(piece.op == Op::Read ? Opcode::Read : Opcode::Write, limits_,
                        piece.offset / block, piece.size_bytes / block, piece.address);
+}
+
+std::variant<NvmeCommand, std::int64_t> NvmeNamespace::answer(Transfer piece) const {
+    if (moves_bytes(piece.op)) {
+        if (piece.offset >= limits_.end) return piece.op == Op::Read ? 0 : -std::int64_t{ENOSPC};
+        piece.size_bytes = std::min(piece.size_bytes, limits_.end - piece.offset);
+    }
+    const auto said = command(piece);
+    if (!said) return -std::int64_t{EINVAL};
+    return *said;
 }
 
 }  // namespace dualblade

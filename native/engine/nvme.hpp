@@ -6,6 +6,7 @@
 #include <array>
 #include <cstdint>
 #include <optional>
+#include <variant>
 
 #include "types.hpp"
 
@@ -21,15 +22,20 @@ struct NamespaceLimits {
     std::uint64_t scattered_bytes_max;  // what memory in single 4 KiB pages allows
 };
 
-// The 72 bytes of struct nvme_uring_cmd (linux/nvme_ioctl.h), ready for the submission entry.
+// The 72 bytes of struct nvme_uring_cmd (linux/nvme_ioctl.h), ready for the submission entry; and
+// of struct nvme_passthru_cmd, ready for the ioctl: they differ in the last four alone, which are
+// reserved in the one and where the kernel writes a result that nobody needs in the other.
 class NvmeCommand {
   public:
     static constexpr std::size_t kBytes = 72;
     static constexpr std::uint32_t kUringOperation = 0xC0484E80;  // NVME_URING_CMD_IO
+    static constexpr std::uint32_t kIoctlOperation = 0xC0484E43;  // NVME_IOCTL_IO_CMD
 
     const std::array<std::uint8_t, kBytes>& bytes() const { return bytes_; }
     // What it transfers; 0 for a flush.
     std::uint64_t size_bytes() const { return size_bytes_; }
+    // Bytes or a negative error number, from what the kernel told of it: 0, a status, or -errno.
+    std::int64_t result(std::int32_t told) const;
 
   private:
     friend class NvmeNamespace;
@@ -50,6 +56,9 @@ class NvmeNamespace {
     // Nothing for what is not whole blocks, outside the store, or more than one command carries.
     // Both syncs are a flush: NVMe has no flush of a range.
     std::optional<NvmeCommand> command(const Transfer& piece) const;
+    // The command for `piece`, cut at the store's end as a block device would; else why there is
+    // none, as a block device would answer it: 0 for a read at the end, or -errno.
+    std::variant<NvmeCommand, std::int64_t> answer(Transfer piece) const;
 
   private:
     explicit NvmeNamespace(const NamespaceLimits& limits) : limits_(limits) {}

@@ -1,12 +1,15 @@
-// The engine for where io_uring is forbidden: queue_depth threads that call pread and pwrite.
+// The engine for where io_uring is forbidden: queue_depth threads that call pread and pwrite, or
+// hand NVMe commands to the kernel by ioctl.
 #include <fcntl.h>
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <condition_variable>
 #include <thread>
+#include <variant>
 
-#include "engine.hpp"
+#include "queue.hpp"
 #include "threads.hpp"
 
 namespace dualblade {
@@ -38,9 +41,17 @@ std::int64_t transfer_once(const Transfer& piece) {
     return result < 0 ? -static_cast<std::int64_t>(errno) : result;
 }
 
-class PosixEngine final : public Engine {
+// Signals are blocked in this thread, so that EINTR means what it means in a ring: the kernel gave
+// the command up.
+std::int64_t send_once(int fd, const NvmeCommand& command) {
+    auto bytes = command.bytes();  // a copy: the kernel writes its result into it
+    const int told = ioctl(fd, NvmeCommand::kIoctlOperation, bytes.data());
+    return command.result(told < 0 ? -errno : told);
+}
+
+class PosixEngine final : public Queue {
   public:
-    explicit PosixEngine(EngineOptions options) : Engine(options) {
+    explicit PosixEngine(EngineOptions options) : Queue(options) {
         try {
             for (std::uint32_t i = 0; i < options.queue_depth; ++i) {
                 threads_.start("dualblade-posix", [this] { serve(); });
@@ -54,8 +65,16 @@ class PosixEngine final : public Engine {
 
     int register_buffer(std::uint64_t, std::uint64_t, bool) override { return EOPNOTSUPP; }
     int register_file(int) override { return EOPNOTSUPP; }
-    int unregister_file(int) override { return EOPNOTSUPP; }
-    int register_namespace(int, const NvmeNamespace&) override { return EOPNOTSUPP; }
+    int unregister_file(int fd) override {
+        auto lock = scheduler_.lock();
+        remove_space(fd);
+        return EOPNOTSUPP;
+    }
+    int register_namespace(int fd, const NvmeNamespace& space) override {
+        auto lock = scheduler_.lock();
+        add_space(fd, space);
+        return 0;
+    }
     void abandon() override {}
 
   protected:
@@ -76,15 +95,34 @@ class PosixEngine final : public Engine {
             if (scheduler_.work_waits(lock)) work_or_end_.notify_one();
             auto verdict = Scheduler::Verdict::Again;
             while (verdict != Scheduler::Verdict::Ended) {
+                const auto answer = answer_of(request.rest);
                 lock.unlock();
                 if (verdict == Scheduler::Verdict::AgainLater) {
                     std::this_thread::sleep_for(Scheduler::backoff(request));
                 }
-                const std::int64_t result = transfer_once(request.rest);
+                const std::int64_t result = carry_out(request.rest, answer);
                 lock.lock();
                 verdict = scheduler_.finish(lock, request, result);
             }
         }
+    }
+
+    using Answer = std::variant<std::monostate, NvmeCommand, std::int64_t>;
+
+    // What a namespace answers to `piece`; monostate: it is on a file or block device. With the
+    // lock: the table may change as soon as it is let go.
+    Answer answer_of(const Transfer& piece) const {
+        const NvmeNamespace* space = space_of(piece.fd);
+        if (space == nullptr) return {};
+        return std::visit([](auto said) -> Answer { return said; }, space->answer(piece));
+    }
+
+    static std::int64_t carry_out(const Transfer& piece, const Answer& answer) {
+        if (const auto* command = std::get_if<NvmeCommand>(&answer)) {
+            return send_once(piece.fd, *command);
+        }
+        if (const auto* refused = std::get_if<std::int64_t>(&answer)) return *refused;
+        return transfer_once(piece);
     }
 
     // Without this wait idle threads would spin. False: closed, and nothing is left to do.

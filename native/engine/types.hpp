@@ -41,6 +41,7 @@ struct Failure {
 
 // Totals since the engine was opened. "Backlog" is time in which a piece was waiting for a free
 // place in the queue: depth over backlog says whether the engine keeps the queue full when it can.
+// With a queue for each door the seconds of both are added up.
 struct Counters {
     std::uint64_t read_ops = 0;
     std::uint64_t read_bytes = 0;
@@ -55,6 +56,23 @@ struct Counters {
     double backlog_seconds = 0;
     double backlog_depth_seconds = 0;
     double thread_cpu_seconds = 0;
+
+    Counters& operator+=(const Counters& other) {
+        read_ops += other.read_ops;
+        read_bytes += other.read_bytes;
+        write_ops += other.write_ops;
+        write_bytes += other.write_bytes;
+        sync_ops += other.sync_ops;
+        errors += other.errors;
+        retries += other.retries;
+        short_transfers += other.short_transfers;
+        busy_seconds += other.busy_seconds;
+        depth_seconds += other.depth_seconds;
+        backlog_seconds += other.backlog_seconds;
+        backlog_depth_seconds += other.backlog_depth_seconds;
+        thread_cpu_seconds += other.thread_cpu_seconds;
+        return *this;
+    }
 };
 
 }  // namespace dualblade

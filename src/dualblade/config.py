@@ -53,7 +53,13 @@ PipelineMode = Literal["auto", "serial", "key-value", "tiled", "layers"]
 class EngineConfig:
     """How bytes are moved. Every default is the one that the benchmarks chose.
 
-    io_engine            `auto`, `io_uring` or `posix`; `auto` falls to posix, openly.
+    io_engine            `auto`: the best that store and machine allow, openly. `uring-cmd`: NVMe
+                         commands or nothing. `io_uring`: O_DIRECT, on a namespace's block device
+                         too. `posix`: threads; to a namespace, commands by ioctl.
+    io_poll              poll for completions of direct I/O (IOPOLL) instead of sleeping until the
+                         drive interrupts. Off: it keeps a core busy that the model could use. With
+                         cores to spare and a fast drive with poll queues it saves the interrupt.
+                         Refused where the drive has none.
     queue_depth          requests in flight on the device.
     chunk_bytes          largest single request; longer transfers are split.
     tile_tokens          rows in a tile; None: 64, unless whole blocks ask for more.
@@ -72,11 +78,15 @@ class EngineConfig:
                          attended to; `serial`: one after another. Results are the same.
     trace_events         spans that are kept for `DualBladeCache.write_trace`, the newest; about
                          200 bytes each, outside the budget. 0: none.
+    discard              tell a device (TRIM) of each extent when it is freed. Off: all are told of
+                         at close, and a discard stops the step in which it happens. For caches
+                         that live long on drives that want to know. Files do not need it.
     keep_store_blocks    keep a named store's blocks allocated at close (the KV stays on the drive
                          until the next open); the default gives them back.
     """
 
-    io_engine: Literal["auto", "io_uring", "posix"] = "auto"
+    io_engine: Literal["auto", "uring-cmd", "io_uring", "posix"] = "auto"
+    io_poll: bool = False
     queue_depth: int = 8
     chunk_bytes: int = MIB
     tile_tokens: int | None = None
@@ -86,18 +96,23 @@ class EngineConfig:
     memory_reserve_bytes: int | None = None
     cache_percent: int | None = None
     checksums: ChecksumMode = "sample"
+    discard: bool = False
     keep_store_blocks: bool = False
     pipeline: PipelineMode = "auto"
     trace_events: int = 0
 
     def __post_init__(self) -> None:
-        if self.io_engine not in ("auto", "io_uring", "posix"):
+        if self.io_engine not in ("auto", "uring-cmd", "io_uring", "posix"):
             raise ConfigError(
-                f"unknown io_engine {self.io_engine!r}", hint="use auto, io_uring or posix"
+                f"unknown io_engine {self.io_engine!r}",
+                hint="use auto, uring-cmd, io_uring or posix",
             )
         if self.checksums not in get_args(ChecksumMode):
             words = ", ".join(get_args(ChecksumMode))
             raise ConfigError(f"unknown checksums {self.checksums!r}", hint=f"use one of: {words}")
+        for name in ("io_poll", "discard"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
         _check("queue_depth", self.queue_depth, 1, 1024)
         _check("chunk_bytes", self.chunk_bytes, BLOCK_BYTES, GIB)
         if self.chunk_bytes % BLOCK_BYTES:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dualblade.errors import NoSpace, NotAStore, StorageError
+from dualblade.errors import NoSpace, NotAStore, StorageError, Unsupported
 from dualblade.io import Arena, Engine, open_engine
 from dualblade.store import Door, Store
 from dualblade.store.format import DATA_OFFSET, SUPERBLOCK_BYTES, second_copy_offset
@@ -97,6 +97,41 @@ def test_closing_discards_what_was_stored(device: str, engine: Engine, arena: Ar
             arena.buffer[: 2 * MIB] = b"\xff" * (2 * MIB)
             store.write(extent, 0, arena.address, 2 * MIB).wait()
         assert any(contents(device)[DATA_OFFSET : DATA_OFFSET + 2 * MIB]) is keep
+
+
+@pytest.mark.parametrize("discard", [False, True])
+def test_freed_extents_are_discarded_when_asked(
+    device: str, engine: Engine, arena: Arena, tmp_path: Path, discard: bool
+) -> None:
+    """A discard punches the file behind a loop device: its blocks are counted."""
+
+    def blocks_bytes() -> int:
+        return 512 * os.stat(tmp_path / "image").st_blocks
+
+    with Store.open(device, engine, discard=discard) as store:
+        extents = [store.allocate(4 * MIB, Door.DIRECT) for _ in range(2)]
+        for extent in extents:
+            arena.buffer[: 4 * MIB] = pattern(4 * MIB, seed=1)
+            store.write(extent, 0, arena.address, 4 * MIB).wait()
+        before = blocks_bytes()
+        store.free(extents[0])
+        assert before - blocks_bytes() == (4 * MIB if discard else 0)
+        store.read(extents[1], 0, arena.address, 4 * MIB).wait()
+        assert arena.buffer[: 4 * MIB] == pattern(4 * MIB, seed=1)
+
+
+def test_what_the_device_cannot_do_is_refused(device: str) -> None:
+    """No namespace, no poll queues: said at open, and nothing is held afterwards."""
+    with (
+        open_engine("uring-cmd") as engine,
+        pytest.raises(Unsupported, match="needs a store on an NVMe namespace"),
+    ):
+        Store.open(device, engine)
+    with open_engine(io_poll=True) as engine:
+        with pytest.raises(Unsupported, match=r"loop\d+ has no poll queues"):
+            Store.open(device, engine)
+        with Store.open(device, engine, direct=False) as store:  # the buffered ring never polls
+            assert store.capacity_bytes > 0
 
 
 def test_a_capacity_asked_for_is_a_limit(device: str, engine: Engine) -> None:

@@ -88,6 +88,10 @@ def test_what_json_tells(generated: dict[str, dict[str, Any]]) -> None:
     assert direct["memory"]["page_cache_bytes"] == 0
     assert direct["memory"]["used_bytes"] <= direct["memory"]["budget_bytes"] == 9 << 20
     assert {unit["path"] for unit in direct["plan"]} == {"direct"}
+    assert direct["checksums"]["mode"] == "sample"
+    read = direct["io"]["direct_read_bytes"]
+    assert 0 < direct["checksums"]["verified_bytes"] <= read // 8  # a sixteenth, in whole tiles
+    assert direct["checksums"]["mismatches"] == 0
     dual = generated["dual"]["cache"]
     assert {unit["path"] for unit in dual["plan"]} == {"direct", "page-cache"}
     assert dual["memory"]["used_bytes"] <= dual["memory"]["budget_bytes"]
@@ -101,6 +105,7 @@ def test_progress_and_stats_go_to_stderr(generated: dict[str, dict[str, Any]]) -
     assert "prefill of 1400 tokens" in told
     assert "units through the page cache" in told
     assert "waiting for reads" in told
+    assert "0 mismatches" in told
 
 
 def test_text_goes_to_stdout_and_nothing_else(own_cache_directory: Path) -> None:

@@ -57,7 +57,11 @@ def test_every_path_gives_the_same_answer_under_its_limit(
     assert result["limits_enforced"] == (MemoryCgroup.available() is None)
     if result["limits_enforced"]:
         for path in ("page-cache", "direct", "dual"):
-            assert runs[path]["peak_memory_bytes"] <= runs[path]["memory_limit_bytes"]
+            for phase in ("prefill_memory", "decode_memory"):
+                assert runs[path][phase]["peak_bytes"] <= runs[path][phase]["limit_bytes"]
+            decode = runs[path]["decode_memory"]
+            room = decode["limit_bytes"] - decode["base_bytes"]
+            assert room < 0.7 * result["kv_bytes"], "the page cache alone would nearly hold it"
         # A quarter of the KV in memory and a cyclic sweep over all of it: next to no hits.
         assert runs["page-cache"]["page_cache_hit_fraction"] < 0.5
         assert runs["dual"]["page_cache_hit_fraction"] > 0.9

@@ -22,6 +22,9 @@ CHILD = [sys.executable, "-m", "tests.integration.squeeze_child"]
 ROOM_BYTES = 240 * MIB  # for the cache; its KV has 256 MiB
 RESERVE_BYTES = 24 * MIB
 
+PEER_STEPS = 30
+EVENTS_MAX = 20
+
 # Touches its memory in small steps, as processes do that grow; says so and waits.
 HOG = """
 import sys
@@ -100,3 +103,58 @@ def test_the_plan_follows_a_neighbour_and_the_tokens_do_not_change(tmp_path: Pat
     assert end["stats"]["path"] == "dual"
     assert end["stats"]["io"]["written_bytes"] == end["stats"]["stored_bytes"]
     assert end["tokens"] == undisturbed(tmp_path / "b", len(end["tokens"]) - 1)
+
+
+@pytest.mark.skipif(REASON is not None, reason=f"no memory cgroup: {REASON}")
+def test_the_plan_follows_a_limit_that_changes(tmp_path: Path) -> None:
+    """An administrator halves the room while it decodes, and gives it back."""
+    with MemoryCgroup() as group, group.popen(CHILD, **PIPES) as process:
+        child = Child(process, store=str(tmp_path / "a"), reserve_bytes=RESERVE_BYTES, steps=None)
+        child.told()
+        limit = group.limit.needed_bytes() + ROOM_BYTES
+        group.limit.set(limit)
+        child.go_on()
+        before = child.told()["planned"]
+        group.limit.set(limit - before // 2)
+        squeezed = child.told()
+        group.limit.set(limit)
+        assert squeezed["went_down"], squeezed
+        assert child.told() == {"came_back": True}
+        end = child.told()
+        assert process.wait() == 0
+        assert group.limit.oom_kills() == 0
+    assert {"budget fell", "room rose"} <= {event["cause"] for event in end["stats"]["events"]}
+    assert end["tokens"] == undisturbed(tmp_path / "b", len(end["tokens"]) - 1)
+
+
+@pytest.mark.skipif(REASON is not None, reason=f"no memory cgroup: {REASON}")
+def test_two_caches_in_one_group_come_to_rest(tmp_path: Path) -> None:
+    """Their KV is twice the room, and each is told that all of it is its own: neither is killed,
+    and they do not take from each other in turn."""
+    with (
+        MemoryCgroup() as group,
+        group.popen(CHILD, **PIPES) as first,
+        group.popen(CHILD, **PIPES) as second,
+    ):
+        options = {"reserve_bytes": RESERVE_BYTES, "steps": PEER_STEPS}
+        children = [
+            Child(process, store=str(tmp_path / name), **options)
+            for process, name in ((first, "a"), (second, "b"))
+        ]
+        for child in children:
+            child.told()
+        group.limit.set(group.limit.needed_bytes() + ROOM_BYTES)
+        for child in children:
+            child.go_on()
+        ends = [child.told() for child in children]
+        assert [first.wait(), second.wait()] == [0, 0]
+        assert group.limit.oom_kills() == 0
+    for end in ends:
+        events = end["stats"]["events"]
+        ups = [event for event in events if event["to_bytes"] > event["from_bytes"]]
+        # Half of what is free at a time, a second apart; a try that failed is repeated after 10,
+        # 20, 40 s with one unit. To and fro at the probe's ten a second would be hundreds.
+        assert len(events) <= EVENTS_MAX, events
+        assert len(ups) <= EVENTS_MAX // 2, events
+        assert end["stats"]["io"]["written_bytes"] == end["stats"]["stored_bytes"]
+    assert ends[0]["tokens"] == ends[1]["tokens"] == undisturbed(tmp_path / "c", PEER_STEPS)

@@ -113,7 +113,7 @@ def _machine(sockets: Sequence[tuple[str, Path]], control: Path) -> list[str]:
         *("-object", f"memory-backend-memfd,id=m,size={_MEMORY_MIB}M,share=on"),
         *("-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"),
         *("-kernel", str(CACHE / "vmlinux"), "-initrd", str(CACHE / "initrd.gz")),
-        *("-append", "console=ttyS0 loglevel=5 panic=-1 mitigations=off"),
+        *("-append", "console=ttyS0 loglevel=5 panic=-1 mitigations=off nvme.poll_queues=1"),
         *("-qmp", f"unix:{control},server=on,wait=off"),
     ]
     for tag, path in sockets:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What the lab boots, made once in build/lab: a Debian cloud kernel (NVMe and virtiofs built in) and
-# an initramfs of one busybox. Needs qemu, virtiofsd, busybox-static, cpio, xz (scripts/system_packages).
+# What the lab boots, made once in build/lab: a Debian cloud kernel (NVMe and virtiofs built in), the
+# modules that make a drive part of something else (dm, md), and an initramfs of one busybox. Needs qemu, virtiofsd, busybox-static, cpio, xz (scripts/system_packages).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 lab=${DUALBLADE_LAB_CACHE:-$PWD/build/lab}
@@ -8,7 +8,7 @@ mkdir -p "$lab"
 exec 9>"$lab/lock"
 flock 9
 
-if [[ ! -f $lab/vmlinux ]]; then
+if [[ ! -f $lab/vmlinux || ! -d $lab/modules ]]; then
   work=$(mktemp -d)
   trap 'rm -rf "$work"' EXIT
   find_package() {
@@ -23,6 +23,12 @@ if [[ ! -f $lab/vmlinux ]]; then
   # Uncompressed, it boots by PVH and need not unpack itself under emulation.
   python3 tests/lab/unpack_kernel.py "$work"/kernel/boot/vmlinuz-* "$lab/vmlinux.new"
   mv "$lab/vmlinux.new" "$lab/vmlinux"
+  rm -rf "$lab/modules.new" && mkdir "$lab/modules.new"
+  for module in dm-mod md-mod raid1; do
+    find "$work/kernel" -name "$module.ko*" -exec cp {} "$lab/modules.new/" \;
+  done
+  unxz -q "$lab"/modules.new/*.xz
+  mv "$lab/modules.new" "$lab/modules"
 fi
 
 if [[ ! -f $lab/initrd.gz || tests/lab/init.sh -nt $lab/initrd.gz ]]; then

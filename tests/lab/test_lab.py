@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.machine import DRIVE_BYTES, ROOT, boot, missing
+from tests.lab.machine import CACHE, DRIVE_BYTES, ROOT, boot, missing
 
 _BAD_SECTOR = (16 << 20) // 512  # of LABBAD: 16 MiB from its start
 
@@ -71,6 +71,7 @@ def test_devices_in_a_guest(tmp_path: Path) -> None:
     chosen = os.environ.get("DUALBLADE_LAB_TESTS", "tests/lab/guest")
     command = f"""
 export HOME=/run TMPDIR=/run XDG_CACHE_HOME=/run/cache PYTHONDONTWRITEBYTECODE=1
+export DUALBLADE_LAB_MODULES={CACHE}/modules
 export OMP_NUM_THREADS=1 DUALBLADE_LAB_GUEST=/mnt HYPOTHESIS_STORAGE_DIRECTORY=/run/hypothesis
 cd {ROOT}
 {sys.executable} -m pytest -p no:cacheprovider -o timeout=180 -o faulthandler_timeout=120 \\

@@ -2,7 +2,8 @@
 with late writes and late copies; rows are gathered and compared, or attended to where they lie.
 
 Two layers with different heads and dims; slots so small that tiles are moved in several pieces.
-On the dual path the memory that is there changes at random, so units move between steps.
+On the dual path the memory that is there changes at random, so units move between steps. Checksums
+find nothing wrong.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from torch.nn.functional import scaled_dot_product_attention
 
 from dualblade.attention import AttentionQuery
-from dualblade.config import EngineConfig, Path, PipelineMode
+from dualblade.config import ChecksumMode, EngineConfig, Path, PipelineMode
 from dualblade.host.memory import MemoryBudget, OwnMemory
 from dualblade.io import Op, open_engine
 from dualblade.pipeline import KVPipeline, KVSettings, MemoryKV
@@ -65,6 +66,7 @@ class KVMachine(RuleBasedStateMachine):
         budget=st.sampled_from([14 * MIB, 64 * MIB]),
         lookahead=st.sampled_from([1, 4]),
         batch=st.sampled_from([1, 2, 5]),
+        checksums=st.sampled_from(["all", "sample", "off"]),
         dma=st.booleans(),
         mode=st.sampled_from(get_args(PipelineMode)),
     )
@@ -79,6 +81,7 @@ class KVMachine(RuleBasedStateMachine):
         budget: int,
         lookahead: int,
         batch: int,
+        checksums: ChecksumMode,
         dma: bool,
         mode: PipelineMode,
     ) -> None:
@@ -88,7 +91,11 @@ class KVMachine(RuleBasedStateMachine):
             self.pipeline = MemoryKV(torch.device("cpu"), tile_tokens, tokens_max)
             return
         config = EngineConfig(
-            tile_tokens=tile_tokens, staging_bytes=512 * KIB, lookahead=lookahead, pipeline=mode
+            tile_tokens=tile_tokens,
+            staging_bytes=512 * KIB,
+            lookahead=lookahead,
+            checksums=checksums,
+            pipeline=mode,
         )
         opened = open_engine(engine, queue_depth=4, chunk_bytes=64 * KIB)
         if late_writes:  # reads that do not wait for them would overtake
@@ -220,6 +227,11 @@ class KVMachine(RuleBasedStateMachine):
             fixed = use.staging_bytes + use.gather_bytes + use.tail_bytes + use.table_bytes
             assert fixed <= 2 * self.roomy_bytes
             assert planned == 0 or fixed + planned <= use.budget_bytes
+            totals = self.pipeline.checksums.totals()
+            assert totals.mismatches == 0, "a false alarm"
+            if totals.mode == "all":
+                written = self.pipeline.transfers().written_bytes
+                assert totals.made_bytes == written, "a tile was stored without a checksum"
             for event in self.pipeline.events():
                 assert (event.from_bytes > event.to_bytes) == (event.demoted_units > 0)
         if self.pipeline is not None:

@@ -7,14 +7,16 @@ block count times the block, its blocks lie inside the store, and its opcode is 
 from __future__ import annotations
 
 import errno
+import os
 import struct
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dualblade.errors import ConfigError, DeviceError, Unsupported
-from dualblade.io import Namespace, Op, Transfer, open_engine
+from dualblade.io import Arena, EngineChoice, Namespace, Op, Transfer, open_engine
 from dualblade.io._native import nvme_command
 from dualblade.units import GIB, KIB, MIB
 
@@ -135,13 +137,42 @@ def test_limits_are_accepted_only_where_they_hold_together(limits: tuple[int, ..
         assert good
 
 
-def test_engines_without_passthrough_say_so() -> None:
+def test_limits_of_no_namespace_are_no_passthrough() -> None:
     with open_engine("posix") as engine:
-        with pytest.raises(Unsupported, match="posix engine has no NVMe passthrough"):
-            engine.register_namespace(0, SPACE)
         with pytest.raises(ConfigError):
             engine.register_namespace(0, SPACE._replace(block_bytes=1000))
         assert engine.name == "posix"
+
+
+@pytest.mark.parametrize("name", ["posix", "auto"])
+def test_what_cannot_be_said_never_reaches_the_kernel(name: EngineChoice, tmp_path: Path) -> None:
+    """A plain file in the place of a namespace: commands reach the kernel, which knows no such
+    thing there; what is outside the store ends before it, with a block device's answers."""
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    try:
+        with open_engine(name) as engine, Arena(2 * MIB) as arena:
+            try:
+                engine.register_namespace(fd, SPACE)
+            except Unsupported:
+                pytest.skip("this kernel has no IORING_OP_URING_CMD")
+            assert engine.name == ("nvme-ioctl" if name == "posix" else "uring-cmd")
+
+            def error_of(op: Op, size_bytes: int, offset: int) -> int | None:
+                transfer = Transfer(fd, op, arena.address, size_bytes, offset)
+                with pytest.raises(DeviceError) as caught:
+                    engine.submit([transfer]).wait()
+                return caught.value.errno
+
+            unknown = errno.ENOTTY if name == "posix" else errno.EOPNOTSUPP
+            assert error_of(Op.READ, 4096, SPACE.begin) == unknown
+            assert error_of(Op.DATASYNC, 0, 0) == unknown
+            assert error_of(Op.WRITE, 4096, SPACE.begin - 4096) == errno.EINVAL
+            assert error_of(Op.WRITE, 4096, SPACE.begin + 1) == errno.EINVAL
+            assert error_of(Op.WRITE, 4096, SPACE.end) == errno.ENOSPC
+            assert error_of(Op.READ, 4096, SPACE.end) == 0
+            assert os.fstat(fd).st_size == 0
+    finally:
+        os.close(fd)
 
 
 def test_a_status_in_words_and_whether_to_try_again() -> None:

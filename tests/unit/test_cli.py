@@ -103,6 +103,12 @@ USAGE_ERRORS = [
     (["plan", "-m", "./nowhere", "--context", "10"], "no model at ./nowhere"),
     (["bench", "decode", "-m", TINY, "--mode", "mmap"], "unknown mode"),
     (["bench", "decode", "-m", TINY, "--mode", "dual", "--memory-limit", "x"], "memory limit"),
+    (["generate", "-m", TINY, "-p", "x", "--checksums", "some"], "off, sample, all"),
+    (["bench", "decode", "-m", TINY, "--mode", "direct", "--engine", "checksums"], "checksums=all"),
+    (
+        ["bench", "decode", "-m", TINY, "--mode", "direct", "--engine", "cheksums=all"],
+        "'checksums'",
+    ),
     (["bench", "io", "--store", "x", "--size", "1KiB"], "not whole chunks"),
     (["demo", "--dtype", "int8"], "unknown dtype"),
     (["frobnicate"], "No such command"),

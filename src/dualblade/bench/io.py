@@ -62,6 +62,11 @@ class IoBenchOptions:
     def __post_init__(self) -> None:
         if self.repeats < 1:
             raise ConfigError(f"{self.repeats} repeats")
+        if self.io_engine == "uring-cmd":
+            raise ConfigError(
+                "uring-cmd sends commands to an NVMe namespace; bench io reads a file",
+                hint="use io_engine auto, io_uring or posix",
+            )
         if self.size_bytes < self.chunk_bytes or self.size_bytes % self.chunk_bytes:
             raise ConfigError(
                 f"a file of {self.size_bytes} bytes is not whole chunks of {self.chunk_bytes}"

@@ -174,6 +174,7 @@ def bench_decode(
     io_engine: options.IOEngine = "auto",
     queue_depth: options.QueueDepth = None,
     chunk: MaybeChunk = None,
+    engine: options.EngineSettings = None,
     repeats: Repeats = 1,
     compare_fio: CompareFio = False,
     trace: options.Trace = None,
@@ -195,8 +196,9 @@ def bench_decode(
     from dualblade.bench.decode import DecodeBenchOptions, run_decode_bench
     from dualblade.cli.output import Reporter, write_json
 
-    engine: dict[str, Any] = {"io_engine": io_engine, "queue_depth": queue_depth}
-    engine["chunk_bytes"] = None if chunk is None else parse_size(chunk)
+    settings: dict[str, Any] = {"io_engine": io_engine, "queue_depth": queue_depth}
+    settings["chunk_bytes"] = None if chunk is None else parse_size(chunk)
+    settings.update(options.parse_settings(engine))
     wanted = DecodeBenchOptions(
         model=model,
         batch=batch,
@@ -213,7 +215,7 @@ def bench_decode(
         seed=seed,
         compare_fio=compare_fio,
         trace=trace,
-        engine={name: value for name, value in engine.items() if value is not None},
+        engine={name: value for name, value in settings.items() if value is not None},
     )
     with Reporter() as reporter:
         result = run_decode_bench(wanted, reporter.tell)

@@ -3,7 +3,9 @@
     python -m dualblade.cli.demo_run < options.json
 
 Order: load the model into memory of its own, warm up, release what that left over; *then* set the
-memory limit, start the peak anew and generate. So what is limited and measured is generating.
+memory limit, start the peak anew and generate. So what is limited and measured is generating. The
+prefill needs memory for its activations, which in decoding would be so much more page cache: at
+the first token it is released, the limit lowered by it, and the peak started anew.
 Progress goes to stderr: lines of words, and `%0.25` for a quarter done.
 """
 
@@ -37,7 +39,11 @@ _WARM_UP_TOKENS = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoRun:
-    """What one child does. `memory_budget` None: as much as it likes (path memory)."""
+    """What one child does. `memory_budget` None: as much as it likes (path memory).
+
+    The limits are told as bytes beyond what the process needs after loading and warm-up, for that
+    differs: the first one is charged for the libraries' pages.
+    """
 
     path: str
     dtype: str
@@ -45,7 +51,8 @@ class DemoRun:
     prefill_chunk_tokens: int
     memory_budget: int | None
     io_engine: str
-    limit_bytes: int | None
+    prefill_room_bytes: int | None
+    decode_room_bytes: int | None
     cgroup_directory: str | None
     cgroup_version: int
 
@@ -63,35 +70,70 @@ def demo_prompt() -> str:
     return _PROMPT.format(question=QUESTION, text=body.strip())
 
 
+class _Phase:
+    """The memory of prefill, or of decoding: what was there before, its limit, and its peak.
+
+    `room_bytes` None: no limit; `beyond_bytes` None: beyond what there is before.
+    """
+
+    def __init__(
+        self, limit: MemoryLimit | None, room_bytes: int | None, beyond_bytes: int | None = None
+    ) -> None:
+        release_memory()
+        self._limit = limit
+        self._resident_bytes = process_memory().resident_bytes
+        self.base_bytes = self._resident_bytes if limit is None else limit.needed_bytes()
+        beyond = self.base_bytes if beyond_bytes is None else beyond_bytes
+        self.limit_bytes = None if room_bytes is None else beyond + room_bytes
+        if limit is not None:
+            limit.set(self.limit_bytes)
+            limit.reset_peak()
+        reset_peak_memory()
+
+    def end(self) -> dict[str, Any]:
+        """`grown_bytes` are the process's own; the cgroup's peak has the page cache in it."""
+        grown = process_memory().peak_resident_bytes - self._resident_bytes
+        peak = self.base_bytes + grown if self._limit is None else self._limit.peak_bytes()
+        return {
+            "limit_bytes": self.limit_bytes,
+            "base_bytes": self.base_bytes,
+            "grown_bytes": grown,
+            "peak_bytes": peak,
+        }
+
+
 def run(options: DemoRun) -> dict[str, Any]:
     """Load, warm up, limit, generate. Raises: DualBladeError."""
     loaded = _load(options)
     prompt = loaded.encode(demo_prompt())
     _warm_up(loaded.model, prompt)
-    release_memory()
     limit = options.cgroup()
-    resident_bytes = process_memory().resident_bytes
-    base_bytes = resident_bytes if limit is None else limit.needed_bytes()
-    if limit is not None:
-        limit.set(options.limit_bytes)
-        limit.reset_peak()
-    reset_peak_memory()
-    result = _generate(options, loaded, prompt)
-    grown_bytes = process_memory().peak_resident_bytes - resident_bytes
+    phases = [_Phase(limit, options.prefill_room_bytes)]
+    ends: list[dict[str, Any]] = []
+
+    def first_token() -> None:
+        ends.append(phases[-1].end())
+        phases.append(_Phase(limit, options.decode_room_bytes, phases[0].base_bytes))
+
+    result = _generate(options, loaded, prompt, first_token)
+    ends.append(phases[-1].end())
+    prefill, decode = ends
     return {
         "path": options.path,
         "model": loaded.name,
         "prompt_tokens": len(prompt),
         **result,
-        "base_bytes": base_bytes,
-        "grown_bytes": grown_bytes,
-        "peak_memory_bytes": base_bytes + grown_bytes if limit is None else limit.peak_bytes(),
+        "prefill_memory": prefill,
+        "decode_memory": decode,
+        "peak_memory_bytes": decode["peak_bytes"],
         "peak_memory_of": "process" if limit is None else "cgroup",
-        "memory_limit_bytes": options.limit_bytes,
+        "memory_limit_bytes": decode["limit_bytes"],
     }
 
 
-def _generate(options: DemoRun, loaded: Any, prompt: list[int]) -> dict[str, Any]:
+def _generate(
+    options: DemoRun, loaded: Any, prompt: list[int], on_first: Callable[[], None]
+) -> dict[str, Any]:
     """The answer and what it cost. Figures of decoding begin after the first token."""
     from dualblade.cli.generation import Sampling, generate_text
     from dualblade.hf.cache import DualBladeCache
@@ -114,6 +156,7 @@ def _generate(options: DemoRun, loaded: Any, prompt: list[int]) -> dict[str, Any
         _tell(f"{options.path}: prefill of {len(prompt)} tokens")
 
         def first_token() -> None:
+            on_first()
             at_first.append((process_io().read_bytes, cache.stats().io))
             _tell(f"{options.path}: decoding")
 

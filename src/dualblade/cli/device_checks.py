@@ -86,8 +86,8 @@ def _passthrough(drive: Drive) -> str | None:
     try:
         with open_engine() as engine:
             engine.register_namespace(fd, space)
+            return f"possible: engine {engine.name}"
     except Unsupported as exc:
         return exc.message
     finally:
         os.close(fd)
-    return "possible"

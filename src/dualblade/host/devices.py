@@ -57,6 +57,7 @@ class BlockQueue:
     read_ahead_bytes: int | None
     write_cache: str | None
     scheduler: str | None
+    io_poll: bool | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +150,7 @@ def block_queue(device: int, root: Path = ROOT) -> BlockQueue | None:
     queue = whole / "queue"
     rotational = _number(queue / "rotational")
     read_ahead_kb = _number(queue / "read_ahead_kb")
+    polls = _number(queue / "io_poll")
     return BlockQueue(
         name=node.name,
         model=_text(whole / "device/model"),
@@ -160,6 +162,8 @@ def block_queue(device: int, root: Path = ROOT) -> BlockQueue | None:
         read_ahead_bytes=None if read_ahead_kb is None else read_ahead_kb * KIB,
         write_cache=_text(queue / "write_cache"),
         scheduler=_scheduler(_text(queue / "scheduler")),
+        # 1 where the driver has queues that are polled (nvme: poll_queues).
+        io_poll=None if polls is None else bool(polls),
     )
 
 

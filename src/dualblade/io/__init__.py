@@ -4,14 +4,23 @@
 
 The engine cuts transfers into pieces, keeps a set number of them in flight from its own thread
 without Python's lock, and says how far each batch has landed. Two engines, one interface:
-`io_uring`, and `posix` threads where io_uring is forbidden.
+`io_uring`, and `posix` threads where io_uring is forbidden. Both send NVMe commands to a namespace:
+by URING_CMD, or by ioctl.
 """
 
 from dualblade.io.arena import Arena
-from dualblade.io.engine import Counters, Engine, EngineChoice, Ticket, open_engine
+from dualblade.io.engine import (
+    ENGINE_CHOICES,
+    Counters,
+    Engine,
+    EngineChoice,
+    Ticket,
+    open_engine,
+)
 from dualblade.io.transfer import Namespace, Op, Transfer
 
 __all__ = [
+    "ENGINE_CHOICES",
     "Arena",
     "Counters",
     "Engine",

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal
+from typing import Literal, get_args
 
 from dualblade.errors import Closed, ConfigError, DeviceError, Unsupported
 from dualblade.io import _native
@@ -19,7 +19,8 @@ from dualblade.io.arena import Arena
 from dualblade.io.transfer import Namespace, Op, Transfer
 from dualblade.units import BLOCK_BYTES, GIB, MIB, format_size
 
-EngineChoice = Literal["auto", "io_uring", "posix"]
+EngineChoice = Literal["auto", "uring-cmd", "io_uring", "posix"]
+ENGINE_CHOICES: tuple[EngineChoice, ...] = get_args(EngineChoice)
 
 # The kernel's result of one request is a signed 32-bit count.
 CHUNK_BYTES_MAX = GIB
@@ -39,7 +40,8 @@ _live: weakref.WeakSet[Engine] = weakref.WeakSet()
 class Counters:
     """Totals since the engine was opened; subtract two snapshots for an interval.
 
-    `backlog_*` are over the time in which a piece was waiting for a free place in the queue.
+    `backlog_*` are over the time in which a piece was waiting for a free place in the queue. With
+    io_uring each door has a queue of its own; the seconds of both are added up.
     """
 
     read_ops: int
@@ -138,9 +140,16 @@ class Engine:
     """Carries transfers. Made by open_engine; any thread may submit.
 
     Limits: `queue_depth` pieces of at most `chunk_bytes` are in flight, first in, first out
-    across tickets. A forked child cannot use it (Closed); the parent is not disturbed.
+    across tickets; with io_uring that holds for each door, and neither waits for the other. A
+    forked child cannot use it (Closed); the parent is not disturbed.
+
+    name     what carries the direct door: uring-cmd, io_uring, nvme-ioctl or posix.
+    choice   the word that it was asked for by; a store obeys it.
+    io_poll  direct reads and writes are polled for: only on devices with poll queues.
     """
 
+    choice: EngineChoice = "auto"
+    io_poll: bool = False
     name: str
     reason: str | None
     queue_depth: int
@@ -154,6 +163,7 @@ class Engine:
         self.reason = reason
         self.queue_depth = depth
         self.chunk_bytes = chunk_bytes
+        self._has_ring = name == "io_uring"
         self._notes: list[str] = []
         # Registered memory stays pinned until the ring is gone. Unmapped earlier, a new mapping
         # at the same address would be taken for it, and reads would land in the old pages.
@@ -174,7 +184,7 @@ class Engine:
             self._note(
                 f"huge pages: {format_size(arena.huge_bytes)} of {format_size(arena.size_bytes)}"
             )
-        if self.name == "posix":
+        if not self._has_ring:
             return False
         self._registered.append(arena.buffer)
         for start in range(0, arena.size_bytes, REGISTERED_BYTES_MAX):
@@ -208,13 +218,19 @@ class Engine:
         if error == errno.EOPNOTSUPP:
             raise Unsupported(
                 "NVMe passthrough needs io_uring with IORING_OP_URING_CMD (Linux 5.19)"
-                if self.name == "io_uring"
-                else f"the {self.name} engine has no NVMe passthrough"
-                + (f" ({self.reason})" if self.reason else "")
             )
         if error:
             raise Unsupported(f"NVMe passthrough: {os.strerror(error)}")
-        self.name = "uring-cmd"
+        self.name = "uring-cmd" if self._has_ring else "nvme-ioctl"
+
+    def limit_direct_pieces(self, size_bytes: int) -> None:
+        """Cut direct transfers to pieces of at most `size_bytes` from now on, where that is less.
+
+        The block layer splits what is longer than its limit, and does not poll for what it split.
+        """
+        if size_bytes < self.chunk_bytes:
+            self._native.limit_direct_pieces(size_bytes)
+            self._note(f"direct pieces of {format_size(size_bytes)}: longer ones are not polled")
 
     def fall_back(self, reason: str) -> None:
         """Take note that a better way was wanted, and why it is not in force."""
@@ -273,16 +289,24 @@ _FORKED_TEXT = "the engine lives in the parent process: open one after the fork"
 
 
 def open_engine(
-    name: EngineChoice = "auto", *, queue_depth: int = 8, chunk_bytes: int = MIB
+    name: EngineChoice = "auto",
+    *,
+    queue_depth: int = 8,
+    chunk_bytes: int = MIB,
+    io_poll: bool = False,
 ) -> Engine:
     """The best engine that this machine allows, or the one that is named.
 
-    auto: io_uring, else posix with `reason` saying why.
+    auto: io_uring, else posix with `reason` saying why. uring-cmd: io_uring, for stores that take
+    NVMe commands. `io_poll`: direct reads and writes are polled for, so only devices with poll
+    queues may be given to it (a store checks); that keeps a core busy while any is in flight.
 
     Raises: Unsupported when the named one cannot be had, ConfigError for a wrong argument.
     """
-    if name not in ("auto", "io_uring", "posix"):
-        raise ConfigError(f"no such engine: {name!r}", hint="auto, io_uring or posix")
+    if name not in ENGINE_CHOICES:
+        raise ConfigError(f"no such engine: {name!r}", hint=f"one of {', '.join(ENGINE_CHOICES)}")
+    if io_poll and name == "posix":
+        raise ConfigError("io_poll is io_uring's: the posix engine cannot poll for completions")
     if not 1 <= queue_depth <= QUEUE_DEPTH_MAX:
         raise ConfigError(f"queue depth {queue_depth} is not in 1 to {QUEUE_DEPTH_MAX}")
     if not 0 < chunk_bytes <= CHUNK_BYTES_MAX or chunk_bytes % BLOCK_BYTES:
@@ -292,22 +316,29 @@ def open_engine(
     reason = None
     if name != "posix":
         try:
-            native = _native.Engine("io_uring", queue_depth, chunk_bytes)
-            return Engine(native, "io_uring", None, queue_depth, chunk_bytes)
+            native = _native.Engine("io_uring", queue_depth, chunk_bytes, io_poll)
         except OSError as error:
             reason = _why_no_uring(error)
-            if name == "io_uring":
+            if name != "auto" or io_poll:
                 raise Unsupported(
                     reason, hint="take --io-engine auto or posix, or allow io_uring"
                 ) from error
+        else:
+            engine = Engine(native, "io_uring", None, queue_depth, chunk_bytes)
+            engine.choice, engine.io_poll = name, io_poll
+            if io_poll:
+                engine._note("completions of direct reads and writes are polled for")
+            return engine
     try:
-        native = _native.Engine("posix", queue_depth, chunk_bytes)
+        native = _native.Engine("posix", queue_depth, chunk_bytes, False)
     except OSError as error:
         raise Unsupported(
             f"cannot start an engine of {queue_depth} threads: {error.strerror}",
             hint="lower the queue depth",
         ) from error
-    return Engine(native, "posix", reason, queue_depth, chunk_bytes)
+    engine = Engine(native, "posix", reason, queue_depth, chunk_bytes)
+    engine.choice = name
+    return engine
 
 
 def _why_no_uring(error: OSError) -> str:

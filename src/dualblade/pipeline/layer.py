@@ -99,8 +99,8 @@ class Layer:
     @property
     def table_bytes(self) -> int:
         """Memory of what is kept about tiles: their sequences, and checksums of both halves."""
-        segments = (segment for half in self.halves for segment in half.unit.segments)
-        return self.table.size_bytes + sum(segment.checksums.__sizeof__() for segment in segments)
+        sums = [segment.checksums for half in self.halves for segment in half.unit.segments]
+        return self.table.size_bytes + sum(len(some) * some.itemsize for some in sums)
 
     def token_bytes(self) -> int:
         """Bytes of one token of all sequences, keys and values."""

@@ -48,6 +48,8 @@ PROBE_SECONDS = 0.1
 HITS_SECONDS = 0.5
 """Between two measurements of hits: cachestat of 1 GiB in 4 KiB pages costs 2 ms."""
 
+_FIRST_UNIT = UnitId(0, Part.KEYS)
+
 _EVENTS_MAX = 256
 """Events that are kept, the newest; each was logged. Hours, where the memory is not pathological:
 a squeeze and its release are about ten."""
@@ -100,18 +102,22 @@ class HitSweep:
         self._unit_count = unit_count
         self._cached_bytes = cached_bytes
         self._seen = 0
-        self._is_counting = False
+        self.is_counting = False
         self._cached = self._stored = 0
         self._measured_at = float("-inf")
         self._hit_fraction: float | None = None
 
+    def begins(self, unit: Unit) -> bool:
+        """Whether `unit` is the first of a sweep."""
+        return unit.id == _FIRST_UNIT
+
+    def begin(self, now: float) -> None:
+        """A sweep begins; it counts, if it is time."""
+        self.is_counting = now - self._measured_at >= HITS_SECONDS
+        self._seen = self._cached = self._stored = 0
+
     def visit(self, unit: Unit, door: Door, now: float) -> None:
-        """`unit` is about to be read."""
-        if unit.id == UnitId(0, Part.KEYS):
-            self._is_counting = now - self._measured_at >= HITS_SECONDS
-            self._seen = self._cached = self._stored = 0
-        if not self._is_counting:
-            return
+        """`unit` is about to be read, in a sweep that counts."""
         self._seen += 1
         if door is Door.PAGE_CACHE:
             stored = unit.stored_bytes
@@ -119,7 +125,7 @@ class HitSweep:
             self._stored += stored
             self._cached += min(stored, cached)  # an extent may be cached beyond its last tile
         if self._seen == self._unit_count:
-            self._is_counting = False
+            self.is_counting = False
             self._measured_at = now
             self._hit_fraction = self._cached / self._stored if self._stored else None
 
@@ -130,7 +136,7 @@ class HitSweep:
 
     def restart(self) -> None:
         """Units moved: what was counted says nothing of the plan in force."""
-        self._is_counting, self._hit_fraction = False, None
+        self.is_counting, self._hit_fraction = False, None
 
 
 class Placements:
@@ -166,6 +172,8 @@ class Placements:
         self._opened_at = clock()
         self._events: deque[ResidencyEvent] = deque(maxlen=_EVENTS_MAX)
         self._has_warned = False
+        self._shares: BudgetShares | None = None
+        self._budget_bytes = self._room = 0
         self.forget()
 
     def forget(self) -> None:
@@ -212,8 +220,14 @@ class Placements:
         `look` is called before. Blocks while units move; raises DeviceError (see Store.move).
         """
         has_changed = self._renew_demands(like, layers, tokens)
-        shares = replace(shares, budget_bytes=self._watch.budget_bytes)
-        room = shares.page_cache_bytes
+        budget = self._watch.budget_bytes
+        if shares is self._shares and budget == self._budget_bytes:
+            if like.index and not has_changed and self._plan is not None:
+                return  # the other layers of a step
+        else:
+            self._shares, self._budget_bytes = shares, budget
+            self._room = replace(shares, budget_bytes=budget).page_cache_bytes
+        room = self._room
         if self._plan is None:
             self._begin(room)
         elif self._controller is None:
@@ -223,11 +237,15 @@ class Placements:
             self._re_decide(self._controller, layers, room)
         if self._controller is not None:
             assert self._controller.planned_bytes <= room, "more is planned than there is room for"
-            self._warn_once(shares)
+            self._warn_once(shares, budget)
 
     def visit(self, unit: Unit) -> None:
         """`unit` is about to be read, in the order of the sweep."""
-        if self._controller is not None:
+        if self._controller is None:
+            return
+        if self._hits.begins(unit):
+            self._hits.begin(self._clock())
+        if self._hits.is_counting:  # one sweep in many: what is not measured costs next to nothing
             self._hits.visit(unit, self.door(unit.id), self._clock())
 
     def _renew_demands(self, like: Layer, layers: Mapping[int, Layer], tokens: int) -> bool:
@@ -341,14 +359,14 @@ class Placements:
             told.reason,
         )
 
-    def _warn_once(self, shares: BudgetShares) -> None:
-        if shares.fixed_bytes <= shares.budget_bytes or self._has_warned:
+    def _warn_once(self, shares: BudgetShares, budget_bytes: int) -> None:
+        if self._has_warned or shares.fixed_bytes <= budget_bytes:
             return
         self._has_warned = True
         log.warning(
             "the memory there is fell to %s, below the %s of staging, gather buffers, tails and "
             "tables: all KV goes direct until there is more",
-            format_size(shares.budget_bytes),
+            format_size(budget_bytes),
             format_size(shares.fixed_bytes),
         )
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from dualblade.errors import DualBladeError, NoSpace, NotAStore, StorageError, Unsupported
 from dualblade.host.devices import device_facts
+from dualblade.host.drives import find_drive
 from dualblade.io import Engine
 from dualblade.store.device import open_device
 from dualblade.store.fiemap import contiguous_pieces, file_extents
@@ -30,7 +31,7 @@ from dualblade.store.place import (
     storage_error,
     write_superblock,
 )
-from dualblade.units import EXTENT_ALIGN_BYTES, GIB, format_size
+from dualblade.units import EXTENT_ALIGN_BYTES, GIB, KIB, format_size
 
 _RESERVE_BYTES_MAX = 2 * GIB
 _RESERVE_FRACTION = 20
@@ -61,6 +62,9 @@ class FileBacking:
 
     def locate(self, offset: int) -> Location:
         return Location(self.path, offset, None)
+
+    def discard(self, offset: int, size_bytes: int) -> None:
+        """A file keeps its blocks until it is closed: the next extent needs them."""
 
     def pieces(self) -> int | None:
         try:
@@ -112,18 +116,49 @@ def open_backing(
     device has what it was formatted with.
     Raises: NotAStore, NoSpace, StorageError, Unsupported; nothing is left behind.
     """
+    _check_engine(path, engine, direct=direct)
     if path is not None and is_device(path):
         return open_device(path, engine, direct=direct, capacity_bytes=capacity_bytes)
     return open_file(path, direct=direct, capacity_bytes=capacity_bytes)
 
 
+def _check_engine(path: str | os.PathLike[str] | None, engine: Engine, *, direct: bool) -> None:
+    """What was asked of the engine must be what the store can give it. Raises: Unsupported."""
+    if engine.choice == "uring-cmd" and not direct:
+        raise Unsupported(
+            "io_engine uring-cmd is for the direct path, which path page-cache does not use",
+            hint="use path direct or dual, or io_engine auto",
+        )
+    if engine.choice == "uring-cmd" and not (path and stat.S_ISCHR(_mode(path))):
+        raise Unsupported(
+            "io_engine uring-cmd needs a store on an NVMe namespace (/dev/ngXnY), "
+            f"not {path or 'a private file'}",
+            hint="name the namespace, or use io_engine auto",
+        )
+    if engine.io_poll and direct:
+        place = cache_directory() if path is None else path
+        queue = device_facts(find_drive(place).block_path if is_device(place) else place).queue
+        if queue is None or not queue.io_poll:
+            raise Unsupported(
+                f"io_poll: {queue.name if queue else place} has no poll queues",
+                hint="leave it off, or give the driver some (nvme.poll_queues=N at boot)",
+            )
+        if queue.max_sectors_kb:
+            engine.limit_direct_pieces(queue.max_sectors_kb * KIB)
+
+
 def is_device(path: str | os.PathLike[str]) -> bool:
     """Whether `path` is a device node; False where nothing is."""
-    try:
-        mode = os.stat(path).st_mode
-    except OSError:
-        return False
+    mode = _mode(path)
     return stat.S_ISBLK(mode) or stat.S_ISCHR(mode)
+
+
+def _mode(path: str | os.PathLike[str]) -> int:
+    """st_mode; 0 where nothing is."""
+    try:
+        return os.stat(path).st_mode
+    except OSError:
+        return 0
 
 
 def open_file(

@@ -51,6 +51,9 @@ class DeviceBacking:
     def locate(self, offset: int) -> Location:
         return Location(self.path, offset, offset // self.drive.block_bytes)
 
+    def discard(self, offset: int, size_bytes: int) -> None:
+        discard(self.buffered_fd, self.drive, offset, size_bytes)
+
     def pieces(self) -> int:
         return 1
 
@@ -72,8 +75,8 @@ def open_device(
 ) -> DeviceBacking:
     """Open the store on the device at `path`.
 
-    Its direct door is NVMe passthrough for a namespace's character device, where `engine` can;
-    else O_DIRECT on the block device, and `engine.reason` says why.
+    Its direct door is NVMe passthrough for a namespace's character device, where `engine` can and
+    was not asked for O_DIRECT; else O_DIRECT on the block device, and `engine.reason` says why.
     Raises: NotAStore (foreign, damaged, in use, another device), NoSpace, StorageError,
     Unsupported; nothing is left behind, and nothing was written.
     """
@@ -117,12 +120,16 @@ def open_device(
 def _open_direct(drive: Drive, engine: Engine, capacity_bytes: int) -> tuple[int, bool]:
     """(descriptor of the direct door, whether the page cache stays coherent with it).
 
-    Raises: OSError.
+    Raises: OSError; Unsupported, StorageError where commands alone were asked for.
     """
-    if drive.is_ng:
+    if drive.is_ng and engine.choice == "io_uring":
+        engine.fall_back(f"io_engine io_uring was asked for: O_DIRECT on {drive.block_path}")
+    elif drive.is_ng:
         try:
             return _open_passthrough(drive, engine, capacity_bytes), False
         except (Unsupported, StorageError) as problem:
+            if engine.choice == "uring-cmd":
+                raise
             engine.fall_back(f"{problem.message}: O_DIRECT on {drive.block_path}")
     return os.open(drive.block_path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC), True
 

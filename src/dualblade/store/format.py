@@ -178,7 +178,9 @@ class Superblock:
         wrong_device = device is not None and (
             device.copy not in (0, 1) or capacity != device.capacity_bytes or not capacity
         )
-        if capacity % EXTENT_ALIGN_BYTES or state not in _STATES or wrong_device:
+        # Opening writes the next generation: the last number of 64 bits has none.
+        last = generation == (1 << 64) - 1
+        if capacity % EXTENT_ALIGN_BYTES or state not in _STATES or wrong_device or last:
             raise refuse("has a superblock with values out of range", "damaged")
         return cls(
             uuid=uuid_module.UUID(bytes=uuid),

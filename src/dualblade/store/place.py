@@ -55,6 +55,13 @@ class Backing(Protocol):
         """Where `offset` of the store is, for people who look at the device."""
         ...
 
+    def discard(self, offset: int, size_bytes: int) -> None:
+        """Tell the device that a range is of no use any more, where that is its to know.
+
+        Raises: OSError.
+        """
+        ...
+
     def pieces(self) -> int | None:
         """Contiguous pieces on the device; None where the file system cannot tell."""
         ...

@@ -56,10 +56,18 @@ class Store:
     failed writeback is an error of that ticket and never a page read back wrong later.
     """
 
-    def __init__(self, backing: Backing, engine: Engine, *, keep_blocks: bool = False) -> None:
+    def __init__(
+        self,
+        backing: Backing,
+        engine: Engine,
+        *,
+        keep_blocks: bool = False,
+        discard: bool = False,
+    ) -> None:
         self._backing = backing
         self._engine = engine
         self._keep_blocks = keep_blocks
+        self._discard = discard
         self._allocator = ExtentAllocator(DATA_OFFSET, backing.capacity_bytes)
         self._end = DATA_OFFSET
         self._live: set[Extent] = set()
@@ -80,14 +88,16 @@ class Store:
         direct: bool = True,
         capacity_bytes: int | None = None,
         keep_blocks: bool = False,
+        discard: bool = False,
     ) -> Store:
         """Open or make the store at `path` (None: a private file, gone at close).
 
+        `discard`: a device is told of each extent that is freed, not only of all at close.
         `direct`: the direct door will be used, so the file system must do O_DIRECT.
         Raises: NotAStore, NoSpace, StorageError, Unsupported.
         """
         backing = open_backing(path, engine, direct=direct, capacity_bytes=capacity_bytes)
-        return cls(backing, engine, keep_blocks=keep_blocks)
+        return cls(backing, engine, keep_blocks=keep_blocks, discard=discard)
 
     @property
     def path(self) -> str:
@@ -143,6 +153,8 @@ class Store:
         self._settle(extent)
         if extent.door is not Door.DIRECT:
             drop(self._backing.buffered_fd, extent.range.offset, extent.range.size_bytes)
+        if self._discard:
+            self._backing.discard(extent.range.offset, extent.range.size_bytes)
         self._move(extent, Door.FREE)
         self._live.discard(extent)
         self._allocator.free(extent.range)

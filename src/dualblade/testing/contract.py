@@ -351,8 +351,9 @@ class DeviceContract:
     def test_close_waits_for_what_is_in_flight(self, target: Target, arena: Arena) -> None:
         """In flight: ends as usual, and close waits for it. Not started: ECANCELED, at once."""
         engine = self.open_engine()
+        buffered = os.open(target.path, os.O_RDONLY)  # the same door: behind it in the same queue
         with stalled_read(engine, target) as (stalled, memory):
-            behind = engine.submit([Transfer(target.fd, Op.READ, arena.address, 8 * MIB, 0)])
+            behind = engine.submit([Transfer(buffered, Op.READ, arena.address, 8 * MIB, 0)])
             closer = threading.Thread(target=engine.close)
             closer.start()
             with pytest.raises(DeviceError) as caught:
@@ -363,6 +364,19 @@ class DeviceContract:
             memory.release()
             closer.join()
             stalled.wait()
+        os.close(buffered)
+
+    def test_neither_door_waits_for_the_other(
+        self, target: Target, engine: Engine, arena: Arena
+    ) -> None:
+        """The page-cache door's queue stands still, full: the direct one works."""
+        if not target.direct or engine.name in ("posix", "nvme-ioctl"):
+            pytest.skip("one queue for both doors: posix threads, or a target without a direct one")
+        with stalled_read(engine, target) as (ticket, memory):
+            self.transfer(engine, target, Op.READ, arena.address, 8 * MIB, 0)
+            assert not ticket.done
+            memory.release()
+            ticket.wait(timeout_seconds=PATIENCE_SECONDS)
 
     def test_forked_child_cannot_use_it(self, target: Target, engine: Engine) -> None:
         """With a transfer in flight: the child is told, ends in peace; the parent goes on."""

@@ -76,6 +76,8 @@ class FaultyEngine(Engine):
         self.inner = inner
         self.name = inner.name
         self.reason = inner.reason
+        self.choice = inner.choice
+        self.io_poll = inner.io_poll
         self.queue_depth = inner.queue_depth
         self.chunk_bytes = inner.chunk_bytes
         self.struck: list[tuple[Fault, Transfer]] = []

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from dualblade.host.drives import find_drive
-from dualblade.io import Arena, Engine, Namespace, open_engine
+from dualblade.io import Arena, Engine, EngineChoice, Namespace, open_engine
 from dualblade.testing.contract import CHUNK_BYTES, QUEUE_DEPTH, DeviceContract, Target
 from dualblade.units import MIB
 from tests.lab.guest.conftest import block_of, find_namespace
@@ -44,10 +44,12 @@ class PassthroughContract(DeviceContract):
             cls._opened = os.open(cls._path(), os.O_RDWR)
         return cls._opened
 
+    choice: EngineChoice = "auto"
+
     def open_engine(self) -> Engine:
-        engine = open_engine(queue_depth=QUEUE_DEPTH, chunk_bytes=CHUNK_BYTES)
+        engine = open_engine(self.choice, queue_depth=QUEUE_DEPTH, chunk_bytes=CHUNK_BYTES)
         self.register(engine)
-        assert engine.name == "uring-cmd"
+        assert engine.name == ("nvme-ioctl" if self.choice == "posix" else "uring-cmd")
         return engine
 
     def register(self, engine: Engine) -> None:
@@ -78,6 +80,10 @@ class PassthroughContract(DeviceContract):
 
 class TestSmallBlocks(PassthroughContract):
     serial, number = "LABSMALL", 1
+
+
+class TestByIoctl(PassthroughContract):
+    serial, number, choice = "LABSMALL", 1, "posix"
 
 
 class TestLargeBlocks(PassthroughContract):

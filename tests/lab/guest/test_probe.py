@@ -59,7 +59,9 @@ def test_doctor_shows_them() -> None:
         assert told["drive"]["nvme"]["namespace_id"] in (1, 7)
         assert told["drive"]["findings"] == []
         assert told["write_cache"] == "write back"
-        assert told["drive"]["passthrough"] == ("possible" if "/ng" in path else None)
+        assert told["drive"]["passthrough"] == (
+            "possible: engine uring-cmd" if "/ng" in path else None
+        )
         shown = CliRunner().invoke(app, ["doctor", path])
         assert "namespace id" in shown.stdout
 

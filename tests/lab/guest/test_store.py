@@ -9,8 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -243,6 +242,47 @@ def test_a_partitioned_and_a_mounted_drive_are_refused(tmp_path: Path) -> None:
     plan_format(path)
 
 
+def test_a_member_of_dm_and_of_md_is_refused() -> None:
+    """A drive that something is built on is held by the kernel, whatever lies on it."""
+    modules = Path(os.environ["DUALBLADE_LAB_MODULES"])
+    for name in ("dm-mod", "md-mod", "raid1"):
+        subprocess.run(["insmod", modules / f"{name}.ko"], check=True)
+    path = find_namespace("LABTWO", 3)
+    disk = block_of(path)
+    table = f"0 100000 linear {disk} 2048"
+    subprocess.run(["dmsetup", "create", "--noudevsync", "part", "--table", table], check=True)
+    try:
+        refused(path, disk, "dm-0|/dev/mapper/part")
+    finally:
+        subprocess.run(["dmsetup", "remove", "--noudevsync", "part"], check=True)
+    device = os.stat(disk).st_rdev
+    Path("/sys/module/md_mod/parameters/new_array").write_text("md9")
+    array = Path("/sys/block/md9/md")
+    for name, text in (
+        ("metadata_version", "none"),
+        ("level", "raid1"),
+        ("raid_disks", "1"),
+        ("new_dev", f"{os.major(device)}:{os.minor(device)}"),
+        (f"dev-{os.path.basename(disk)}/slot", "0"),
+        ("array_state", "active"),
+    ):
+        (array / name).write_text(text)
+    try:
+        refused(path, disk, "md9")
+    finally:
+        (array / "array_state").write_text("clear")
+    formatted(path)
+    carry_out_wipe(plan_wipe(path), lambda _: None)
+
+
+def refused(path: str, disk: str, holder: str) -> None:
+    for device in (path, disk):
+        with pytest.raises(NotAStore, match=holder):
+            plan_format(device)
+        with open_engine("posix") as engine, pytest.raises(NotAStore, match="in use"):
+            Store.open(device, engine)
+
+
 def test_another_drive_is_not_taken_for_it(engine: Engine) -> None:
     """A byte-for-byte copy on a drive of the same size: the serial tells."""
     path = formatted(find_namespace("LABSMALL"))
@@ -259,18 +299,6 @@ def test_another_drive_is_not_taken_for_it(engine: Engine) -> None:
     formatted(copy)
     for place in (path, copy):
         carry_out_wipe(plan_wipe(place), lambda _: None)
-
-
-def test_without_passthrough_the_reason_is_told() -> None:
-    path = formatted(find_namespace("LABSMALL"))
-    with open_engine("posix") as engine, Store.open(path, engine) as store, Arena(MIB) as arena:
-        assert engine.name == "posix"
-        assert engine.reason == (
-            "the posix engine has no NVMe passthrough: O_DIRECT on " + block_of(path)
-        )
-        extent = store.allocate(2 * MIB, Door.DIRECT)
-        fill(store, extent, arena, pattern(MIB, seed=1))
-    carry_out_wipe(plan_wipe(path), lambda _: None)
 
 
 def test_a_drive_that_hangs_is_reset_and_asked_again(engine: Engine, arena: Arena) -> None:
@@ -308,64 +336,3 @@ def test_a_drive_that_is_unplugged(engine: Engine, arena: Arena) -> None:
     store.close()
     with contextlib.suppress(OSError):
         assert not os.path.exists(path)
-
-
-def test_without_root() -> None:
-    """Permission on both nodes is all that it takes; without it the message says so."""
-    path = formatted(find_namespace("LABTWO", 3))
-    nodes = (path, block_of(path))
-    modes = [os.stat(node).st_mode & 0o777 for node in nodes]
-
-    def as_nobody(wanted: Callable[[], None]) -> None:
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                os.setgroups([])
-                os.setresgid(65534, 65534, 65534)
-                os.setresuid(65534, 65534, 65534)
-                wanted()
-                status = 0
-            except BaseException:  # noqa: BLE001 - the parent fails the test
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-    def use() -> None:
-        with open_engine(queue_depth=4) as engine, Store.open(path, engine) as store:
-            assert (engine.name, engine.reason) == ("uring-cmd", None)
-            with Arena(2 * MIB) as arena:
-                extent = store.allocate(2 * MIB, Door.DIRECT)
-                data = pattern(2 * MIB, seed=1)
-                fill(store, extent, arena, data)
-                assert read_back(store, extent, arena, len(data)) == data
-                store.move(extent, Door.PAGE_CACHE)
-                assert read_back(store, extent, arena, len(data)) == data
-
-    def be_refused() -> None:
-        with open_engine() as engine, pytest.raises(StorageError, match="Permission denied"):
-            Store.open(path, engine)
-
-    as_nobody(be_refused)
-    try:
-        for node in nodes:
-            os.chmod(node, 0o666)
-        as_nobody(use)
-        os.chmod(path, 0o600)  # the block device alone: the next best, said openly
-        as_nobody(use_without_passthrough(path))
-    finally:
-        for node, mode in zip(nodes, modes, strict=True):
-            os.chmod(node, mode)
-    carry_out_wipe(plan_wipe(path), lambda _: None)
-
-
-def use_without_passthrough(path: str) -> Callable[[], None]:
-    def use() -> None:
-        with open_engine() as engine, pytest.raises(StorageError, match="Permission denied"):
-            Store.open(path, engine)
-        with open_engine() as engine, Store.open(block_of(path), engine):
-            assert engine.name == "io_uring"
-
-    return use

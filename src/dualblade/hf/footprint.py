@@ -1,0 +1,109 @@
+"""Host memory that a model needs before any KV: known before its weights are loaded, so that what
+cannot fit is refused in words and not by the kernel's killer in the middle of loading."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from dualblade.config import EngineConfig
+from dualblade.errors import BudgetError
+from dualblade.geometry import TILE_ROWS_DEFAULT
+from dualblade.hf.geometry import layer_shapes
+from dualblade.host.memory import MemoryBudget
+from dualblade.pipeline.staging import staging_shape
+from dualblade.units import format_size
+
+_UNPACKED_ITEM_BYTES = 4
+"""A GGUF file is unpacked whole to fp32, and then cast (transformers 5.23)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """Bytes of host memory. `loading_bytes` come on top of the weights only while they are loaded;
+    activations and staging only afterwards, and both are the least that will do."""
+
+    dtype: torch.dtype
+    weights_bytes: int
+    loading_bytes: int
+    activation_bytes: int
+    staging_bytes: int
+
+    @property
+    def running_bytes(self) -> int:
+        """Needed all the time once the model is loaded."""
+        return self.weights_bytes + self.activation_bytes + self.staging_bytes
+
+    @property
+    def needed_bytes(self) -> int:
+        """The most that is needed at once."""
+        return max(self.running_bytes, self.weights_bytes + self.loading_bytes)
+
+    def require(self, name: str, there: MemoryBudget) -> None:
+        """Raises: BudgetError with the numbers when it does not fit the memory there is."""
+        if self.needed_bytes <= there.available_bytes:
+            return
+        dtype = str(self.dtype).removeprefix("torch.")
+        peak = format_size(self.weights_bytes + self.loading_bytes)
+        raise BudgetError(
+            f"{name} needs {format_size(self.needed_bytes)} of memory before any KV: weights "
+            f"{format_size(self.weights_bytes)} in {dtype} ({peak} while they are loaded), "
+            f"activations {format_size(self.activation_bytes)}, staging "
+            f"{format_size(self.staging_bytes)}; there are {format_size(there.available_bytes)} "
+            f"({there.source})",
+            needed_bytes=self.needed_bytes,
+            hint="give this process more memory, or use a smaller model"
+            + (" or --dtype bfloat16" if self.dtype == torch.float32 else ""),
+        )
+
+
+def footprint(
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    *,
+    rows: int,
+    staging_bytes: int,
+    is_packed: bool = False,
+) -> Footprint:
+    """Of a model of this configuration that computes at most `rows` tokens at once, on the CPU.
+
+    The parameters are counted on a model without memory. `is_packed`: the weights are unpacked
+    from a GGUF file.
+    """
+    with torch.device("meta"):
+        # A copy: it is told the dtype, and the checkpoint's own is asked for below.
+        skeleton = AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype)
+    sizes = [parameter.nbytes for parameter in skeleton.parameters()]  # tied weights come once
+    unpacked = sum(parameter.numel() for parameter in skeleton.parameters()) * _UNPACKED_ITEM_BYTES
+    stored = getattr(config.get_text_config(decoder=True), "dtype", None) or config.dtype
+    cast = max(sizes) if stored not in (None, dtype) else 0  # a tensor beside the one it was
+    return Footprint(
+        dtype=dtype,
+        weights_bytes=sum(sizes),
+        loading_bytes=unpacked if is_packed else cast,
+        activation_bytes=rows * _row_bytes(config, dtype),
+        staging_bytes=staging_bytes,
+    )
+
+
+def staging_and_tails(
+    config: PretrainedConfig, item_bytes: int, budget_bytes: int, engine: EngineConfig
+) -> tuple[int, int]:
+    """(staging, the least tails) of one sequence under a budget, in bytes."""
+    shapes = [shape for shape in layer_shapes(config) if shape.offloaded]
+    row_bytes = [s.kv_heads * (s.key_dim + s.value_dim) * item_bytes for s in shapes]
+    rows = engine.tile_tokens or TILE_ROWS_DEFAULT
+    staging = staging_shape(engine, budget_bytes, max(row_bytes, default=0) * rows // 2)
+    return staging.total_bytes, sum(row_bytes) * rows // 8
+
+
+def _row_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """What one token has in memory in the widest part of a layer: the residual, its norm and the
+    MLP's two halves with their product."""
+    text = config.get_text_config(decoder=True)
+    hidden = int(text.hidden_size)
+    inner = int(getattr(text, "intermediate_size", None) or 4 * hidden)
+    return (2 * hidden + 3 * inner) * dtype.itemsize

@@ -1,0 +1,28 @@
+"""Settings: what is not one is refused with what would be."""
+
+from __future__ import annotations
+
+import pytest
+
+from dualblade.config import EngineConfig
+from dualblade.errors import ConfigError
+from dualblade.io import ENGINE_CHOICES
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"io_pol": True}, "did you mean 'io_poll'"),
+        ({"io_poll": "on"}, "io_poll must be true or false"),
+        ({"discard": 1}, "discard must be true or false"),
+        ({"io_engine": "uring_cmd"}, "use auto, uring-cmd, io_uring or posix"),
+    ],
+)
+def test_wrong_settings(settings: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        EngineConfig.from_mapping(settings)
+
+
+def test_every_engine_word_is_a_setting() -> None:
+    for word in ENGINE_CHOICES:
+        assert EngineConfig(io_engine=word).io_engine == word
