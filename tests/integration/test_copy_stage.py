@@ -111,7 +111,6 @@ def test_tiles_flow_through_all_stages_at_once(bottleneck: str, tmp_path: Path) 
     try:
         for seed in (100, 200, 300):
             bench.step(seed, over_tiles=True)
-        stages = bench.kv.stages()
         slots = bench.kv._require_machinery().read_slots
         slot_count = slots.free_count + sum(len(v.landing) for v in bench.kv._sweep()._visits)
         bench.kv._drop_sweep()
@@ -139,12 +138,6 @@ def test_tiles_flow_through_all_stages_at_once(bottleneck: str, tmp_path: Path) 
     }[bottleneck]
     for fast in others:  # the bottleneck goes on while the others work
         assert overlapping(fast, slow) >= LAYERS, "at least one in each layer"
-    waits = {
-        "reads": stages.stalled_on_reads_seconds,
-        "copies": stages.stalled_on_copies_seconds,
-    }
-    if bottleneck in waits:
-        assert max(waits, key=lambda cause: waits[cause]) == bottleneck
 
 
 def test_whole_layers_are_gathered_through_the_copy_stage(bottleneck: str) -> None:

@@ -102,6 +102,7 @@ class Schedule:
         store = Store.open(None, self.engine, capacity_bytes=64 * MIB)
         self.kv = KVPipeline(store, self.engine, settings)
         self.model = {layer: rows(0, 0) for layer in range(LAYERS)}
+        self.under_way = 0, self.model[0]
 
     def _faults(self) -> list[Fault]:
         nth = self.random.randrange(60)
@@ -130,6 +131,7 @@ class Schedule:
             new = rows(tokens, 10 * seed + layer)
             pairs = zip(self.model[layer], new, strict=True)
             together = [torch.cat(pair, dim=2) for pair in pairs]
+            self.under_way = layer, (together[0], together[1])
             got = self.kv.update(layer, *new)
             self.model[layer] = together[0], together[1]
             assert torch.equal(got[0], together[0])
@@ -139,12 +141,16 @@ class Schedule:
         if tokens > self.model[0][0].shape[2]:
             return
         for layer, (keys, values) in self.model.items():
-            self.kv.crop(layer, tokens)
             left = keys.shape[2] - tokens
-            self.model[layer] = keys[:, :, :left], values[:, :, :left]
+            self.under_way = layer, (keys[:, :, :left], values[:, :, :left])
+            self.kv.crop(layer, tokens)
+            self.model[layer] = self.under_way[1]
 
     def check_after(self, error: BaseException) -> None:
         """Unusable from then on, unless the interrupt came between two steps."""
+        layer, changed = self.under_way
+        if self.kv.tokens(layer) == changed[0].shape[2]:  # interrupted on the way back
+            self.model[layer] = changed
         tokens = {pair[0].shape[2] for pair in self.model.values()}
         try:
             self.step(1, 99)

@@ -76,7 +76,7 @@ class LayeredKV(ABC):
         """See `Taker`."""
         timeline = self._timeline
         timeline.enter()
-        self._check_whole(layer)
+        self._check_whole(layer, new)
         began, stalled = now_ns(), timeline.stalled_ns
         computed = began
 
@@ -106,7 +106,7 @@ class LayeredKV(ABC):
     def gather_all(self, layer: Layer, new: NewRows) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Taker`."""
         self._timeline.enter()
-        self._check_whole(layer)
+        self._check_whole(layer, new)
         if not layer.tokens:
             return new.keys.contiguous(), new.values.contiguous()
         return self._gathered(layer, new)
@@ -211,10 +211,14 @@ class LayeredKV(ABC):
                 hint="close it and start again with a new one",
             ) from self._failure
 
-    def _check_whole(self, first: Layer) -> None:
-        """At the first layer of a step: the last one was taken in by all layers. Ctrl-C anywhere in
-        the model leaves half of one. Raises: Closed."""
-        if first.index == 0 and any(la.tokens != first.tokens for la in self._layers.values()):
+    def _check_whole(self, layer: Layer, new: NewRows) -> None:
+        """At the first layer of a step all layers have as many tokens, at the others as many as
+        the first has now. Ctrl-C anywhere in the model leaves half a step. Raises: Closed."""
+        if layer.index == 0:
+            is_whole = all(other.tokens == layer.tokens for other in self._layers.values())
+        else:
+            is_whole = self._tokens_of(0) in (0, layer.tokens + new.count)
+        if not is_whole:
             raise Closed(
                 "the last step ended between two layers, and the content is lost",
                 hint="close the cache and start again with a new one",
