@@ -115,7 +115,8 @@ def test_freed_extents_are_discarded_when_asked(
             store.write(extent, 0, arena.address, 4 * MIB).wait()
         before = blocks_bytes()
         store.free(extents[0])
-        assert before - blocks_bytes() == (4 * MIB if discard else 0)
+        # To a block or two of the file system's own: the hole changes how it maps the file.
+        assert round((before - blocks_bytes()) / MIB) == (4 if discard else 0)
         store.read(extents[1], 0, arena.address, 4 * MIB).wait()
         assert arena.buffer[: 4 * MIB] == pattern(4 * MIB, seed=1)
 
