@@ -72,10 +72,11 @@ class EngineConfig:
                          whether it fits memory or not. None: the plan follows the memory there is.
     checksums            verify what is read: `sample`, a sixteenth at each step and so all of it in
                          16 steps; `all`, before it is used; or `off`.
-    pipeline             how reads and compute share a step. `auto`: across layers, with as much
-                         read ahead as steps are the faster for; `layers`: as much as there is
-                         room for; `tiled`: within a layer; `key-value`: values while their keys are
-                         attended to; `serial`: one after another. Results are the same.
+    pipeline             how reads and compute share a step. `layers`: across layers, with as much
+                         read ahead as there is room for; `auto`: as much as steps are the faster
+                         for, which no benchmark has judged yet; `tiled`: within a layer;
+                         `key-value`: values while their keys are attended to; `serial`: one after
+                         another. Results are the same.
     trace_events         spans that are kept for `DualBladeCache.write_trace`, the newest; about
                          200 bytes each, outside the budget. 0: none.
     discard              tell a device (TRIM) of each extent when it is freed. Off: all are told of
@@ -98,7 +99,7 @@ class EngineConfig:
     checksums: ChecksumMode = "sample"
     discard: bool = False
     keep_store_blocks: bool = False
-    pipeline: PipelineMode = "auto"
+    pipeline: PipelineMode = "layers"
     trace_events: int = 0
 
     def __post_init__(self) -> None:
