@@ -28,7 +28,7 @@ DRIVE_BYTES = 256 << 20
 _MEMORY_MIB = 1536
 _POLL_SECONDS = 0.05
 # A guest that hangs is ended: the whole lab takes about three minutes.
-_GUEST_SECONDS_MAX = 600
+_GUEST_SECONDS_MAX = 900
 
 
 def missing() -> list[str]:
@@ -37,12 +37,17 @@ def missing() -> list[str]:
     return root + [name for name in NEEDED if shutil.which(name) is None]
 
 
+def prepare() -> None:
+    """Have kernel and modules at hand; guests that boot at once would make them twice."""
+    subprocess.run(["bash", "tests/lab/setup.sh"], cwd=ROOT, check=True)
+
+
 def boot(command: str, drives: Sequence[str], share: Path, log: Path) -> int:
     """Run `command` in a guest with `drives` (QEMU arguments); its exit status, 99 for none.
 
-    `share` is /mnt in the guest. Blocks until the guest is off.
+    `share` is /mnt in the guest; sockets and the slow drive are made beside it. After `prepare`.
+    Blocks until the guest is off.
     """
-    subprocess.run(["bash", "tests/lab/setup.sh"], cwd=ROOT, check=True)
     share.joinpath("command.sh").write_text(command)
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(log.open("wb"))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import os
 import sys
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.lab.machine import CACHE, DRIVE_BYTES, ROOT, boot, missing
+from tests.lab.machine import CACHE, DRIVE_BYTES, ROOT, boot, missing, prepare
 
 _BAD_SECTOR = (16 << 20) // 512  # of LABBAD: 16 MiB from its start
 
@@ -58,17 +60,45 @@ def drive_arguments(folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.timeout(900)
-def test_devices_in_a_guest(tmp_path: Path) -> None:
+GUESTS = {
+    "contract": ["test_contract.py"],
+    "rest": [
+        "test_probe.py",
+        "test_engines.py",
+        "test_generation.py",
+        "test_permissions.py",
+        "test_squeeze.py",
+        "test_store.py",
+    ],
+}
+"""Two guests at once: each has one emulated processor, and the contract takes half of the time."""
+
+
+@pytest.mark.timeout(1200)
+def test_devices_in_guests(tmp_path: Path) -> None:
     absent = missing()
     if absent:
         assert not os.environ.get("CI"), f"the lab needs {absent}: scripts/system_packages"
         pytest.skip(f"the lab needs {', '.join(absent)}: scripts/system_packages installs them")
     faulthandler.cancel_dump_traceback_later()  # minutes here are no deadlock
-    share, drives = tmp_path / "share", tmp_path / "drives"
+    folder = Path("tests/lab/guest")
+    here = {path.name for path in (ROOT / folder).glob("test_*.py")}
+    assert sorted(here) == sorted(itertools.chain(*GUESTS.values())), "a file runs in no guest"
+    wanted = {name: [str(folder / file) for file in files] for name, files in GUESTS.items()}
+    if chosen := os.environ.get("DUALBLADE_LAB_TESTS"):
+        wanted = {"chosen": chosen.split()}
+    prepare()
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        ends = [pool.submit(run_guest, tmp_path / name, wanted[name]) for name in wanted]
+        problems = [problem for end in ends if (problem := end.result()) is not None]
+    assert not problems, "\n\n".join(problems)
+
+
+def run_guest(folder: Path, tests: list[str]) -> str | None:
+    """Boot a guest that runs `tests`, with all that it leaves in `folder`; None when they pass."""
+    share, drives = folder / "share", folder / "drives"
+    drives.mkdir(parents=True)
     share.mkdir()
-    drives.mkdir()
-    chosen = os.environ.get("DUALBLADE_LAB_TESTS", "tests/lab/guest")
     command = f"""
 export HOME=/run TMPDIR=/run XDG_CACHE_HOME=/run/cache PYTHONDONTWRITEBYTECODE=1
 export DUALBLADE_LAB_MODULES={CACHE}/modules
@@ -76,13 +106,14 @@ export OMP_NUM_THREADS=1 DUALBLADE_LAB_GUEST=/mnt HYPOTHESIS_STORAGE_DIRECTORY=/
 cd {ROOT}
 {sys.executable} -m pytest -p no:cacheprovider -o timeout=180 -o faulthandler_timeout=120 \\
   -v --tb=short --durations=15 --basetemp=/run/pytest --junitxml=/mnt/results.xml \\
-  {chosen} >/mnt/told 2>&1
+  {" ".join(tests)} >/mnt/told 2>&1
 """
-    log = tmp_path / "console"
+    log = folder / "console"
     status = boot(command, drive_arguments(drives), share, log)
     told = share / "told"
     text = told.read_text() if told.exists() else log.read_text(errors="replace")
     sys.stdout.write(text)
-    assert status == 0, f"in the guest:\n{text}\nconsole: {log}"
+    if status != 0:
+        return f"in the guest:\n{text}\nconsole: {log}"
     suite = ElementTree.parse(share / "results.xml").getroot()[0]
-    assert int(suite.get("tests", 0)) > int(suite.get("skipped", 0)), text
+    return None if int(suite.get("tests", 0)) > int(suite.get("skipped", 0)) else text
