@@ -121,7 +121,7 @@ def test_demotion_writes_back_what_is_dirty(tmp_path: Path) -> None:
     """Dirty pages exist only while a write is on its way; put some there behind its back."""
     with open_engine("auto") as engine, Store.open(tmp_path / "kv.store", engine) as store:
         extent = store.allocate(4 * MIB, Door.PAGE_CACHE)
-        fd, at = store._backing.buffered_fd, extent.range.offset
+        fd, at = store._members.backings[0].buffered_fd, extent.range.offset
         content = bytes(range(256)) * (64 * KIB // 256)
         with open(f"/proc/self/fd/{fd}", "r+b", buffering=0) as file:
             file.seek(at + MIB)
@@ -210,7 +210,7 @@ def test_evicted_pages_are_noticed_and_given_up(cache: Cache) -> None:
                 for segment in half.unit.segments:
                     cache.engine.drain()
                     taken = segment.extent.range
-                    fd = cache.store._backing.buffered_fd
+                    fd = cache.store._members.backings[0].buffered_fd
                     os.posix_fadvise(fd, taken.offset, taken.size_bytes, os.POSIX_FADV_DONTNEED)
         cache.step()
     assert "cached pages were evicted" in {event.cause for event in cache.pipeline.events()}
@@ -254,7 +254,9 @@ def test_dirty_pages_are_bounded_by_the_write_slots(
     write = Store.write
 
     def watched(store: Store, *args: Any) -> Any:
-        use = cached_bytes(store._backing.buffered_fd, DATA_OFFSET, store._end - DATA_OFFSET)
+        use = cached_bytes(
+            store._members.backings[0].buffered_fd, DATA_OFFSET, store._end - DATA_OFFSET
+        )
         dirty.append((use.dirty_bytes or 0) + (use.writeback_bytes or 0))
         return write(store, *args)
 

@@ -138,7 +138,7 @@ def test_nothing_outside_the_store_can_be_said(
     path, _ = place
     before = [copy.superblock for copy in inspect_store(path).copies]
     with Store.open(path, engine) as store:
-        fd = store._backing.direct_fd
+        fd = store._members.backings[0].direct_fd
         assert fd is not None
         for offset in (0, DATA_OFFSET - 4096):
             with pytest.raises(DeviceError) as caught:
@@ -176,7 +176,7 @@ while True:
     assert block is not None
     assert block.in_use
     with Store.open(path, engine) as store:
-        assert store._backing.was_unclean
+        assert store._members.was_unclean
         extent = store.allocate(2 * MIB, Door.DIRECT)
         data = pattern(2 * MIB, seed=3)
         fill(store, extent, arena, data)
