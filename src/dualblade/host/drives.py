@@ -21,6 +21,8 @@ from typing import Any
 from dualblade.errors import NotAStore, StorageError, Unsupported
 from dualblade.host.nvme import namespace_id
 
+PERMISSION_WORDS = "read and write permission on it: docs/raw-devices.md"
+
 _SYS = Path("/sys")
 _TOOL_PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
 _BLKID_NOTHING, _BLKID_AMBIVALENT = 2, 8
@@ -127,8 +129,12 @@ def find_drive(path: str | os.PathLike[str]) -> Drive:
             discard_bytes_max=limits["discard_max_bytes"],
         )
     except OSError as exc:
+        denied = exc.errno in (errno.EACCES, errno.EPERM)
         raise StorageError(
-            f"cannot examine {given}: {exc.strerror or exc}", operation="probe", path=given
+            f"cannot examine {given}: {exc.strerror or exc}",
+            operation="probe",
+            path=given,
+            hint=f"give your user or group {PERMISSION_WORDS}" if denied else None,
         ) from exc
 
 

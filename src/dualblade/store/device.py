@@ -13,7 +13,7 @@ import struct
 from dataclasses import dataclass, replace
 
 from dualblade.errors import DualBladeError, NotAStore, StorageError, Unsupported
-from dualblade.host.drives import Drive, find_drive, signatures
+from dualblade.host.drives import PERMISSION_WORDS, Drive, find_drive, signatures
 from dualblade.host.nvme import nvme_facts
 from dualblade.host.page_cache import drop
 from dualblade.io import Engine, Namespace
@@ -310,5 +310,5 @@ def _device_error(operation: str, node: str, exc: OSError) -> StorageError:
         f"cannot {operation} {node}: {exc.strerror}",
         operation=operation,
         path=node,
-        hint="give your user or group read and write permission on it: docs/raw-devices.md",
+        hint=f"give your user or group {PERMISSION_WORDS}",
     )
