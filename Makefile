@@ -2,9 +2,9 @@
 #
 #   make demo           a real model answers with its KV cache beyond its memory budget
 #   make test           all tests
-#   make check          formatting, lints, types, fast tests (about a minute)
+#   make check          formatting, lints, types, fast tests (six minutes)
 #   make check-native   the native engine's tests under sanitizers
-#   make lab            device tests in a guest with emulated NVMe drives (about 4 minutes)
+#   make lab            device tests in a guest with emulated NVMe drives, two guests at once
 
 SHELL := /bin/bash
 PYTHON ?= python3.11
