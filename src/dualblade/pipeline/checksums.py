@@ -53,7 +53,7 @@ class Checksums:
         if not self._every:
             return
         started = time.perf_counter()
-        kept, memory = piece.segment.checksums, slot.memory.numpy().data
+        kept, memory = piece.segment.checksums, slot.buffer
         for index, at, end in _slabs(unit, piece, range(piece.tile, piece.tile + piece.tiles)):
             assert index <= len(kept), "tiles are stored in order"
             # After a crop a tile is stored again, in the place of the one that was taken back.
@@ -104,7 +104,7 @@ class Checksums:
     def _compare(self, unit: Unit, piece: Piece, slot: Slot, tiles: Iterable[int]) -> list[int]:
         """Offsets in `slot` of slabs of these tiles that are not what was written."""
         started = time.perf_counter()
-        kept, memory = piece.segment.checksums, slot.memory.numpy().data
+        kept, memory = piece.segment.checksums, slot.buffer
         damaged, count = [], 0
         for index, at, end in _slabs(unit, piece, tiles):
             count += 1
