@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dualblade import Closed, CorruptExtent, DualBladeCache, EngineConfig
-from dualblade.io import Op, open_engine
+from dualblade.io import Op
 from dualblade.pipeline.checksums import SAMPLE_SWEEPS
 from dualblade.testing import Fault, FaultyEngine
 from dualblade.units import KIB, MIB
@@ -239,18 +239,6 @@ def test_a_cached_page_that_differs_from_the_drive_is_read_again(tmp_path: Path)
         assert torch.equal(step(cache), step(sound))
         totals = cache.stats().checksums
         assert (totals.mismatches, totals.healed_reads) == (1, 1)
-
-
-@pytest.fixture
-def faulty(monkeypatch: pytest.MonkeyPatch) -> list[FaultyEngine]:
-    opened: list[FaultyEngine] = []
-
-    def open_faulty(*args: Any, **options: Any) -> FaultyEngine:
-        opened.append(FaultyEngine(open_engine(*args, **options)))
-        return opened[-1]
-
-    monkeypatch.setattr("dualblade.hf.cache.open_engine", open_faulty)
-    return opened
 
 
 @pytest.mark.parametrize("path", DOORS)

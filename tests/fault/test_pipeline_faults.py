@@ -33,19 +33,6 @@ def rows(tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return made[0], made[1]
 
 
-@pytest.fixture
-def faulty(monkeypatch: pytest.MonkeyPatch) -> list[FaultyEngine]:
-    """Engines that caches open from now on are faulty ones, to be found in this list."""
-    opened: list[FaultyEngine] = []
-
-    def open_faulty(*args: Any, **options: Any) -> FaultyEngine:
-        opened.append(FaultyEngine(open_engine(*args, **options)))
-        return opened[-1]
-
-    monkeypatch.setattr("dualblade.hf.cache.open_engine", open_faulty)
-    return opened
-
-
 @pytest.fixture(params=["exact", "tiles"], autouse=True)
 def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Either way into attention, for all caches of a test."""

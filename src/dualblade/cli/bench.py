@@ -23,9 +23,6 @@ app.command("decode", cls=Command)(bench_decode)
 app.command("envelope", cls=Command)(bench_envelope)
 app.command("report", cls=Command)(bench_report)
 
-CompareFio = Annotated[
-    bool, typer.Option("--compare-fio", help="Run fio in turn on the same file, block and depth.")
-]
 Chunk = Annotated[str, typer.Option("--chunk", metavar="SIZE", help="Largest single request.")]
 
 
@@ -46,7 +43,7 @@ def bench_io(
     ] = 8,
     io_engine: options.IOEngine = "auto",
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Passes counted.")] = 5,
-    compare_fio: CompareFio = False,
+    compare_fio: options.CompareFio = False,
     seed: Annotated[int, typer.Option("--seed", help="Of the file's random bytes.")] = 0,
     json: options.Json = False,
     debug: options.Debug = False,  # noqa: ARG001 - read by Command

@@ -10,9 +10,6 @@ import typer
 from dualblade.cli import options
 from dualblade.units import format_size, parse_size
 
-CompareFio = Annotated[
-    bool, typer.Option("--compare-fio", help="Run fio in turn on the same file, block and depth.")
-]
 Modes = Annotated[
     list[str],
     typer.Option(
@@ -62,7 +59,7 @@ def bench_decode(
     chunk: MaybeChunk = None,
     engine: options.EngineSettings = None,
     repeats: Repeats = 1,
-    compare_fio: CompareFio = False,
+    compare_fio: options.CompareFio = False,
     trace: options.Trace = None,
     seed: Seed = 0,
     json: options.Json = False,

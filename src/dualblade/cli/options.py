@@ -121,6 +121,9 @@ Checksums = Annotated[
         "all (before it is used), or off.",
     ),
 ]
+CompareFio = Annotated[
+    bool, typer.Option("--compare-fio", help="Run fio in turn on the same file, block and depth.")
+]
 EngineSettings = Annotated[
     list[str] | None,
     typer.Option(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
+from functools import cached_property
 from types import TracebackType
 
 from dualblade.errors import BudgetError, Closed, ConfigError
@@ -59,7 +60,13 @@ class Arena:
             ) from error
         self._address = base + lead
         self._view: memoryview | None = memoryview(memory)[lead : lead + size_bytes]
-        self.huge_bytes = min(_huge_bytes(self._address, span_bytes), size_bytes)
+
+    @cached_property
+    def huge_bytes(self) -> int:
+        """Bytes of it in huge pages, when first asked: the kernel lists all mappings for an answer,
+        milliseconds in a process of many. Raises: Closed."""
+        span_bytes = round_up(self.size_bytes, HUGE_PAGE_BYTES)
+        return min(_huge_bytes(self.address, span_bytes), self.size_bytes)
 
     @property
     def huge(self) -> bool:

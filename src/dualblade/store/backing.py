@@ -21,7 +21,13 @@ from dualblade.host.drives import find_drive
 from dualblade.io import Engine
 from dualblade.store.fiemap import contiguous_pieces, file_extents
 from dualblade.store.format import DATA_OFFSET, Superblock
-from dualblade.store.place import Location, read_superblock, storage_error, write_superblock
+from dualblade.store.place import (
+    Location,
+    close_descriptors,
+    read_superblock,
+    storage_error,
+    write_superblock,
+)
 from dualblade.units import GIB, KIB
 
 _RESERVE_BYTES_MAX = 2 * GIB
@@ -69,9 +75,7 @@ class FileBacking:
             raise storage_error("close", self.path, exc) from exc
         finally:
             # A private file is gone with its descriptors.
-            for fd in (self.direct_fd, self.buffered_fd):
-                if fd is not None:
-                    os.close(fd)
+            close_descriptors(self.direct_fd, self.buffered_fd)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,9 +126,7 @@ class HeldFile:
     def let_go(self) -> None:
         if self.superblock is None and not self.private:
             os.unlink(self.name)
-        for fd in (self.direct_fd, self.fd):
-            if fd is not None:
-                os.close(fd)
+        close_descriptors(self.direct_fd, self.fd)
 
 
 def cache_directory() -> Path:

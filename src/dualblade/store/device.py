@@ -24,7 +24,13 @@ from dualblade.store.format import (
     choose_superblock,
     second_copy_offset,
 )
-from dualblade.store.place import Location, read_superblock, storage_error, write_superblock
+from dualblade.store.place import (
+    Location,
+    close_descriptors,
+    read_superblock,
+    storage_error,
+    write_superblock,
+)
 from dualblade.units import BLOCK_BYTES
 
 _BLKDISCARD = 0x1277
@@ -63,9 +69,7 @@ class DeviceBacking:
         except OSError as exc:
             raise storage_error("close", self.path, exc) from exc
         finally:
-            for fd in (self.direct_fd, self.buffered_fd):
-                if fd is not None:
-                    os.close(fd)
+            close_descriptors(self.direct_fd, self.buffered_fd)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -102,6 +102,13 @@ class Backing(Protocol):
         ...
 
 
+def close_descriptors(*fds: int | None) -> None:
+    """Close those that are open."""
+    for fd in fds:
+        if fd is not None:
+            os.close(fd)
+
+
 def read_superblock(fd: int, offset: int) -> bytes:
     """The superblock at `offset`; less where the file or device ends before. Raises: OSError."""
     return os.pread(fd, SUPERBLOCK_BYTES, offset)

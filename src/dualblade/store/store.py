@@ -14,7 +14,7 @@ from dualblade.store.doors import LEGAL_MOVES, Door
 from dualblade.store.extents import ExtentAllocator, Range
 from dualblade.store.format import DATA_OFFSET
 from dualblade.store.members import Members, Place, open_members
-from dualblade.store.place import Location
+from dualblade.store.place import Location, storage_error
 from dualblade.units import BLOCK_BYTES
 
 log = logging.getLogger("dualblade.store")
@@ -157,18 +157,26 @@ class Store:
         return extent
 
     def free(self, extent: Extent) -> None:
-        """Give `extent` back; waits for its transfers, whose outcome no longer matters."""
+        """Give `extent` back; waits for its transfers, whose outcome no longer matters.
+
+        Raises: Closed; StorageError when a device took no discard; the extent is free anyway.
+        """
         self._check_open()
         self._settle(extent)
         if extent.door is not Door.DIRECT:
             self._drop(extent)
-        if self._discard:
-            at, size = extent.range.offset, extent.range.size_bytes
-            for backing, offset, length in self._members.ranges(at, size):
-                backing.discard(offset, length)
         self._move(extent, Door.FREE)
         self._live.discard(extent)
         self._allocator.free(extent.range)
+        if self._discard:
+            self._discard_range(extent.range)
+
+    def _discard_range(self, freed: Range) -> None:
+        for backing, offset, size in self._members.ranges(freed.offset, freed.size_bytes):
+            try:
+                backing.discard(offset, size)
+            except OSError as exc:
+                raise storage_error("discard", backing.path, exc) from exc
 
     def read(self, extent: Extent, offset: int, address: int, size_bytes: int) -> Ticket:
         """Start reading [offset, offset + size_bytes) of `extent` into memory at `address`.
