@@ -192,6 +192,15 @@ def test_the_tune_command_saves_what_plan_then_uses(tmp_path: Path) -> None:
     assert half["factor"] == 0.5
     assert "error" in half or half["direct_bytes"] >= twice["direct_bytes"]
     assert twice["step"]["seconds"] <= after["step"]["seconds"]
+    assert after["step"]["compute_seconds"] > 0
+    faster = after["faster_drive"]
+    assert faster["step"]["drive_seconds"] <= after["step"]["drive_seconds"]
+    assert faster["step"]["compute_seconds"] == after["step"]["compute_seconds"]
+    shown = runner.invoke(app, [*plan[:-1], "--store", str(tmp_path / "kv")]).stdout
+    assert "a step: " in shown
+    assert "with a drive twice as fast" in shown
+    on_a_gpu = runner.invoke(app, [*plan, "--store", str(tmp_path / "kv"), "--device", "cuda"])
+    assert json.loads(on_a_gpu.stdout)["step"]["compute_seconds"] == 0
 
 
 def test_a_measured_device_gives_plan_and_cache_the_same_units(tmp_path: Path) -> None:

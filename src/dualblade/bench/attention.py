@@ -38,7 +38,7 @@ from dualblade.units import EXTENT_ALIGN_BYTES, GIB, MIB, round_up
 
 Progress = Callable[[str], None]
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _PIECE_BYTES = 4 * MIB  # a staging slot
 _BANDWIDTH_BYTES = 512 * MIB
 _SAMPLE_SECONDS = 0.2  # calls are repeated until a sample is this long
@@ -92,7 +92,7 @@ class AttentionBenchOptions:
 
     def __post_init__(self) -> None:
         for dtype in self.dtypes:
-            if dtype not in _DTYPES:
+            if dtype not in DTYPES:
                 raise ConfigError(f"unknown dtype {dtype!r}", hint="use bfloat16 or float32")
         if self.query_tokens < 1 or self.repeats < 1:
             raise ConfigError("query_tokens and repeats must be at least 1")
@@ -118,7 +118,7 @@ def run_attention_bench(options: AttentionBenchOptions, tell: Progress) -> dict[
 
 def _run(shape: AttentionShape, dtype: str, options: AttentionBenchOptions) -> dict[str, Any]:
     torch.manual_seed(options.seed)
-    layers = [_Layer(shape, _DTYPES[dtype], options.query_tokens) for _ in range(2)]
+    layers = [AttentionLayer(shape, DTYPES[dtype], options.query_tokens) for _ in range(2)]
     ways: dict[str, Callable[[int], object]] = {
         "exact": lambda turn: layers[turn % 2].exact(),
         "tiles": lambda turn: layers[turn % 2].tiles(),
@@ -128,8 +128,8 @@ def _run(shape: AttentionShape, dtype: str, options: AttentionBenchOptions) -> d
     samples: dict[str, list[float]] = {name: [] for name in (*ways, "memory_read")}
     for _ in range(options.repeats):
         for name, way in ways.items():
-            samples[name].append(layers[0].kv_bytes / GIB / _seconds(way))
-        seconds = _seconds(lambda _: swept.sum())
+            samples[name].append(layers[0].kv_bytes / GIB / seconds_of_call(way))
+        seconds = seconds_of_call(lambda _: swept.sum())
         samples["memory_read"].append(_BANDWIDTH_BYTES / GIB / seconds)
     medians = {name: statistics.median(values) for name, values in samples.items()}
     query = AttentionQuery(query=layers[0].query, past=shape.tokens, scaling=1.0)
@@ -146,8 +146,9 @@ def _run(shape: AttentionShape, dtype: str, options: AttentionBenchOptions) -> d
     }
 
 
-def _seconds(call: Callable[[int], object]) -> float:
-    """Of one call, from as many as make a sample; the first two are not counted."""
+def seconds_of_call(call: Callable[[int], object]) -> float:
+    """Of one call, from as many as make a sample; the first two are not counted. The call is told
+    how many went before it."""
     call(0)
     call(1)
     count, started = 0, time.perf_counter()
@@ -165,8 +166,8 @@ def _in_huge_pages(rows: torch.Tensor) -> torch.Tensor:
     return memory.view(rows.dtype).view(rows.shape).copy_(rows)
 
 
-class _Layer:
-    """The same KV as tiles and as contiguous tensors."""
+class AttentionLayer:
+    """One layer's KV, the same as tiles and as contiguous tensors: `kv_bytes` of it."""
 
     def __init__(self, shape: AttentionShape, dtype: torch.dtype, query_tokens: int) -> None:
         if shape.tokens % TILE_ROWS_DEFAULT:

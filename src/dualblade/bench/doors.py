@@ -1,4 +1,5 @@
-"""Measuring both doors of a store on a device, and copies in memory: what `dualblade tune` saves.
+"""Measuring both doors of a store on a device, copies in memory and computing: what `dualblade
+tune` saves.
 
 A folder or a file: a scratch store beside it, gone at the end. A device: the store on it, which
 has to be formatted for dualblade and free; nothing else is ever written to. Medians.
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dualblade.bench.compute import measure_compute
 from dualblade.config import EngineConfig
 from dualblade.errors import BudgetError, ConfigError
 from dualblade.host.memory import available_memory
@@ -86,6 +88,7 @@ def measure_doors(
     finally:
         for file in scratch:
             file.unlink(missing_ok=True)
+    progress("measuring the processor")
     return DeviceProfile(
         device=device_identity(*places),
         engine=engine_name,
@@ -94,6 +97,7 @@ def measure_doors(
         cache_hit_bytes_per_s=statistics.median(rates.hit),
         cache_miss_bytes_per_s=statistics.median(rates.miss),
         memory_copy_bytes_per_s=_copy_rate(options.repeats),
+        compute=measure_compute(options.repeats),
     )
 
 

@@ -38,7 +38,9 @@ def plan(
 
     The residency plan of a model, context and budget; no weights are needed. For each layer: the
     path of its keys and values, their bytes, and the reason. Where `tune` has measured the store's
-    device, also the time that a step's reads should take, and what other memory would change.
+    device and this processor, also the time of a step (reads and computing overlap, so the longer
+    one), and what half and twice the memory or a drive of twice the speed would change. On a GPU
+    only the reads are predicted.
 
     \b
     Examples:
@@ -63,7 +65,6 @@ def plan(
     from dualblade.hf.geometry import item_bytes
     from dualblade.hf.models import config_of, default_dtype, parse_dtype
     from dualblade.hf.plan import PlanRequest, plan_cache
-    from dualblade.hf.speeds import door_speeds, known_profile
 
     config = config_of(model)
     element = parse_dtype(dtype) or default_dtype(config, device)
@@ -77,16 +78,33 @@ def plan(
         engine=engine,
         gather_on_host=device == "cpu",
         over_tiles=way_in == "tiles",
-        speeds=door_speeds(known_profile(store)),
+        **_measured(config, element, device, store),
     )
     made = plan_cache(config, request)
     result = _result(model, str(element).removeprefix("torch."), request, made)
     if made.shares is not None and way is KVPath.DUAL:
         result["other_memory"] = [_other_memory(config, request, by) for by in (0.5, 2.0)]
-    if json:
-        write_json(result)
-    else:
-        _show(result)
+        result["faster_drive"] = _faster_drive(config, request, 2.0)
+    write_json(result) if json else _show(result)
+
+
+def _measured(config: Any, dtype: Any, device: str, store: Any) -> dict[str, Any]:
+    """What is known of the drive's and the processor's speed, as PlanRequest takes it."""
+    from dualblade.hf.footprint import token_weights_bytes
+    from dualblade.hf.speeds import door_speeds, known_profile
+
+    profile = known_profile(store)
+    if profile is None:
+        return {}
+    speeds = {"speeds": door_speeds(profile)}
+    compute = profile.compute.get(str(dtype).removeprefix("torch."))
+    if compute is None or device != "cpu":
+        return speeds
+    return {
+        **speeds,
+        "compute": compute,
+        "weights_bytes": token_weights_bytes(config, dtype),
+    }
 
 
 def _result(model: str, dtype: str, request: PlanRequest, made: CachePlan) -> dict[str, Any]:
@@ -113,15 +131,41 @@ def _result(model: str, dtype: str, request: PlanRequest, made: CachePlan) -> di
         "units": [asdict(placement) for placement in made.placements],
         "step": _step(made),
         "other_memory": [],
+        "faster_drive": None,
     }
 
 
 def _step(made: CachePlan) -> dict[str, Any] | None:
-    """The predicted time of a step's reads; None without a profile of the device."""
+    """The predicted time of a step; None without a profile of the device."""
     step = made.step
     if step is None:
         return None
     return {**asdict(step), "seconds": step.seconds, "bound": step.bound}
+
+
+def _faster_drive(config: Any, request: PlanRequest, factor: float) -> dict[str, Any] | None:
+    """What the plan would be with a drive `factor` times as fast; None where it is not known how
+    fast this one is."""
+    from dualblade.config import Path as KVPath
+    from dualblade.hf.plan import plan_cache
+
+    speeds = request.speeds
+    if speeds is None:
+        return None
+    faster = replace(
+        speeds,
+        direct_bytes_per_s=factor * speeds.direct_bytes_per_s,
+        cache_miss_bytes_per_s=min(
+            factor * speeds.cache_miss_bytes_per_s, speeds.cache_hit_bytes_per_s
+        ),
+    )
+    made = plan_cache(config, replace(request, speeds=faster))
+    return {
+        "factor": factor,
+        "direct_bytes_per_s": faster.direct_bytes_per_s,
+        "direct_bytes": made.bytes_on(KVPath.DIRECT),
+        "step": _step(made),
+    }
 
 
 def _other_memory(config: Any, request: PlanRequest, factor: float) -> dict[str, Any]:
@@ -207,10 +251,27 @@ def _totals(result: dict[str, Any]) -> list[str]:
         lines.append(
             "no profile of the store's device: dualblade tune STORE measures it"
             if step is None
-            else f"reads of a step: {_milliseconds(step)}, bound by {step['bound']}"
+            else _step_line(step)
         )
         lines += [_other_line(other) for other in result["other_memory"]]
+        faster = result["faster_drive"]
+        if faster is not None:
+            lines.append(
+                f"with a drive twice as fast ({format_size(int(faster['direct_bytes_per_s']))}/s): "
+                f"{format_size(faster['direct_bytes'])} of each step from the drive, "
+                f"{_milliseconds(faster['step'])}"
+            )
     return lines
+
+
+def _step_line(step: dict[str, Any]) -> str:
+    reads = max(step["drive_seconds"], step["copy_seconds"])
+    if not step["compute_seconds"]:
+        return f"reads of a step: {_milliseconds(step)}, bound by {step['bound']}"
+    return (
+        f"a step: {_milliseconds(step)}, bound by {step['bound']} "
+        f"(reads {1000 * reads:.1f} ms, computing {1000 * step['compute_seconds']:.1f} ms)"
+    )
 
 
 def _milliseconds(step: dict[str, Any]) -> str:

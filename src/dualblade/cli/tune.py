@@ -29,10 +29,10 @@ def tune(
 ) -> None:
     """Measure a device and save its profile.
 
-    Reads through both doors and copies in memory, for a few seconds. `plan` then predicts the time
-    of a step, and `generate` caches only what the page cache makes faster. Files are measured with
-    a scratch store beside them; a device only if it was formatted (dualblade store format) and no
-    cache is using it: nothing else is written to.
+    Reads through both doors, copies in memory and computes, for some seconds. `plan` then predicts
+    the time of a step, and `generate` caches only what the page cache makes faster. Files are
+    measured with a scratch store beside them; a device only if it was formatted (dualblade store
+    format) and no cache is using it: nothing else is written to.
 
     \b
     Examples:
@@ -62,4 +62,11 @@ def tune(
         ("memory copy", profile.memory_copy_bytes_per_s or 0),
     ):
         console.print(f"  {name}: {format_size(int(rate))}/s")
+    for dtype, compute in profile.compute.items():
+        console.print(
+            f"  computing a token in {dtype}: weights "
+            f"{format_size(int(compute.weights_bytes_per_s))}/s, KV over tiles "
+            f"{format_size(int(compute.tiles_bytes_per_s))}/s, the model's own way "
+            f"{format_size(int(compute.exact_bytes_per_s))}/s"
+        )
     console.print(f"saved in {saved}")

@@ -7,7 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dualblade.config import EngineConfig
 from dualblade.errors import BudgetError
@@ -73,9 +73,7 @@ def footprint(
     The parameters are counted on a model without memory. `is_packed`: the weights are unpacked
     from a GGUF file.
     """
-    with torch.device("meta"):
-        # A copy: it is told the dtype, and the checkpoint's own is asked for below.
-        skeleton = AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype)
+    skeleton = _skeleton(config, dtype)
     sizes = [parameter.nbytes for parameter in skeleton.parameters()]  # tied weights come once
     unpacked = sum(parameter.numel() for parameter in skeleton.parameters()) * _UNPACKED_ITEM_BYTES
     stored = getattr(config.get_text_config(decoder=True), "dtype", None) or config.dtype
@@ -87,6 +85,34 @@ def footprint(
         activation_bytes=rows * _row_bytes(config, dtype),
         staging_bytes=staging_bytes,
     )
+
+
+def token_weights_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of weights that one token goes through: without the embeddings, of which it takes a
+    row, and of several experts with those that it is sent to."""
+    skeleton = _skeleton(config, dtype)
+    text = config.get_text_config(decoder=True)
+    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
+    chosen = min(getattr(text, "num_experts_per_tok", None) or experts, experts)
+    looked_up = skeleton.get_input_embeddings().weight
+    head = skeleton.get_output_embeddings()
+    is_tied = head is not None and (
+        head.weight is looked_up or getattr(text, "tie_word_embeddings", False)
+    )
+    total = 0
+    for name, parameter in skeleton.named_parameters():
+        if parameter is looked_up and not is_tied:
+            continue
+        share = chosen / experts if ".experts." in name else 1
+        total += int(parameter.nbytes * share)
+    return total
+
+
+def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        # A copy: it is told the dtype, and who asks may want the checkpoint's own.
+        return AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype)
 
 
 def staging_and_tails(

@@ -13,6 +13,7 @@ from dualblade.config import EngineConfig, Path
 from dualblade.errors import ConfigError
 from dualblade.geometry import Part, TileGeometry, UnitId, choose_tile_rows
 from dualblade.hf.geometry import LayerShape, layer_shapes
+from dualblade.host.profile import ComputeSpeeds
 from dualblade.metrics import UnitPlacement
 from dualblade.pipeline.budget import (
     CAPACITY_STEP_TOKENS,
@@ -40,7 +41,9 @@ class PlanRequest:
     """What to plan for: `tokens` in each of `batch` sequences, elements of `item_bytes`.
 
     `gather_on_host` is False for a GPU with memory of its own. `over_tiles`: attention works on
-    tiles, and a group of them is gathered at most. `speeds` None: not measured.
+    tiles, and a group of them is gathered at most. `speeds`, `compute` None: not measured.
+    Computing, with `weights_bytes` for each token, does not change where units go, which a cache
+    decides before it has computed anything; only the time that is predicted.
     """
 
     tokens: int
@@ -52,6 +55,8 @@ class PlanRequest:
     gather_on_host: bool = True
     over_tiles: bool = False
     speeds: DoorSpeeds | None = None
+    compute: ComputeSpeeds | None = None
+    weights_bytes: int = 0
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.batch < 1:
@@ -63,7 +68,7 @@ class PlanRequest:
 class CachePlan:
     """The plan of one cache. `tile_rows` and `kv_bytes` cover the layers that are stored;
     placements cover all layers, bytes -1 where the configuration does not tell them. `step` is the
-    predicted time of a step's reads; None where speeds are not known."""
+    predicted time of a step; None where the drive's speeds are not known."""
 
     placements: tuple[UnitPlacement, ...]
     shares: BudgetShares | None
@@ -104,7 +109,7 @@ def plan_cache(config: PretrainedConfig, request: PlanRequest) -> CachePlan:
     shares.require()
     placed = _residency(stored, rows, shares, request)
     made = _plan([*_described(placed), *kept], shares, rows, token_bytes, request)
-    return replace(made, step=_step(placed, shares, request.speeds))
+    return replace(made, step=_step(placed, shares, made.kv_bytes, request))
 
 
 def _plan(
@@ -214,10 +219,16 @@ def _residency(
     )
 
 
-def _step(plan: ResidencyPlan, shares: BudgetShares, speeds: DoorSpeeds | None) -> StepTime | None:
-    """What reading everything takes. On the page-cache path what does not fit gets no hits."""
+def _step(
+    plan: ResidencyPlan, shares: BudgetShares, kv_bytes: int, request: PlanRequest
+) -> StepTime | None:
+    """What reading and computing take. On the page-cache path what does not fit gets no hits."""
+    speeds, compute = request.speeds, request.compute
     if speeds is None:
         return None
+    if compute is not None:
+        seconds = compute.seconds(request.weights_bytes, kv_bytes, over_tiles=request.over_tiles)
+        speeds = replace(speeds, compute_seconds=seconds)
     cached = plan.bytes_on(Path.PAGE_CACHE)
     total = cached + plan.bytes_on(Path.DIRECT)
     return predict(total, cached, shares.page_cache_bytes, speeds)

@@ -12,7 +12,8 @@ import json
 import logging
 import os
 import stat
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,27 @@ log = logging.getLogger("dualblade.host")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ComputeSpeeds:
+    """Of this processor, in one dtype: bytes of weights that one token goes through in a second,
+    and bytes of KV that it attends to, over tiles and the exact way."""
+
+    weights_bytes_per_s: float
+    tiles_bytes_per_s: float
+    exact_bytes_per_s: float
+
+    def __post_init__(self) -> None:
+        _check_rates(self.weights_bytes_per_s, self.tiles_bytes_per_s, self.exact_bytes_per_s)
+
+    def seconds(self, weights_bytes: int, kv_bytes: int, *, over_tiles: bool) -> float:
+        """Of computing a token with so many bytes of weights and KV."""
+        rate = self.tiles_bytes_per_s if over_tiles else self.exact_bytes_per_s
+        return weights_bytes / self.weights_bytes_per_s + kv_bytes / rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceProfile:
-    """Bytes per second through each door, and of a copy in memory (None: not measured).
+    """Bytes per second through each door, of a copy in memory, and of computing by dtype (None and
+    empty: not measured).
 
     `device` is its identity. `quick`: measured briefly at first use, not by `tune`.
     """
@@ -37,17 +57,21 @@ class DeviceProfile:
     cache_hit_bytes_per_s: float
     cache_miss_bytes_per_s: float
     memory_copy_bytes_per_s: float | None = None
+    compute: Mapping[str, ComputeSpeeds] = field(default_factory=dict)
     quick: bool = False
 
     def __post_init__(self) -> None:
-        rates = (
+        _check_rates(
             self.direct_bytes_per_s,
             self.cache_hit_bytes_per_s,
             self.cache_miss_bytes_per_s,
             1 if self.memory_copy_bytes_per_s is None else self.memory_copy_bytes_per_s,
         )
-        if not all(isinstance(rate, int | float) and rate > 0 for rate in rates):
-            raise ValueError("a speed is a positive number")
+
+
+def _check_rates(*rates: float) -> None:
+    if not all(isinstance(rate, int | float) and rate > 0 for rate in rates):
+        raise ValueError("a speed is a positive number")
 
 
 def profiles_file() -> Path:
@@ -111,9 +135,11 @@ def load_profile(*paths: str | os.PathLike[str]) -> DeviceProfile | None:
     if found is None:
         return None
     try:
-        names = {field.name for field in fields(DeviceProfile)}
-        return DeviceProfile(**{name: found[name] for name in names if name in found})
-    except (KeyError, TypeError, ValueError) as exc:
+        names = {each.name for each in fields(DeviceProfile)}
+        known = {name: found[name] for name in names if name in found}
+        compute = {name: ComputeSpeeds(**one) for name, one in known.pop("compute", {}).items()}
+        return DeviceProfile(**known, compute=compute)
+    except (AttributeError, KeyError, TypeError, ValueError) as exc:
         log.warning("the profile in %s is not usable (%s); measure again with tune", file, exc)
         return None
 
