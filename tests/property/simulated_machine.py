@@ -62,6 +62,10 @@ class Machine:
     def told(self) -> int:
         return int((self.memory - self.hog) * MARGIN)
 
+    @property
+    def slack(self) -> int:
+        return int((self.memory - self.hog) * (1 - MARGIN) / 2)
+
     def step(self, seconds: float) -> None:
         """A boundary with a decision of each cache, then a sweep of each."""
         self.time += seconds
@@ -82,6 +86,7 @@ class Machine:
                 time_seconds=self.time,
                 demands=cache.demands,
                 page_cache_bytes=self.told,
+                slack_bytes=self.slack,
                 speeds=self.speeds,
                 hit_fraction=cache.hits if self.measures_hits else None,
                 resident_bytes=cache.resident if self.measures_hits else None,

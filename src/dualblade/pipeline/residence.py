@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from dualblade.config import Path
 from dualblade.geometry import Part, UnitId
@@ -68,6 +69,18 @@ class MemorySource:
     asked_bytes: int | None
     read: Callable[[OwnMemory], MemoryReading] | None = None
     clock: Callable[[], float] = time.monotonic
+
+
+class _Room(NamedTuple):
+    """For the page cache, under the budget in force: to plan for, and what a plan that was made
+    may stand above it."""
+
+    size_bytes: int
+    slack_bytes: int
+
+    @property
+    def most(self) -> int:
+        return self.size_bytes + self.slack_bytes
 
 
 class MemoryWatch:
@@ -173,7 +186,8 @@ class Placements:
         self._events: deque[ResidencyEvent] = deque(maxlen=_EVENTS_MAX)
         self._has_warned = False
         self._shares: BudgetShares | None = None
-        self._budget_bytes = self._room = 0
+        self._budget_bytes = 0
+        self._room = _Room(0, 0)
         self.forget()
 
     def forget(self) -> None:
@@ -226,17 +240,18 @@ class Placements:
                 return  # the other layers of a step
         else:
             self._shares, self._budget_bytes = shares, budget
-            self._room = replace(shares, budget_bytes=budget).page_cache_bytes
+            room = replace(shares, budget_bytes=budget)
+            self._room = _Room(room.page_cache_bytes, room.slack_bytes)
         room = self._room
         if self._plan is None:
             self._begin(room)
         elif self._controller is None:
             if has_changed:
                 self._plan = resized(self._plan, self._demands)
-        elif like.index == 0 or has_changed or room < self._controller.planned_bytes:
+        elif like.index == 0 or has_changed or room.most < self._controller.planned_bytes:
             self._re_decide(self._controller, layers, room)
         if self._controller is not None:
-            assert self._controller.planned_bytes <= room, "more is planned than there is room for"
+            assert self._controller.planned_bytes <= room.most, "more is planned than there is room"
             self._warn_once(shares, budget)
 
     def visit(self, unit: Unit) -> None:
@@ -280,7 +295,7 @@ class Placements:
                 demands.append(UnitDemand(unit=UnitId(index, part), size_bytes=size))
         return tuple(demands)
 
-    def _begin(self, room: int) -> None:
+    def _begin(self, room: _Room) -> None:
         """The first plan. A prompt that does not fit is written directly where it does not."""
         if self._path is not Path.DUAL:
             self._plan = plan_fixed(self._demands, self._path)
@@ -288,7 +303,7 @@ class Placements:
         self._plan = decide(
             PlanInputs(
                 demands=self._demands,
-                page_cache_bytes=room,
+                page_cache_bytes=room.size_bytes,
                 speeds=self._speeds,
                 cache_percent=self._cache_percent,
             )
@@ -300,17 +315,18 @@ class Placements:
             event = self._controller.decide(self._observation(room))
             assert event is None, "a plan just made needs no change"
 
-    def _observation(self, room: int, hits: float | None = None) -> Observation:
+    def _observation(self, room: _Room, hits: float | None = None) -> Observation:
         return Observation(
             time_seconds=self._clock(),
             demands=self._demands,
-            page_cache_bytes=room,
+            page_cache_bytes=room.size_bytes,
+            slack_bytes=room.slack_bytes,
             speeds=self._speeds,
             hit_fraction=hits,
             stall_seconds=self._watch.stall_seconds,
         )
 
-    def _re_decide(self, controller: Controller, layers: Mapping[int, Layer], room: int) -> None:
+    def _re_decide(self, controller: Controller, layers: Mapping[int, Layer], room: _Room) -> None:
         seen = self._observation(room, self._hits.take())
         if seen.hit_fraction is not None and seen.hit_fraction < self._policy.hit_fraction_min:
             self._demands = tuple(
@@ -323,7 +339,7 @@ class Placements:
         if event is None:
             return
         assert self._plan is not None
-        self._plan = replace(after(self._plan, event), page_cache_bytes_max=room)
+        self._plan = replace(after(self._plan, event), page_cache_bytes_max=room.size_bytes)
         self._cached = controller.cached_units
         self._carry_out(event, layers)
         self._hits.restart()

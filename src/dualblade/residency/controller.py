@@ -1,9 +1,9 @@
 """Follows the memory that is there: which units to move at a step boundary. Pure: time and all
 observations are passed in.
 
-Down at once: when the room that the probe tells falls below what is planned, when cached pages
-turn out to be evicted, or when the machine stalls for want of memory. Up slowly: a few units, of
-room that has been there for a while, and never more than half of it.
+Down at once: when the room that the probe tells falls clearly below what is planned, when cached
+pages turn out to be evicted, or when the machine stalls for want of memory. Up slowly: a few
+units, of room that has been there for a while, and never more than half of it.
 
 The probe cannot see everything: to another process our page cache is reclaimable, as is its own
 to us. So evictions and stalls teach by how much the room is overstated. That is tried again
@@ -182,7 +182,7 @@ class Controller:
 
     def _shortage(self, seen: Observation, grew: bool) -> Event | None:
         room = self._room(seen)
-        if self._planned_bytes <= room:
+        if self._planned_bytes <= room + seen.slack_bytes:
             return None
         cause = Cause.KV_GREW if grew else Cause.BUDGET_FELL
         words = f"{format_size(self._planned_bytes)} planned, room for {format_size(room)}"

@@ -30,6 +30,8 @@ class Observation:
     time_seconds      monotonic.
     demands           all units in the order of the sweep; the same object while none has changed.
     page_cache_bytes  room as the budget probe tells it: BudgetShares.page_cache_bytes.
+    slack_bytes       of the margin under the budget, what the plan may stand above the room before
+                      units go: readings swing by that much.
     hit_fraction      of reads through the page cache, of sweeps after the last move alone.
     resident_bytes    page cache of the store, in a sweep after the last move.
     stall_seconds     time lost for want of memory so far: Pressure.some_seconds.
@@ -38,6 +40,7 @@ class Observation:
     time_seconds: float
     demands: tuple[UnitDemand, ...]
     page_cache_bytes: int
+    slack_bytes: int = 0
     speeds: DoorSpeeds | None = None
     hit_fraction: float | None = None
     resident_bytes: int | None = None

@@ -57,8 +57,17 @@ class BudgetShares:
     @property
     def page_cache_bytes(self) -> int:
         """What is left for the store's page cache, under the margin."""
-        margin = max(int(self.budget_bytes * MARGIN_FRACTION), min(MIB, self.budget_bytes // 4))
-        return max(0, self.budget_bytes - self.fixed_bytes - margin)
+        return max(0, self.budget_bytes - self.fixed_bytes - self._margin_bytes)
+
+    @property
+    def slack_bytes(self) -> int:
+        """Half of the margin: a plan stands when the budget falls by less, and none is made into
+        it. 0 where nothing is left for the page cache."""
+        return min(self._margin_bytes // 2, self.page_cache_bytes)
+
+    @property
+    def _margin_bytes(self) -> int:
+        return max(int(self.budget_bytes * MARGIN_FRACTION), min(MIB, self.budget_bytes // 4))
 
     def require(self) -> None:
         """Raises: BudgetError, with the bytes needed, when the fixed part alone does not fit."""
