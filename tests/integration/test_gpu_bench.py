@@ -1,0 +1,43 @@
+"""The script for machines with a GPU, as far as it goes without one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts/gpu_bench"
+
+
+@pytest.mark.skipif(not SCRIPT.exists(), reason="installed without the sources")
+def test_the_gpu_script_measures_and_tells(tmp_path: Path) -> None:
+    command = [sys.executable, SCRIPT, "--quick", "--no-gpu", "--steps", "2", "--output", tmp_path]
+    done = subprocess.run(
+        [*command, "--memory-budget", "16MiB"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines()[2:]}
+    assert set(rows) == {"memory", "direct", "dual"}
+    assert float(rows["memory"][2]) == 0  # no reads
+    assert float(rows["direct"][2]) > 0
+    assert float(rows["direct"][7]) == 2  # MiB of staging
+    (run,) = json.loads((tmp_path / "quick-direct.json").read_text())["runs"]
+    assert run["device_read_bytes_per_step"] == run["kv_bytes"]
+    # Asked again it measures nothing anew.
+    again = subprocess.run(
+        [*command, "--memory-budget", "16MiB"], capture_output=True, text=True, check=False
+    )
+    assert again.stdout == done.stdout
+
+
+@pytest.mark.skipif(not SCRIPT.exists(), reason="installed without the sources")
+def test_the_gpu_script_measures_nothing_of_worth_without_a_gpu() -> None:
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--no-gpu"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "--no-gpu only tries the script" in done.stderr
