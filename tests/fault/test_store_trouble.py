@@ -34,7 +34,7 @@ def engine() -> Iterator[Engine]:
         yield opened
 
 
-def open_store(path: Path | None, engine: Engine, **options: object) -> Store:
+def open_store(path: Path | list[Path] | None, engine: Engine, **options: object) -> Store:
     return Store.open(path, engine, capacity_bytes=16 * MIB, **options)
 
 
@@ -62,6 +62,27 @@ def test_a_private_store_has_no_name(own_cache_directory: Path, engine: Engine) 
         store.allocate(2 * MIB, Door.DIRECT)
         assert list(own_cache_directory.iterdir()) == []
         assert "private" in store.path
+
+
+def test_a_folder_takes_a_private_store(
+    tmp_path: Path, own_cache_directory: Path, engine: Engine
+) -> None:
+    with open_store(tmp_path, engine) as store:
+        store.allocate(2 * MIB, Door.DIRECT)
+        free = os.statvfs(tmp_path).f_bavail
+        assert store.path == f"{tmp_path} (private)"
+        assert list(tmp_path.iterdir()) == []
+        assert not own_cache_directory.exists()
+    assert os.statvfs(tmp_path).f_bavail > free
+    both = [tmp_path / "one", tmp_path / "other"]
+    for folder in both:
+        folder.mkdir()
+    with open_store(both, engine) as store:
+        assert store.member_count == 2
+    assert [list(folder.iterdir()) for folder in both] == [[], []]
+    with pytest.raises(NotAStore, match="is a directory and others are files"):
+        open_store([both[0], both[1] / "kv.store"], engine)
+    assert list(both[1].iterdir()) == []
 
 
 def test_an_existing_store_is_reused(tmp_path: Path, engine: Engine) -> None:
@@ -100,9 +121,7 @@ def test_another_version_and_a_truncated_store_are_refused(tmp_path: Path, engin
         open_store(path, engine)
 
 
-def test_directories_and_devices_are_refused(tmp_path: Path, engine: Engine) -> None:
-    with pytest.raises(NotAStore, match="is a directory"):
-        open_store(tmp_path, engine)
+def test_what_cannot_be_a_store_is_refused(tmp_path: Path, engine: Engine) -> None:
     with pytest.raises(NotAStore, match="no NVMe namespace"):
         open_store(Path("/dev/null"), engine)
     with pytest.raises(StorageError, match="does not exist"):

@@ -80,7 +80,8 @@ class Workload:
 
     warmup_steps    decoded and dropped before the timed ones: they bring the page cache to rest.
     engine          settings of EngineConfig by name.
-    store           a store file; None: a private one, which is gone afterwards.
+    store           a store file, or a folder for one; None: a private one. What was not there is
+                    gone afterwards.
     """
 
     model: str
@@ -100,6 +101,9 @@ class Workload:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.warmup_steps < 0:
             raise ConfigError("warmup_steps cannot be negative")
+        if self.store is not None and self.store.is_dir():
+            # By name: the runs of one benchmark rewrite one file.
+            object.__setattr__(self, "store", self.store / "dualblade-bench.store")
         check_attention(self.attention)
         EngineConfig.from_mapping(self.engine)
 

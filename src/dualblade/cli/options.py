@@ -24,19 +24,22 @@ Model = Annotated[
     ),
 ]
 _STORE_HELP = (
-    "Store for the KV: a file, made if missing; or a device that was formatted (dualblade store "
-    "format).{} Without it: a private file in ~/.cache/dualblade, gone at the end."
+    "Store for the KV: a folder, for a private file that is gone at the end; a file, made if "
+    "missing; or a device that was formatted (dualblade store format).{} Without it: a private "
+    "file in ~/.cache/dualblade."
 )
 Store = Annotated[
     list[Path] | None,
     typer.Option(
         "--store",
+        "--offload-dir",
         metavar="STORE",
         help=_STORE_HELP.format(" Repeated: one store, striped over all of them."),
     ),
 ]
 OneStore = Annotated[
-    Path | None, typer.Option("--store", metavar="STORE", help=_STORE_HELP.format(""))
+    Path | None,
+    typer.Option("--store", "--offload-dir", metavar="STORE", help=_STORE_HELP.format("")),
 ]
 MemoryBudget = Annotated[
     str,

@@ -86,8 +86,9 @@ class DualBladeCache(Cache):
     ) -> DualBladeCache:
         """A cache for `model`, to pass as `past_key_values`.
 
-        store          a file (made 0600 when missing) or a formatted device, or several: striped.
-                       What is no dualblade store is refused. None: a private file, gone at close.
+        store          a folder (for a private file, gone at close), a file (made 0600 when
+                       missing) or a formatted device, or several: striped. What is no dualblade
+                       store is refused. None: a private file in ~/.cache/dualblade.
         memory_budget  host memory for this cache in all: `512MiB`, bytes, or `auto`: what there is
                        less a reserve for everything else (EngineConfig.memory_reserve_bytes). On
                        the `dual` path the plan follows the memory that is there, and a stated

@@ -1,8 +1,8 @@
 """A store's file: made, found, locked, and given back.
 
-A private store has no name from its first moment (O_TMPFILE), so nothing is left after a crash.
-A named one is created 0600 and formatted when it does not exist; an existing file is taken only
-when it is a dualblade store that nobody has open.
+A private store, in the user's cache or in a folder that was named, has no name from its first
+moment (O_TMPFILE), so nothing is left after a crash. A named one is created 0600 and formatted when
+it does not exist; an existing file is taken only when it is a dualblade store that nobody has open.
 """
 
 from __future__ import annotations
@@ -186,13 +186,14 @@ def _mode(path: str | os.PathLike[str]) -> int:
 def hold_file(
     path: str | os.PathLike[str] | None, *, direct: bool, existing_only: bool = False
 ) -> HeldFile:
-    """The store file at `path`, a new one where nothing is, or for None a private one.
+    """The store file at `path`, a new one where nothing is, or a private one: in `path` where that
+    is a folder, for None in the user's cache.
 
     With `direct` the file system must do O_DIRECT. Raises: NotAStore, StorageError, Unsupported;
     nothing is left behind.
     """
-    private = path is None
     name = str(cache_directory()) if path is None else os.fspath(path)
+    private = not existing_only and os.path.isdir(name)
     fd, is_new = _open_private(name) if private else _open_named(name, existing_only)
     try:
         _lock(fd, name)

@@ -115,7 +115,7 @@ def open_members(
     capacity_bytes: int | None,
 ) -> Members:
     """Open what is at `path`: a store on a device, a store file, several of one kind that are
-    members of one store, or for None a private file. Files are made where all are missing.
+    members of one store; for a folder or None a private file. Files are made where all are missing.
 
     `engine` may be missing where all are files. With `direct` each place must do O_DIRECT.
     `capacity_bytes` None: free space less a reserve; a device has what it was formatted with.
@@ -142,7 +142,8 @@ def open_members(
 
 
 def check_kinds(places: Sequence[Place]) -> None:
-    """All devices, all files that exist, or all files to be made. Raises: NotAStore."""
+    """All devices, all files that exist, all files to be made, or all folders for private files.
+    Raises: NotAStore."""
     kinds = {place: is_device(place) for place in places}
     if len(set(kinds.values())) > 1:
         file = os.fspath(next(place for place in places if not kinds[place]))
@@ -151,6 +152,14 @@ def check_kinds(places: Sequence[Place]) -> None:
             operation="open",
             path=file,
             hint="name devices only, or files only",
+        )
+    folders = [os.fspath(place) for place in places if os.path.isdir(place)]
+    if 0 < len(folders) < len(places):
+        raise NotAStore(
+            f"{folders[0]} is a directory and others are files",
+            operation="open",
+            path=folders[0],
+            hint=f"name a file, such as {folders[0]}/kv.store; or directories only",
         )
     missing = [os.fspath(place) for place in places if not os.path.lexists(place)]
     if 0 < len(missing) < len(places):
