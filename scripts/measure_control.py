@@ -84,7 +84,7 @@ def measure(steps: int) -> dict[str, Any]:
     plain = {name: getattr(Placements, name) for name in _TIMED}
     with tempfile.TemporaryDirectory(dir=cache_directory()) as folder:
         engine = open_engine("auto")
-        store = Store.open(Path(folder) / "kv.store", engine, capacity_bytes=256 * MIB)
+        store = Store.open(Path(folder) / "kv.store", engine, capacity_bytes=GIB)
         pipeline = KVPipeline(store, engine, settings())
         for name, call in plain.items():
             setattr(Placements, name, clock.around(call))

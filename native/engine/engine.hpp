@@ -12,10 +12,12 @@ namespace dualblade {
 
 // queue_depth: pieces in flight; with io_uring for each door. poll_direct: io_uring polls for the
 // completions of direct reads and writes, which must then be on devices with poll queues.
+// write_piece_bytes_min: batches without a read are cut no finer.
 struct EngineOptions {
     std::uint32_t queue_depth;
     std::uint64_t chunk_bytes;
     bool poll_direct = false;
+    std::uint64_t write_piece_bytes_min = 0;
 };
 
 // submit, counters, drain and close may be called by any thread. A forked child must not call

@@ -51,6 +51,12 @@ const NvmeNamespace* Queue::space_of(int fd) const {
 // The largest piece that each of `transfers` may be cut into.
 std::uint64_t Queue::piece_bytes_max(const std::vector<Transfer>& transfers) {
     std::uint64_t most = piece_bytes_;
+    if (most < write_piece_bytes_min_ &&
+        std::none_of(
+            transfers.begin(), transfers.end(),
+            [](const Transfer& transfer) { return transfer.op == Op::Read; })) {
+        most = write_piece_bytes_min_;
+    }
     // Without the lock the engine's thread could change its tables underneath.
     auto lock = scheduler_.lock();
     if (spaces_.empty()) return most;

@@ -16,7 +16,9 @@ namespace dualblade {
 class Queue : public Engine {
   public:
     explicit Queue(EngineOptions options)
-        : scheduler_(options.queue_depth), piece_bytes_(options.chunk_bytes) {}
+        : scheduler_(options.queue_depth),
+          piece_bytes_(options.chunk_bytes),
+          write_piece_bytes_min_(options.write_piece_bytes_min) {}
     // Derived classes call close() in their destructors: their threads must be gone before their
     // members.
 
@@ -49,6 +51,7 @@ class Queue : public Engine {
     std::uint64_t piece_bytes_max(const std::vector<Transfer>& transfers);
 
     std::atomic<std::uint64_t> piece_bytes_;
+    const std::uint64_t write_piece_bytes_min_;
     // Changed under the scheduler's lock.
     std::vector<std::pair<int, NvmeNamespace>> spaces_;
     // Without it two threads that close at once would join the same thread twice.

@@ -16,10 +16,20 @@ namespace dualblade {
 
 namespace {
 
+// Pages written at once become one folio: of 2 MiB, where they are aligned to it, and mapped by one
+// entry of the page table, which reading in place is twice as fast with. A write of the page cache
+// keeps no drive waiting, so a whole staging slot goes as one.
+constexpr std::uint64_t kBufferedWriteBytes = 4 << 20;
+
+EngineOptions for_page_cache(EngineOptions options) {
+    options.write_piece_bytes_min = kBufferedWriteBytes;
+    return options;
+}
+
 class UringEngine final : public Engine {
   public:
     explicit UringEngine(EngineOptions options)
-        : buffered_(open_uring_queue(options, false)),
+        : buffered_(open_uring_queue(for_page_cache(options), false)),
           direct_(open_uring_queue(options, options.poll_direct)) {}
 
     std::shared_ptr<Ticket> submit(std::vector<Transfer> transfers) override {

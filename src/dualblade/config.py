@@ -77,6 +77,9 @@ class EngineConfig:
                          for, which no benchmark has judged yet; `tiled`: within a layer;
                          `key-value`: values while their keys are attended to; `serial`: one after
                          another. Results are the same.
+    in_place             attend on the CPU to what is in the page cache where it lies there, without
+                         copying it to staging. Needs Linux 5.14 and a store of one member; else,
+                         and off, it is read.
     trace_events         spans that are kept for `DualBladeCache.write_trace`, the newest; about
                          200 bytes each, outside the budget. 0: none.
     discard              tell a device (TRIM) of each extent when it is freed. Off: all are told of
@@ -100,6 +103,7 @@ class EngineConfig:
     discard: bool = False
     keep_store_blocks: bool = False
     pipeline: PipelineMode = "layers"
+    in_place: bool = True
     trace_events: int = 0
 
     def __post_init__(self) -> None:
@@ -111,7 +115,7 @@ class EngineConfig:
         if self.checksums not in get_args(ChecksumMode):
             words = ", ".join(get_args(ChecksumMode))
             raise ConfigError(f"unknown checksums {self.checksums!r}", hint=f"use one of: {words}")
-        for name in ("io_poll", "discard"):
+        for name in ("io_poll", "discard", "in_place"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
         _check("queue_depth", self.queue_depth, 1, 1024)

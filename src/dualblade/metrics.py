@@ -43,12 +43,14 @@ class MemoryUse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferTotals:
-    """Bytes asked of the store since it was opened."""
+    """Bytes asked of the store since it was opened. `in_place_read_bytes` are those of the reads
+    through the page cache that were not copied."""
 
     direct_read_bytes: int = 0
     direct_write_bytes: int = 0
     page_cache_read_bytes: int = 0
     page_cache_write_bytes: int = 0
+    in_place_read_bytes: int = 0
     dead_read_bytes: int = 0
     promotions: int = 0
     demotions: int = 0

@@ -24,6 +24,7 @@ from dualblade.hf.speeds import (
     door_speeds,
     known_profile,
     measure_at_first_use,
+    reads_in_place,
 )
 from dualblade.host.process import process_io
 from dualblade.host.profile import (
@@ -204,7 +205,9 @@ def test_the_tune_command_saves_what_plan_then_uses(tmp_path: Path) -> None:
 
 
 def test_a_measured_device_gives_plan_and_cache_the_same_units(tmp_path: Path) -> None:
-    """The page cache gains nothing over this drive: both leave the memory alone and say so."""
+    """Copies out of the page cache gain nothing over this drive: both leave the memory alone and
+    say so."""
+    copied = EngineConfig(in_place=False)
     profile = replace(profile_of(tmp_path), cache_hit_bytes_per_s=1.0 * GIB)
     save_profile(profile)
     store = tmp_path / "kv.store"
@@ -214,13 +217,13 @@ def test_a_measured_device_gives_plan_and_cache_the_same_units(tmp_path: Path) -
         item_bytes=4,
         budget_bytes=8 * MIB,
         path=KVPath.DUAL,
-        engine=EngineConfig(),
-        speeds=door_speeds(known_profile(store)),
+        engine=copied,
+        speeds=door_speeds(known_profile(store), in_place=reads_in_place(copied, "cpu", store)),
     )
     plan = plan_cache(config_of(TINY), request)
     model = load_model(TINY, dtype=torch.float32, device="cpu").model
     with DualBladeCache.for_model(
-        model, store=store, memory_budget=8 * MIB, max_tokens=512
+        model, store=store, memory_budget=8 * MIB, max_tokens=512, config=copied
     ) as cache:
         with torch.inference_mode():
             model(torch.ones(1, 512, dtype=torch.long), past_key_values=cache)

@@ -185,7 +185,8 @@ def parse_settings(words: list[str] | None) -> dict[str, Any]:
         name, equals, value = word.partition("=")
         if not (name and equals and value):
             raise ConfigError(f"not a setting: {word!r}", hint="write it like checksums=all")
-        settings[name] = int(value) if value.isdecimal() else value
+        known = {"true": True, "false": False}
+        settings[name] = int(value) if value.isdecimal() else known.get(value, value)
     return settings
 
 

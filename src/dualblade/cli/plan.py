@@ -12,6 +12,7 @@ from dualblade.errors import ConfigError
 from dualblade.units import format_size, parse_size
 
 if TYPE_CHECKING:
+    from dualblade.config import EngineConfig
     from dualblade.hf.plan import CachePlan, PlanRequest
 
 _PATHS = ("memory", "page-cache", "direct")
@@ -78,7 +79,7 @@ def plan(
         engine=engine,
         gather_on_host=device == "cpu",
         over_tiles=way_in == "tiles",
-        **_measured(config, element, device, store),
+        **_measured(config, element, device, store, engine),
     )
     made = plan_cache(config, request)
     result = _result(model, str(element).removeprefix("torch."), request, made)
@@ -88,15 +89,18 @@ def plan(
     write_json(result) if json else _show(result)
 
 
-def _measured(config: Any, dtype: Any, device: str, store: Any) -> dict[str, Any]:
+def _measured(
+    config: Any, dtype: Any, device: str, store: Any, engine: EngineConfig
+) -> dict[str, Any]:
     """What is known of the drive's and the processor's speed, as PlanRequest takes it."""
     from dualblade.hf.footprint import token_weights_bytes
-    from dualblade.hf.speeds import door_speeds, known_profile
+    from dualblade.hf.speeds import door_speeds, known_profile, reads_in_place
 
     profile = known_profile(store)
     if profile is None:
         return {}
-    speeds = {"speeds": door_speeds(profile)}
+    in_place = reads_in_place(engine, device, store)
+    speeds = {"speeds": door_speeds(profile, in_place=in_place)}
     compute = profile.compute.get(str(dtype).removeprefix("torch."))
     if compute is None or device != "cpu":
         return speeds

@@ -23,6 +23,7 @@ from dualblade.hf.speeds import (
     door_speeds,
     known_profile,
     measure_at_first_use,
+    reads_in_place,
 )
 from dualblade.host.memory import MemoryProbe
 from dualblade.host.profile import DeviceProfile
@@ -282,7 +283,8 @@ def _open_pipeline(
         opened.close()
         engine.close()
         raise
-    settings = replace(settings, speeds=door_speeds(profile))
+    in_place = reads_in_place(config, settings.device.type, store)
+    settings = replace(settings, speeds=door_speeds(profile, in_place=in_place))
     return opened, KVPipeline(opened, engine, settings), profile
 
 

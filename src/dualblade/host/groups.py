@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path("/")
@@ -44,11 +44,16 @@ class FilePages:
     mapped: int
     shared: int = 0
 
+    def without(self, own_mapped_bytes: int) -> FilePages:
+        """The same, had we not mapped so much of our store: that can go like the rest of it."""
+        return replace(self, mapped=max(0, self.mapped - own_mapped_bytes))
+
     def ours(self, own_bytes: int) -> int:
         """How much of `own_bytes` of page cache that is ours can be charged here.
 
-        We never map the store, so pages that surely are mapped files are not ours: at least
-        mapped - shared. An upper bound: what another group is charged for cannot be told apart.
+        Pages that surely are mapped files are not ours (`without` takes out those that are): at
+        least mapped - shared. An upper bound: what another group is charged for cannot be told
+        apart.
         """
         surely_mapped = max(0, self.mapped - self.shared)
         return min(own_bytes, max(0, self.active_and_inactive - surely_mapped))
@@ -102,18 +107,20 @@ def find_memory_groups(root: Path = ROOT) -> tuple[MemoryGroup, ...]:
     return tuple(groups)
 
 
-def read_limit(group: MemoryGroup, own_bytes: int = 0) -> GroupLimit | None:
+def read_limit(
+    group: MemoryGroup, own_bytes: int = 0, own_mapped_bytes: int = 0
+) -> GroupLimit | None:
     """The limit of one group and what is used of it; None when it has none that binds us.
 
-    `own_bytes`: page cache of our store. Raises: OSError, ValueError when the group's files are
-    missing or not as the kernel writes them.
+    `own_bytes`: page cache of our store; `own_mapped_bytes`: of it mapped by us.
+    Raises: OSError, ValueError when the group's files are missing or not as the kernel writes them.
     """
     name, limit = _limit_v1(group) if group.version == 1 else _limit_v2(group)
     if limit >= NO_LIMIT_BYTES:
         return None
     usage_file = "memory.usage_in_bytes" if group.version == 1 else "memory.current"
     usage = int(read_file(group.directory / usage_file))
-    pages = file_pages(group)
+    pages = file_pages(group).without(own_mapped_bytes)
     return GroupLimit(
         path=group.path,
         version=group.version,

@@ -49,10 +49,13 @@ AUTO_RESERVE_BYTES = 256 * MIB
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnMemory:
     """What this cache holds already: page cache of its store, and `fixed_bytes` of staging,
-    gather buffers, tails and tables. Both are its own to keep, so a budget includes them."""
+    gather buffers, tails and tables. Both are its own to keep, so a budget includes them.
+
+    `mapped_bytes`: most of the page cache that it has mapped; else mapped pages are others'."""
 
     page_cache_bytes: int = 0
     fixed_bytes: int = 0
+    mapped_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,12 +133,12 @@ class MemoryProbe:
         """
         held = own or OwnMemory()
         self._find_groups()
-        machine = _machine_available_bytes(self._root, held.page_cache_bytes)
+        machine = _machine_available_bytes(self._root, held)
         limits: list[GroupLimit] = []
         warnings: list[str] = []
         for group in self._groups:
             try:
-                limit = read_limit(group, held.page_cache_bytes)
+                limit = read_limit(group, held.page_cache_bytes, held.mapped_bytes)
             except (OSError, ValueError) as exc:
                 warnings.append(f"cgroup {group.path} (v{group.version}) left out: {exc}")
                 self._found_in = None  # it may be gone: look again at the next reading
@@ -214,18 +217,18 @@ def process_memory(root: Path = ROOT) -> ProcessMemory:
     )
 
 
-def _machine_available_bytes(root: Path, own_bytes: int) -> int:
+def _machine_available_bytes(root: Path, own: OwnMemory) -> int:
     """MemAvailable less the mapped file pages in it. Raises: Unsupported."""
     fields = _kib_fields(root / "proc/meminfo")
     pages = FilePages(
         active_and_inactive=fields.get("Active(file)", 0) + fields.get("Inactive(file)", 0),
         mapped=fields.get("Mapped", 0),
         shared=fields.get("Shmem", 0),
-    )
+    ).without(own.mapped_bytes)
     available = fields.get("MemAvailable")
     if available is None:  # before Linux 3.14
         available = fields.get("MemFree", 0) + pages.active_and_inactive
-    return max(0, available - pages.active_and_inactive + pages.reclaimable(own_bytes))
+    return max(0, available - pages.active_and_inactive + pages.reclaimable(own.page_cache_bytes))
 
 
 def _auto_reserve_bytes(whole_bytes: int) -> int:

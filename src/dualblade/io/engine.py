@@ -147,10 +147,12 @@ class Engine:
     name     what carries the direct door: uring-cmd, io_uring, nvme-ioctl or posix.
     choice   the word that it was asked for by; a store obeys it.
     io_poll  direct reads and writes are polled for: only on devices with poll queues.
+    reads_in_place  what is in the page cache may be read there, past the engine.
     """
 
     choice: EngineChoice = "auto"
     io_poll: bool = False
+    reads_in_place: bool = True
     name: str
     reason: str | None
     queue_depth: int

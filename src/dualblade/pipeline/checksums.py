@@ -67,21 +67,37 @@ class Checksums:
         What does not match is read once more, past any cached copy, and then verified whole.
         Raises: CorruptExtent when it still does not match; DeviceError of the second read.
         """
+        if not self.are_sound(unit, piece, slot.buffer, whole=whole):
+            self.heal(unit, piece, slot)
+
+    def are_sound(
+        self, unit: Unit, piece: Piece, memory: memoryview, *, whole: bool = False
+    ) -> bool:
+        """Whether what of `piece` has its turn (with `whole` all of it) is in `memory` as it was
+        written; False only with a warning, and then everything is verified from here on."""
         if not self._every:
-            return
+            return True
         every = 1 if whole else self._every
         turn = unit.sweeps + unit.id.layer  # layers take turns, so that steps cost alike
         first = piece.tile + -(piece.tile + turn) % every
-        damaged = self._compare(unit, piece, slot, range(first, piece.tile + piece.tiles, every))
+        damaged = self._compare(unit, piece, memory, range(first, piece.tile + piece.tiles, every))
         if not damaged:
-            return
+            return True
         self._mismatches += len(damaged)
         self._every = 1  # a drive or memory that damaged one may have damaged others
         log.warning("%s; it is read again", self._describe(unit, piece, damaged[0]).message)
+        return False
+
+    def heal(self, unit: Unit, piece: Piece, slot: Slot) -> None:
+        """Read `piece` into `slot` once more, past any cached copy, and verify it whole.
+
+        Raises: CorruptExtent when it still does not match; DeviceError of the read.
+        """
         extent, size = piece.segment.extent, piece.size_bytes(unit.geometry)
         offset = piece.offset(unit.geometry)
         self._store.read_again(extent, offset, slot.address, size).wait()
-        damaged = self._compare(unit, piece, slot, range(piece.tile, piece.tile + piece.tiles))
+        tiles = range(piece.tile, piece.tile + piece.tiles)
+        damaged = self._compare(unit, piece, slot.buffer, tiles)
         if damaged:
             raise self._describe(unit, piece, damaged[0])
         self._healed += 1
@@ -101,10 +117,12 @@ class Checksums:
             healed_reads=self._healed,
         )
 
-    def _compare(self, unit: Unit, piece: Piece, slot: Slot, tiles: Iterable[int]) -> list[int]:
-        """Offsets in `slot` of slabs of these tiles that are not what was written."""
+    def _compare(
+        self, unit: Unit, piece: Piece, memory: memoryview, tiles: Iterable[int]
+    ) -> list[int]:
+        """Offsets in `memory` of slabs of these tiles that are not what was written."""
         started = time.perf_counter()
-        kept, memory = piece.segment.checksums, slot.buffer
+        kept = piece.segment.checksums
         damaged, count = [], 0
         for index, at, end in _slabs(unit, piece, tiles):
             count += 1

@@ -25,9 +25,11 @@ class Copies(Protocol):
 
     ahead  pieces that are copied before attention has come to them. 0: where the model's thread
            computes on the slot itself, or runs ahead of the device anyway.
+    in_place  whether any memory of this process will do in place of a slot's.
     """
 
     ahead: int
+    in_place: bool
 
     def begin(self) -> None:
         """Copies from here on come after what the model was given to do so far."""
@@ -67,6 +69,7 @@ class HostCopies:
     """The model computes on the CPU: a copy has ended when the call returns."""
 
     ahead = 0
+    in_place = True
 
     def begin(self) -> None:
         """Nothing to order: the previous layer's attention has ended."""
@@ -135,10 +138,12 @@ class CudaCopies:
 
     A copy into the gather buffer follows the attention that last read it (`begin` makes the side
     stream wait for the model's), and the next attention follows the copies (`end`). A slot
-    carries the event of its last copy, and is not given to the drive before it has passed.
+    carries the event of its last copy, and is not given to the drive before it has passed. Pages
+    of the page cache are not pinned, so they are copied to slots as anything else.
     """
 
     ahead = 0
+    in_place = False
 
     def __init__(self, device: torch.device, arena: Arena) -> None:
         self._device = device

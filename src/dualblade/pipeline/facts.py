@@ -26,6 +26,7 @@ def transfer_totals(store: Store, dead_read_bytes: int) -> TransferTotals:
         direct_write_bytes=counters.direct_write_bytes,
         page_cache_read_bytes=counters.page_cache_read_bytes,
         page_cache_write_bytes=counters.page_cache_write_bytes,
+        in_place_read_bytes=counters.in_place_read_bytes,
         dead_read_bytes=dead_read_bytes,
         promotions=counters.promotions,
         demotions=counters.demotions,

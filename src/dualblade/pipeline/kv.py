@@ -312,6 +312,7 @@ class KVPipeline(LayeredKV):
                 self.checksums,
                 ordered,
                 setting=self._tuner.setting,
+                in_place=machinery.copies.in_place and self._settings.config.in_place,
                 before_visit=self._before_visit,
                 timeline=self._timeline,
             )

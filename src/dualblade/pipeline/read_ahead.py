@@ -4,6 +4,9 @@ Every decode step reads all stored tiles in the same order: layer by layer, some
 same tiles of values, and so on, then again from layer 0. The cursor walks that ring ahead of the
 consumer; free slots and the lookahead hold it back. It never enters a layer twice before the
 consumer has finished with it, because the layer's next rows are not stored yet.
+
+What is in the page cache when its turn comes is not read: it is handed out where it lies there, if
+the copy stage takes any memory for a slot's (Store.in_place).
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+import torch
+
 from dualblade.errors import StorageError
 from dualblade.io import Ticket
 from dualblade.pipeline.checksums import Checksums
@@ -21,27 +26,53 @@ from dualblade.pipeline.staging import Slot, Slots
 from dualblade.pipeline.timeline import Lane, Timeline, now_ns
 from dualblade.pipeline.tuner import Setting
 from dualblade.pipeline.unit import Piece, Unit, paired_pieces
-from dualblade.store import Store
+from dualblade.store import InPlace, Store
 
 
 @dataclass(slots=True)
 class Landing:
-    """A piece of `half` on its way into a slot."""
+    """A piece of `half` at hand: in a slot of staging, or `in_place`, in memory that the page cache
+    has and `slot` stands for."""
 
     half: HalfLayer
     piece: Piece
     slot: Slot
+    in_place: bool = False
+
+
+@dataclass(slots=True)
+class _Read:
+    """A piece on its way into a slot."""
+
+    landing: Landing
     ticket: Ticket
     submitted_ns: int
+
+    @property
+    def is_at_hand(self) -> bool:
+        return self.ticket.done
+
+    @property
+    def wanted(self) -> tuple[HalfLayer, Piece]:
+        return self.landing.half, self.landing.piece
+
+
+@dataclass(slots=True)
+class _Lying:
+    """A piece that was in the page cache when its turn came."""
+
+    wanted: tuple[HalfLayer, Piece]
+    place: InPlace
+    is_at_hand: bool = True
 
 
 @dataclass(slots=True, eq=False)
 class _Visit:
-    """One layer's turn in the sweep: pieces not yet issued, and pieces on their way."""
+    """One layer's turn in the sweep: pieces not yet issued, and pieces that come."""
 
     index: int
     waiting: deque[tuple[HalfLayer, Piece]]
-    landing: deque[Landing] = field(default_factory=deque)
+    coming: deque[_Read | _Lying] = field(default_factory=deque)
 
 
 class ReadAhead:
@@ -59,6 +90,7 @@ class ReadAhead:
         layers: Sequence[Layer],
         *,
         setting: Setting,
+        in_place: bool,
         before_visit: Callable[[Unit], None],
         timeline: Timeline,
     ) -> None:
@@ -68,6 +100,7 @@ class ReadAhead:
         self._layers = layers
         self.setting = setting
         self._held = 0
+        self._in_place = in_place
         self._before_visit = before_visit
         self._timeline = timeline
         self._visits: deque[_Visit] = deque()
@@ -75,8 +108,8 @@ class ReadAhead:
         self._cursor = 0
 
     def take(self, index: int) -> Iterator[Landing]:
-        """All stored pieces of layer `index`, each landed; its slot is free again afterwards. Keys
-        come before the values of the same tiles.
+        """All stored pieces of layer `index`, each at hand until the next is asked for. Keys come
+        before the values of the same tiles.
 
         A layer out of the order of the sweep restarts it there. Raises: DeviceError,
         CorruptExtent.
@@ -86,44 +119,86 @@ class ReadAhead:
             self._enter(index)
         self.advance()
         visit = self._visits[0]
-        while visit.landing or visit.waiting:
-            if not visit.landing:
+        while visit.coming or visit.waiting:
+            if not visit.coming:
                 self._issue(visit, wait=True)  # all slots are still read by copies
-                assert visit.landing, "a free slot always serves the head of the sweep first"
-            landing = visit.landing.popleft()
-            try:
-                self._wait_for(visit.index, landing)
-            except BaseException:
-                visit.landing.appendleft(landing)  # so that cancel() finds the slot
-                raise
+                assert visit.coming, "a free slot always serves the head of the sweep first"
+            coming = visit.coming.popleft()
+            landing = self._hold(index, coming) if isinstance(coming, _Lying) else None
+            if landing is None:
+                if isinstance(coming, _Lying):
+                    coming = self._read(*coming.wanted, self._spare_slot())
+                landing = coming.landing
+                try:
+                    self._wait_for(index, coming)
+                except BaseException:
+                    visit.coming.appendleft(coming)  # so that cancel() finds the slot
+                    raise
             yield landing
-            self._release(landing.slot)
+            if not landing.in_place:
+                self._release(landing.slot)
             self.advance()
         self._visits.popleft()
         self._checksums.swept(self._layers[index])
 
     def has_landed(self) -> bool:
         """Whether the next piece that `take` hands out is there already."""
-        landing = self._visits[0].landing
-        return bool(landing) and landing[0].ticket.done
+        coming = self._visits[0].coming
+        return bool(coming) and coming[0].is_at_hand
 
-    def _wait_for(self, layer: int, landing: Landing) -> None:
-        began = now_ns()
+    def _wait_for(self, layer: int, read: _Read) -> None:
+        began, landing = now_ns(), read.landing
         # Without this wait attention would read what the drive has not delivered yet.
-        landing.ticket.wait()
+        read.ticket.wait()
         landed = now_ns()
         timeline, piece, unit = self._timeline, landing.piece, landing.half.unit
         timeline.stall(Lane.READS, began, landed)
         timeline.span(
             Lane.READS,
             f"{unit.id.part.value}, {piece.segment.extent.door.value}",
-            landing.submitted_ns,
-            landing.ticket.ended_ns,
+            read.submitted_ns,
+            read.ticket.ended_ns,
             layer,
             piece.size_bytes(unit.geometry),
         )
         self._checksums.verify(unit, piece, landing.slot)
         timeline.span(Lane.CONTROL, "verify", landed, now_ns(), layer)
+
+    def _hold(self, layer: int, lying: _Lying) -> Landing | None:
+        """The piece where it lies, or in a slot if it was damaged there; None: it is not there any
+        more, and to be read. Raises: CorruptExtent, DeviceError."""
+        began = now_ns()
+        (half, piece), place = lying.wanted, lying.place
+        memory = place.hold()
+        if memory is None:
+            return None
+        if not self._checksums.are_sound(half.unit, piece, memory):
+            slot = self._spare_slot()
+            try:
+                self._checksums.heal(half.unit, piece, slot)
+            except BaseException:
+                self._release(slot)
+                raise
+            return Landing(half, piece, slot)
+        self._timeline.span(Lane.CONTROL, "in place", began, now_ns(), layer)
+        slot = Slot(torch.frombuffer(memory, dtype=torch.uint8), place.address, memory)
+        return Landing(half, piece, slot, in_place=True)
+
+    def _spare_slot(self) -> Slot:
+        """A slot for what was to need none: the farthest that is read ahead gives its own up."""
+        slot = self._slots.acquire()
+        if slot is not None:
+            self._held += 1
+            return slot
+        for visit in reversed(self._visits):
+            while visit.coming:
+                last = visit.coming.pop()
+                visit.waiting.appendleft(last.wanted)
+                if isinstance(last, _Read):
+                    with suppress(StorageError):  # it is read again, and fails then
+                        last.ticket.wait()
+                    return last.landing.slot
+        raise AssertionError("somebody else has the slots")
 
     def finish(self, index: int) -> None:
         """The layer's next tiles are stored (or on their way): the cursor may visit it again."""
@@ -144,11 +219,12 @@ class ReadAhead:
     def cancel(self) -> None:
         """Forget what was read ahead; waits until no transfer touches a slot any more."""
         for visit in self._visits:
-            for landing in visit.landing:
-                # Nobody asked for these bytes; a later read of them fails by itself.
-                with suppress(StorageError):
-                    landing.ticket.wait()
-                self._release(landing.slot)
+            for read in visit.coming:
+                if isinstance(read, _Read):
+                    # Nobody asked for these bytes; a later read of them fails by itself.
+                    with suppress(StorageError):
+                        read.ticket.wait()
+                    self._release(read.landing.slot)
         self._visits.clear()
         self._closed_to_cursor.clear()
 
@@ -178,6 +254,11 @@ class ReadAhead:
         """Issue what is left of `visit`; False when the slots ran out. `wait`: for the first one,
         until a copy gives it back."""
         while visit.waiting:
+            half, piece = visit.waiting[0]
+            place = self._place(half, piece)
+            if place is not None:
+                visit.coming.append(_Lying(visit.waiting.popleft(), place))
+                continue
             slot = None
             if self._held < self.setting.slots:
                 slot = self._slots.acquire(wait=wait)
@@ -185,13 +266,18 @@ class ReadAhead:
                 return False
             self._held += 1
             wait = False
-            half, piece = visit.waiting.popleft()
-            geometry, submitted = half.unit.geometry, now_ns()
-            ticket = self._store.read(
-                piece.segment.extent,
-                piece.offset(geometry),
-                slot.address,
-                piece.size_bytes(geometry),
-            )
-            visit.landing.append(Landing(half, piece, slot, ticket, submitted))
+            visit.coming.append(self._read(*visit.waiting.popleft(), slot))
         return True
+
+    def _place(self, half: HalfLayer, piece: Piece) -> InPlace | None:
+        if not self._in_place:
+            return None
+        geometry, extent = half.unit.geometry, piece.segment.extent
+        return self._store.in_place(extent, piece.offset(geometry), piece.size_bytes(geometry))
+
+    def _read(self, half: HalfLayer, piece: Piece, slot: Slot) -> _Read:
+        geometry, submitted = half.unit.geometry, now_ns()
+        ticket = self._store.read(
+            piece.segment.extent, piece.offset(geometry), slot.address, piece.size_bytes(geometry)
+        )
+        return _Read(Landing(half, piece, slot), ticket, submitted)

@@ -222,7 +222,11 @@ class Placements:
         speeds, compute = self._speeds, self._compute.seconds
         if speeds is not None and speeds.compute_seconds != compute:
             self._speeds = replace(speeds, compute_seconds=compute)
-        own = OwnMemory(page_cache_bytes=self.page_cache_bytes, fixed_bytes=shares.fixed_bytes)
+        own = OwnMemory(
+            page_cache_bytes=self.page_cache_bytes,
+            fixed_bytes=shares.fixed_bytes,
+            mapped_bytes=self._store.mapped_bytes,
+        )
         self._watch.look(now, own)
 
     def follow(

@@ -3,6 +3,15 @@
 from dualblade.store.backing import cache_directory
 from dualblade.store.doors import Door
 from dualblade.store.members import Place, as_places, member_count
-from dualblade.store.store import Extent, Store
+from dualblade.store.store import Extent, InPlace, Store
 
-__all__ = ["Door", "Extent", "Place", "Store", "as_places", "cache_directory", "member_count"]
+__all__ = [
+    "Door",
+    "Extent",
+    "InPlace",
+    "Place",
+    "Store",
+    "as_places",
+    "cache_directory",
+    "member_count",
+]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dualblade.errors import Closed, NoSpace, StorageError
+from dualblade.host.mapped import FileMemory
 from dualblade.host.page_cache import cached_bytes, drop
 from dualblade.io import Engine, Op, Ticket, Transfer
 from dualblade.store.doors import LEGAL_MOVES, Door
@@ -24,11 +25,12 @@ _DROP_TRIES = 3
 
 @dataclass(slots=True, eq=False)
 class Extent:
-    """A contiguous range of the store. `door` and `tickets` belong to the store."""
+    """A contiguous range of the store. All but its size belongs to the store."""
 
     range: Range
     door: Door = Door.FREE
     tickets: list[Ticket] = field(default_factory=list)
+    memory: FileMemory | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -36,14 +38,39 @@ class Extent:
         return self.range.size_bytes
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class InPlace:
+    """A part of an extent where the page cache has it; see Store.in_place."""
+
+    memory: FileMemory
+    offset: int
+    size_bytes: int
+    counters: DoorCounters
+
+    def hold(self) -> memoryview | None:
+        """Its bytes, at hand; None when they cannot be had so any more: `read` them."""
+        if not self.memory.hold(self.offset, self.size_bytes):
+            return None
+        self.counters.page_cache_read_bytes += self.size_bytes
+        self.counters.in_place_read_bytes += self.size_bytes
+        return self.memory.buffer[self.offset : self.offset + self.size_bytes]
+
+    @property
+    def address(self) -> int:
+        """Of its first byte."""
+        return self.memory.address + self.offset
+
+
 @dataclass(slots=True)
 class DoorCounters:
-    """What went through each door since the store was opened; bytes."""
+    """What went through each door since the store was opened; bytes. `in_place_read_bytes` of the
+    reads through the page cache were not copied: see Store.in_place."""
 
     direct_read_bytes: int = 0
     direct_write_bytes: int = 0
     page_cache_read_bytes: int = 0
     page_cache_write_bytes: int = 0
+    in_place_read_bytes: int = 0
     promotions: int = 0
     demotions: int = 0
 
@@ -75,6 +102,9 @@ class Store:
         self._closed = False
         self._coherent = all(backing.coherent for backing in members.backings)
         self._paths = members.descriptors
+        # Stripes of several members do not lie side by side; an engine that must see all reads
+        # (dualblade.testing) is not passed by.
+        self._maps = len(members.backings) == 1 and engine.reads_in_place
         self.counters = DoorCounters()
         for fd in self._paths:
             engine.register_file(fd)
@@ -190,6 +220,35 @@ class Store:
             self.counters.page_cache_read_bytes += size_bytes
         return self._submit(extent, Op.READ, offset, address, size_bytes)
 
+    def in_place(self, extent: Extent, offset: int, size_bytes: int) -> InPlace | None:
+        """[offset, offset + size_bytes) of `extent` where the page cache has it, to be read
+        without a copy; None where it is not all cached or cannot be mapped: `read` it.
+
+        It is good until the extent moves or is freed, and to be held before use. Raises: Closed.
+        """
+        self._check_open()
+        if extent.door is not Door.PAGE_CACHE or not self._maps:
+            return None
+        ((fd, at, size),) = self._buffered(extent)
+        if cached_bytes(fd, at + offset, size_bytes).cached_bytes < size_bytes:
+            if extent.memory is not None:
+                extent.memory.lost(offset)
+            return None
+        if extent.memory is None:
+            try:
+                extent.memory = FileMemory(fd, at, size)
+            except OSError as exc:
+                log.info("%s is not read in place: %s", self.path, exc)
+                self._maps = False
+                return None
+        return InPlace(extent.memory, offset, size_bytes, self.counters)
+
+    @property
+    def mapped_bytes(self) -> int:
+        """At most so much of the store's page cache is mapped by it."""
+        memories = (extent.memory for extent in self._live)
+        return sum(memory.held_bytes for memory in memories if memory is not None)
+
     def read_again(self, extent: Extent, offset: int, address: int, size_bytes: int) -> Ticket:
         """`read`, for bytes that were read wrong: from the device, whatever the door. All clean
         pages of the extent are dropped for it, since large folios go whole or not at all.
@@ -259,6 +318,7 @@ class Store:
         self._closed = True
         for extent in self._live:
             self._settle(extent)
+            self._unmap(extent)
         for fd in self._paths:
             self._engine.unregister_file(fd)
         self._members.close(keep_blocks=self._keep_blocks, end=self._end)
@@ -308,6 +368,7 @@ class Store:
         return [(backing.buffered_fd, at, size) for backing, at, size in found]
 
     def _drop(self, extent: Extent) -> None:
+        self._unmap(extent)  # the kernel drops no page that is mapped
         for fd, at, size in self._buffered(extent):
             drop(fd, at, size)
 
@@ -339,6 +400,12 @@ class Store:
             size_bytes=extent.range.size_bytes,
             hint="close what maps or reads the block device, or use path direct",
         )
+
+    @staticmethod
+    def _unmap(extent: Extent) -> None:
+        if extent.memory is not None:
+            extent.memory.close()
+            extent.memory = None
 
     @staticmethod
     def _settle(extent: Extent) -> None:

@@ -56,6 +56,7 @@ class SimulatedDma:
     0. Give `KVSettings.copies` a function that makes one."""
 
     ahead = 2
+    in_place = False
 
     def __init__(
         self,

@@ -71,6 +71,8 @@ class _Armed:
 class FaultyEngine(Engine):
     """Wraps `inner` with the same interface. Closing it closes `inner`."""
 
+    reads_in_place = False  # faults strike transfers, so all has to be one
+
     def __init__(
         self, inner: Engine, faults: Iterable[Fault] = (), *, seed: int = 0, rate: float = 0.0
     ) -> None:

@@ -1,0 +1,74 @@
+"""A range of a file in this process's memory, to be read where the page cache has it.
+
+Nothing is copied: what reads the memory reads the kernel's pages, which the kernel may still take
+back at any time. It then reads them again when they are touched; so `hold` a part just before it
+is used, which brings and maps its pages and tells when one cannot be read. Between `hold` and the
+use a page can only go missing if memory runs out in that moment; that its second reading fails too
+would end the process (SIGBUS), never read something else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+
+_MADV_POPULATE_READ = 22
+"""Linux 5.14. Debian 12's Python does not name it."""
+
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+class FileMemory:
+    """[offset, offset + size_bytes) of an open file or block device, shared and read-only; whole
+    pages. `buffer` are its bytes: nobody may use them, or parts of them, after `close`.
+
+    `held_bytes` is how far parts of it were held: at most so much of it is mapped.
+    Raises: OSError.
+    """
+
+    def __init__(self, fd: int, offset: int, size_bytes: int) -> None:
+        assert offset % mmap.PAGESIZE == size_bytes % mmap.PAGESIZE == 0, "not whole pages"
+        address = _libc.mmap(None, size_bytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, offset)
+        if address == _MAP_FAILED:
+            number = ctypes.get_errno()
+            raise OSError(number, errno.errorcode.get(number, "mmap"))
+        self.address: int = address
+        self.size_bytes = size_bytes
+        self.held_bytes = 0
+        self.buffer = memoryview((ctypes.c_ubyte * size_bytes).from_address(address)).cast("B")
+        self._is_open = True
+
+    def hold(self, offset: int, size_bytes: int) -> bool:
+        """Have the pages of a part at hand; False when that cannot be: closed, a page that cannot
+        be read, or a kernel that does not do it. Costs 2 us for pages that are mapped already."""
+        if not self._is_open:
+            return False
+        if _libc.madvise(self.address + offset, size_bytes, _MADV_POPULATE_READ):
+            return False
+        self.held_bytes = max(self.held_bytes, offset + size_bytes)
+        return True
+
+    def lost(self, offset: int) -> None:
+        """From `offset` on pages are not cached any more, so they are not mapped."""
+        self.held_bytes = min(self.held_bytes, offset)
+
+    def close(self) -> None:
+        """Take the memory away. Twice is once."""
+        if self._is_open:
+            self._is_open = False
+            self.held_bytes = 0
+            _libc.munmap(self.address, self.size_bytes)

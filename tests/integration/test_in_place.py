@@ -1,0 +1,270 @@
+"""Pages of the page cache, attended to where they lie: the same bytes, and no copy of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dualblade.config import EngineConfig
+from dualblade.host.groups import FilePages
+from dualblade.host.memory import MemoryProbe, OwnMemory
+from dualblade.io import Arena, Engine, open_engine
+from dualblade.pipeline.read_ahead import _Lying
+from dualblade.store import Door, InPlace, Store
+from dualblade.store.formatting import carry_out_format, plan_format
+from dualblade.store.store import Extent
+from dualblade.testing import FaultyEngine
+from dualblade.testing.contract import pattern
+from dualblade.units import BLOCK_BYTES, MIB
+from tests.devices import loop_device, needs_root
+from tests.integration.test_residence_io import KV_BYTES, TOKENS, Cache
+
+SIZE = 4 * MIB
+PART = (MIB, 2 * MIB)  # offset and size
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    with open_engine(queue_depth=4) as opened:
+        yield opened
+
+
+@pytest.fixture(params=["file", pytest.param("loop", marks=needs_root)])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "file":
+        yield str(tmp_path / "kv.store")
+        return
+    with loop_device(tmp_path / "image", 32 * MIB) as device:
+        carry_out_format(plan_format(device))
+        yield device
+
+
+@pytest.fixture
+def store(place: str, engine: Engine) -> Iterator[Store]:
+    is_file = not place.startswith("/dev")
+    with Store.open(place, engine, capacity_bytes=16 * MIB if is_file else None) as opened:
+        yield opened
+
+
+def filled(store: Store, seed: int = 1) -> tuple[Extent, bytes]:
+    """An extent in the page cache, and what is in it."""
+    extent, data = store.allocate(SIZE, Door.PAGE_CACHE), pattern(SIZE, seed)
+    write(store, extent, data)
+    return extent, data
+
+
+def write(store: Store, extent: Extent, data: bytes) -> None:
+    with Arena(SIZE) as arena:
+        arena.buffer[: len(data)] = data
+        store.write(extent, 0, arena.address, len(data)).wait()
+
+
+def test_cached_bytes_are_seen_where_they_lie(store: Store, engine: Engine) -> None:
+    extent, data = filled(store)
+    reads = engine.counters().read_ops
+    there = store.in_place(extent, *PART)
+    assert there is not None
+    assert store.mapped_bytes == 0  # nothing before it is held
+    assert there.hold() == data[MIB : 3 * MIB]
+    assert store.counters.in_place_read_bytes == store.counters.page_cache_read_bytes == 2 * MIB
+    assert store.mapped_bytes == 3 * MIB
+    assert engine.counters().read_ops == reads
+    # What is written later is seen too: it is the same memory.
+    data = pattern(SIZE, seed=2)
+    write(store, extent, data)
+    assert there.hold() == data[MIB : 3 * MIB]
+
+
+def test_what_is_not_cached_is_read(store: Store) -> None:
+    extent, _ = filled(store)
+    there = store.in_place(extent, *PART)
+    assert there is not None
+    assert there.hold() is not None
+    store._drop(extent)  # unmaps, and so the kernel does drop it
+    assert store.cached_bytes(extent) == 0
+    assert there.hold() is None
+    assert store.in_place(extent, *PART) is None
+    assert store.mapped_bytes == 0
+    direct = store.allocate(2 * MIB, Door.DIRECT)
+    assert store.in_place(direct, 0, 2 * MIB) is None
+
+
+def test_an_extent_that_moves_takes_its_memory_along(store: Store) -> None:
+    """A mapped page would outlive the demotion, and show direct writes too late on a namespace."""
+    extent, data = filled(store)
+    there = store.in_place(extent, *PART)
+    assert there is not None
+    assert there.hold() is not None
+    store.move(extent, Door.DIRECT)
+    assert store.cached_bytes(extent) == store.mapped_bytes == 0
+    assert there.hold() is None
+    store.move(extent, Door.PAGE_CACHE)
+    assert store.in_place(extent, *PART) is None  # nobody read it yet
+    with Arena(SIZE) as arena:
+        store.read(extent, 0, arena.address, SIZE).wait()
+        assert bytes(arena.buffer[:SIZE]) == data
+    again = store.in_place(extent, *PART)
+    assert again is not None
+    assert again.hold() == data[MIB : 3 * MIB]
+    assert there.hold() is None  # of the mapping before
+    store.free(extent)
+    assert again.hold() is None
+
+
+def test_a_page_that_cannot_be_had_is_no_signal(tmp_path: Path, engine: Engine) -> None:
+    """Touching it would end the process; asking for it first does not."""
+    path = tmp_path / "kv.store"
+    with Store.open(path, engine, capacity_bytes=16 * MIB) as store:
+        extent, _ = filled(store)
+        there = store.in_place(extent, 0, SIZE)
+        assert there is not None
+        os.truncate(path, extent.range.offset + MIB)
+        assert there.hold() is None
+        os.truncate(path, extent.range.end)
+    assert there.hold() is None  # the store is closed
+
+
+def test_striped_stores_and_engines_that_must_see_all_are_read(tmp_path: Path) -> None:
+    with (
+        open_engine() as engine,
+        Store.open([tmp_path / "a", tmp_path / "b"], engine, capacity_bytes=16 * MIB) as striped,
+    ):
+        assert striped.in_place(filled(striped)[0], *PART) is None
+    with (
+        FaultyEngine(open_engine()) as engine,
+        Store.open(tmp_path / "kv", engine, capacity_bytes=16 * MIB) as store,
+    ):
+        assert store.in_place(filled(store)[0], *PART) is None
+
+
+# -- decoding ------------------------------------------------------------------------------------
+
+
+def decoding(store: Path, **settings: Any) -> Cache:
+    made = Cache(store, **settings)
+    made.step(TOKENS)
+    made.step()
+    return made
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[Cache]:
+    made = decoding(tmp_path / "kv.store")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Iterator[Cache]:
+    """The same, that reads all it attends to."""
+    made = decoding(tmp_path / "copied.store", in_place=False)
+    yield made
+    made.close()
+
+
+def extents(cache: Cache) -> list[Extent]:
+    return [
+        segment.extent
+        for layer in cache.pipeline._layers.values()
+        for half in layer.halves
+        for segment in half.unit.segments
+    ]
+
+
+def test_steps_copy_nothing_that_is_cached(cache: Cache, copied: Cache) -> None:
+    before, reads = cache.pipeline.transfers(), cache.engine.counters().read_ops
+    seen = cache.step()
+    cache.engine.drain()
+    after = cache.pipeline.transfers()
+    assert after.in_place_read_bytes - before.in_place_read_bytes == KV_BYTES
+    assert after.page_cache_read_bytes - before.page_cache_read_bytes == KV_BYTES
+    assert cache.engine.counters().read_ops == reads
+    assert torch.equal(copied.step(), seen)
+    assert copied.pipeline.transfers().in_place_read_bytes == 0
+    assert copied.engine.counters().read_bytes >= KV_BYTES
+
+
+def test_pages_that_went_after_their_turn_came_are_read(cache: Cache, copied: Cache) -> None:
+    """The read-ahead has passed into the next step, and holds nothing yet."""
+    coming = [some for visit in cache.pipeline._sweep()._visits for some in visit.coming]
+    assert coming
+    assert all(isinstance(some, _Lying) for some in coming)
+    for extent in extents(cache):
+        cache.store._drop(extent)
+    before = cache.pipeline.transfers()
+    assert torch.equal(cache.step(), copied.step())
+    after = cache.pipeline.transfers()
+    assert after.page_cache_read_bytes - before.page_cache_read_bytes >= KV_BYTES
+    # Read once, it is cached again: the step after takes it where it lies.
+    assert torch.equal(cache.step(), copied.step())
+    last = cache.pipeline.transfers()
+    assert last.in_place_read_bytes - after.in_place_read_bytes >= KV_BYTES * 2 // 3
+
+
+def test_the_farthest_read_ahead_gives_its_slot_up(cache: Cache, copied: Cache) -> None:
+    """Pages of a layer go after its turn came, when what is read for the next has all slots."""
+    sweep = cache.pipeline._sweep()
+    sweep.cancel()
+    first, *others = extents(cache)
+    for extent in others:
+        cache.store._drop(extent)
+    sweep._enter(0)
+    sweep.advance()
+    assert sweep._slots.free_count == 0
+    assert isinstance(sweep._visits[0].coming[0], _Lying)
+    cache.store._drop(first)
+    assert torch.equal(cache.step(), copied.step())
+    assert torch.equal(cache.step(), copied.step())
+
+
+def test_damage_in_the_page_cache_is_read_past(
+    tmp_path: Path, copied: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cached copy differs from the drive's, which is sound."""
+    cache = decoding(tmp_path / "kv.store", checksums="all")
+    plain, struck = InPlace.hold, 0
+
+    def damaged(self: InPlace) -> memoryview | None:
+        nonlocal struck
+        there = plain(self)
+        if there is None or struck:
+            return there
+        struck += 1
+        copy = bytearray(there)
+        copy[BLOCK_BYTES] ^= 1
+        return memoryview(copy)
+
+    monkeypatch.setattr(InPlace, "hold", damaged)
+    try:
+        assert torch.equal(cache.step(), copied.step())
+        totals = cache.pipeline.checksums.totals()
+        assert (totals.mismatches, totals.healed_reads, struck) == (1, 1, 1)
+        assert torch.equal(cache.step(), copied.step())
+    finally:
+        cache.close()
+
+
+def test_our_own_mapped_pages_can_still_go(cache: Cache) -> None:
+    """Mapped pages of others are not to be had; those of our store are, as if they were not."""
+    cache.step()
+    mapped = cache.store.mapped_bytes
+    assert KV_BYTES <= mapped < 2 * KV_BYTES
+    pages = FilePages(active_and_inactive=10 * KV_BYTES, mapped=2 * KV_BYTES + mapped)
+    assert pages.without(mapped).reclaimable(KV_BYTES) == 8 * KV_BYTES
+    assert pages.reclaimable(KV_BYTES) < 8 * KV_BYTES
+
+
+def test_the_probe_counts_them_as_ours() -> None:
+    probe = MemoryProbe(reserve_bytes=0)
+    plain = probe.read(OwnMemory()).available_bytes
+    assert probe.read(OwnMemory(mapped_bytes=1 << 60)).available_bytes > plain
+
+
+def test_it_can_be_left_off() -> None:
+    assert EngineConfig().in_place
+    assert not EngineConfig.from_mapping({"in_place": False}).in_place
