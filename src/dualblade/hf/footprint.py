@@ -112,7 +112,8 @@ def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model without memory for its weights."""
     with torch.device("meta"):
         # A copy: it is told the dtype, and who asks may want the checkpoint's own.
-        return AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype)
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype)
+    return made
 
 
 def staging_and_tails(

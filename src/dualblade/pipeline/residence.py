@@ -244,8 +244,8 @@ class Placements:
                 return  # the other layers of a step
         else:
             self._shares, self._budget_bytes = shares, budget
-            room = replace(shares, budget_bytes=budget)
-            self._room = _Room(room.page_cache_bytes, room.slack_bytes)
+            in_force = replace(shares, budget_bytes=budget)
+            self._room = _Room(in_force.page_cache_bytes, in_force.slack_bytes)
         room = self._room
         if self._plan is None:
             self._begin(room)
