@@ -134,6 +134,37 @@ def test_the_drive_that_the_machine_boots_from() -> None:
     assert not drives._boots(tree)
 
 
+def test_what_is_built_on_it_is_named_once_with_and_without_lsblk(tmp_path: Path) -> None:
+    """A volume and an array that lsblk lists, and on a partition another two that it does not:
+    without udev mapped devices have no node. What it calls a partition was told as one."""
+    node = tmp_path / "nvme0n1"
+    for name, text in {
+        "holders/dm-0/dm/uuid": "LVM-x",
+        "holders/dm-1/dm/uuid": "part1-x",
+        "holders/md9/md/level": "raid1",
+        "holders/bcache0/size": "8",
+        "nvme0n1p1/partition": "1",
+        "nvme0n1p1/holders/dm-2/dm/uuid": "CRYPT-x",
+        "nvme0n1p1/holders/dm-2/dm/name": "safe",
+        "nvme0n1p1/holders/dm-3/dm/uuid": "",
+        "nvme0n1p1/holders/dm-3/dm/name": "part",
+    }.items():
+        (node / name).parent.mkdir(parents=True, exist_ok=True)
+        (node / name).write_text(text + "\n")
+    above = {"name": "v", "kname": "dm-9", "path": "/dev/mapper/v", "type": "crypt"}
+    shown = {"name": "g-v", "kname": "dm-0", "path": "/dev/mapper/g-v", "type": "lvm"}
+    kpartx = {"name": "p1", "kname": "dm-1", "path": "/dev/mapper/p1", "type": "part"}
+    tree = {"children": [{**shown, "children": [above]}, kpartx]}
+    assert {(f.what, f.free_with) for f in drives._holder_findings(node, tree)} == {
+        ("/dev/mapper/g-v (lvm) is built on it", "lvchange -an /dev/mapper/g-v"),
+        ("/dev/md9 (raid1) is built on it", "mdadm --stop /dev/md9"),
+        ("/dev/bcache0 (bcache) is built on it", None),
+        ("/dev/dm-2 (crypt) is built on /dev/nvme0n1p1", "cryptsetup close safe"),
+        ("/dev/dm-3 (dm) is built on /dev/nvme0n1p1", "dmsetup remove part"),
+    }
+    assert len(list(drives._holder_findings(node, tree))) == 5
+
+
 @needs_root
 def test_without_the_tools_nothing_is_called_free(
     blank: str, monkeypatch: pytest.MonkeyPatch
