@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 from collections.abc import Iterator
@@ -11,13 +12,17 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from dualblade import DualBladeCache
 from dualblade.cli.app import app
 from dualblade.errors import NotAStore, StorageError, Unsupported
 from dualblade.host import drives
 from dualblade.host.drives import find_drive, findings
+from dualblade.io import open_engine
+from dualblade.store import Store
 from dualblade.store.formatting import carry_out_format, plan_format, plan_wipe
 from dualblade.units import MIB
 from tests.devices import contents, loop_device, needs_root
+from tests.integration.tiny_models import tiny_model
 
 SIZE_BYTES = 64 * MIB
 _FIRST_SECTOR = 4096  # 2 MiB
@@ -125,6 +130,22 @@ def test_what_is_read_only_or_too_small(blank: str, tmp_path: Path) -> None:
         pytest.raises(Unsupported, match="too small"),
     ):
         plan_format(small)
+
+
+@needs_root
+@pytest.mark.parametrize("use", ["open", "format", "generate"])
+def test_a_name_in_dev_where_nothing_is_never_becomes_a_file(use: str) -> None:
+    """A drive that is unplugged, or a slip of the hand: KV would go to memory, out of sight."""
+    path = "/dev/ng99n1"
+    with pytest.raises(StorageError, match=f"cannot examine {path}: No such file"):
+        if use == "open":
+            with open_engine() as engine:
+                Store.open(path, engine)
+        elif use == "format":
+            plan_format(path)
+        else:
+            DualBladeCache.for_model(tiny_model(), store=path, memory_budget="16MiB")
+    assert not os.path.lexists(path)
 
 
 def test_the_drive_that_the_machine_boots_from() -> None:

@@ -129,12 +129,13 @@ def find_drive(path: str | os.PathLike[str]) -> Drive:
             discard_bytes_max=limits["discard_max_bytes"],
         )
     except OSError as exc:
-        denied = exc.errno in (errno.EACCES, errno.EPERM)
+        give = f"give your user or group {PERMISSION_WORDS}"
+        hints = {errno.EACCES: give, errno.EPERM: give, errno.ENOENT: "lsblk shows what is there"}
         raise StorageError(
             f"cannot examine {given}: {exc.strerror or exc}",
             operation="probe",
             path=given,
-            hint=f"give your user or group {PERMISSION_WORDS}" if denied else None,
+            hint=hints.get(exc.errno or 0),
         ) from exc
 
 
