@@ -71,6 +71,7 @@ GUESTS = {
         "test_engines.py",
         "test_generation.py",
         "test_permissions.py",
+        "test_squeeze.py",
         "test_store.py",
     ],
 }
