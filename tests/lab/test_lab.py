@@ -73,6 +73,7 @@ GUESTS = {
         "test_permissions.py",
         "test_squeeze.py",
         "test_store.py",
+        "test_striped.py",
     ],
 }
 """Two guests at once: each has one emulated processor, and the contract takes half of the time."""
