@@ -65,18 +65,15 @@ def drive_arguments(folder: Path) -> list[str]:
 
 
 GUESTS = {
-    "contract": ["test_contract.py"],
-    "rest": [
-        "test_probe.py",
-        "test_engines.py",
+    "devices": ["test_probe.py", "test_engines.py", "test_store.py", "test_contract.py"],
+    "models": [
         "test_generation.py",
         "test_permissions.py",
         "test_squeeze.py",
-        "test_store.py",
         "test_striped.py",
     ],
 }
-"""Two guests at once: each has one emulated processor, and the contract takes half of the time."""
+"""Two guests at once: each has one emulated processor, and imports torch in 50 s or not at all."""
 
 
 @pytest.mark.timeout(1200)
