@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 from collections.abc import Iterator
@@ -11,13 +12,17 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from dualblade import DualBladeCache
 from dualblade.cli.app import app
 from dualblade.errors import NotAStore, StorageError, Unsupported
 from dualblade.host import drives
 from dualblade.host.drives import find_drive, findings
+from dualblade.io import open_engine
+from dualblade.store import Store
 from dualblade.store.formatting import carry_out_format, plan_format, plan_wipe
 from dualblade.units import MIB
 from tests.devices import contents, loop_device, needs_root
+from tests.integration.tiny_models import tiny_model
 
 SIZE_BYTES = 64 * MIB
 _FIRST_SECTOR = 4096  # 2 MiB
@@ -127,11 +132,58 @@ def test_what_is_read_only_or_too_small(blank: str, tmp_path: Path) -> None:
         plan_format(small)
 
 
+@needs_root
+@pytest.mark.parametrize("use", ["open", "format", "generate"])
+def test_a_name_in_dev_where_nothing_is_never_becomes_a_file(use: str) -> None:
+    """A drive that is unplugged, or a slip of the hand: KV would go to memory, out of sight."""
+    path = "/dev/ng99n1"
+    with pytest.raises(StorageError, match=f"cannot examine {path}: No such file"):
+        if use == "open":
+            with open_engine() as engine:
+                Store.open(path, engine)
+        elif use == "format":
+            plan_format(path)
+        else:
+            DualBladeCache.for_model(tiny_model(), store=path, memory_budget="16MiB")
+    assert not os.path.lexists(path)
+
+
 def test_the_drive_that_the_machine_boots_from() -> None:
     tree = {"mountpoints": [None], "children": [{"mountpoints": ["/boot"]}]}
     assert drives._boots(tree)
     tree["children"][0]["mountpoints"] = ["/mnt"]  # type: ignore[index]
     assert not drives._boots(tree)
+
+
+def test_what_is_built_on_it_is_named_once_with_and_without_lsblk(tmp_path: Path) -> None:
+    """A volume and an array that lsblk lists, and on a partition another two that it does not:
+    without udev mapped devices have no node. What it calls a partition was told as one."""
+    node = tmp_path / "nvme0n1"
+    for name, text in {
+        "holders/dm-0/dm/uuid": "LVM-x",
+        "holders/dm-1/dm/uuid": "part1-x",
+        "holders/md9/md/level": "raid1",
+        "holders/bcache0/size": "8",
+        "nvme0n1p1/partition": "1",
+        "nvme0n1p1/holders/dm-2/dm/uuid": "CRYPT-x",
+        "nvme0n1p1/holders/dm-2/dm/name": "safe",
+        "nvme0n1p1/holders/dm-3/dm/uuid": "",
+        "nvme0n1p1/holders/dm-3/dm/name": "part",
+    }.items():
+        (node / name).parent.mkdir(parents=True, exist_ok=True)
+        (node / name).write_text(text + "\n")
+    above = {"name": "v", "kname": "dm-9", "path": "/dev/mapper/v", "type": "crypt"}
+    shown = {"name": "g-v", "kname": "dm-0", "path": "/dev/mapper/g-v", "type": "lvm"}
+    kpartx = {"name": "p1", "kname": "dm-1", "path": "/dev/mapper/p1", "type": "part"}
+    tree = {"children": [{**shown, "children": [above]}, kpartx]}
+    assert {(f.what, f.free_with) for f in drives._holder_findings(node, tree)} == {
+        ("/dev/mapper/g-v (lvm) is built on it", "lvchange -an /dev/mapper/g-v"),
+        ("/dev/md9 (raid1) is built on it", "mdadm --stop /dev/md9"),
+        ("/dev/bcache0 (bcache) is built on it", None),
+        ("/dev/dm-2 (crypt) is built on /dev/nvme0n1p1", "cryptsetup close safe"),
+        ("/dev/dm-3 (dm) is built on /dev/nvme0n1p1", "dmsetup remove part"),
+    }
+    assert len(list(drives._holder_findings(node, tree))) == 5
 
 
 @needs_root

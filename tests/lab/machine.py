@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(os.environ.get("DUALBLADE_LAB_CACHE", ROOT / "build/lab"))
 VIRTIOFSD = "/usr/lib/qemu/virtiofsd"
-NEEDED = ("qemu-system-x86_64", VIRTIOFSD, "qemu-storage-daemon", "busybox", "cpio")
+NEEDED = ("setpriv", "qemu-system-x86_64", VIRTIOFSD, "qemu-storage-daemon", "busybox", "cpio")
 DRIVE_BYTES = 256 << 20
 _MEMORY_MIB = 1536
 _POLL_SECONDS = 0.05
@@ -55,10 +55,8 @@ def boot(command: str, drives: Sequence[str], share: Path, log: Path) -> int:
         sockets = [stack.enter_context(_shared(share.parent, *each)) for each in shares]
         control = share.parent / "qmp"
         server = stack.enter_context(_served(share.parent / "slow"))
-        guest = subprocess.Popen(
-            [*_machine(sockets, control), *drives], stdin=subprocess.DEVNULL, stdout=output,
-            stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        command_line = [*_machine(sockets, control), *drives]
+        guest = start(command_line, stdout=output, stderr=subprocess.STDOUT)
         try:
             _serve(guest, server, control, share)
         finally:
@@ -68,13 +66,25 @@ def boot(command: str, drives: Sequence[str], share: Path, log: Path) -> int:
     return int(status.read_text()) if status.exists() else 99
 
 
+def start(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+    """A process that the kernel kills when the thread that calls this is gone, however it went.
+
+    The thread, not the process: so it is the one that waits for the guest to end. A program that
+    takes on other credentials would be forgotten; none here does.
+    """
+    # Asked after the kernel has been told: a parent that is gone by then sends no signal.
+    check = ["sh", "-c", '[ $PPID = "$0" ] && exec "$@"', str(os.getpid())]
+    bound = ["setpriv", "--pdeathsig", "KILL", *check, *command]
+    return subprocess.Popen(bound, stdin=subprocess.DEVNULL, **options)
+
+
 @contextlib.contextmanager
 def _shared(folder: Path, tag: str, source: str, cache: str) -> Iterator[tuple[str, Path]]:
     path = folder / f"{tag}.socket"
-    daemon = subprocess.Popen(
+    daemon = start(
         [VIRTIOFSD, f"--socket-path={path}", "-o", f"source={source}", "-o", f"cache={cache}",
          "-o", "sandbox=chroot", "-o", "announce_submounts"],
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
         while not path.exists():
@@ -92,12 +102,11 @@ def _served(place: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A network block device over `place`.img, at `place`.socket: a drive that can be stopped."""
     with place.with_suffix(".img").open("wb") as image:
         image.truncate(DRIVE_BYTES)
-    daemon = subprocess.Popen(
+    daemon = start(
         ["qemu-storage-daemon",
          "--blockdev", f"driver=file,node-name=image,filename={place}.img",
          "--nbd-server", f"addr.type=unix,addr.path={place}.socket",
-         "--export", "type=nbd,id=export,node-name=image,name=slow,writable=on"],
-        stdin=subprocess.DEVNULL,
+         "--export", "type=nbd,id=export,node-name=image,name=slow,writable=on"]
     )  # fmt: skip
     try:
         while not place.with_suffix(".socket").exists():

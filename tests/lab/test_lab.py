@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import itertools
 import os
+import select
+import signal
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
@@ -61,16 +65,15 @@ def drive_arguments(folder: Path) -> list[str]:
 
 
 GUESTS = {
-    "contract": ["test_contract.py"],
-    "rest": [
-        "test_probe.py",
-        "test_engines.py",
+    "devices": ["test_probe.py", "test_engines.py", "test_store.py", "test_contract.py"],
+    "models": [
         "test_generation.py",
         "test_permissions.py",
-        "test_store.py",
+        "test_squeeze.py",
+        "test_striped.py",
     ],
 }
-"""Two guests at once: each has one emulated processor, and the contract takes half of the time."""
+"""Two guests at once: each has one emulated processor, and imports torch in 50 s or not at all."""
 
 
 @pytest.mark.timeout(1200)
@@ -91,6 +94,35 @@ def test_devices_in_guests(tmp_path: Path) -> None:
         ends = [pool.submit(run_guest, tmp_path / name, wanted[name]) for name in wanted]
         problems = [problem for end in ends if (problem := end.result()) is not None]
     assert not problems, "\n\n".join(problems)
+
+
+_BOOTS_AND_WAITS = """
+import time
+from concurrent.futures import ThreadPoolExecutor
+from tests.lab.machine import start
+
+def boot():
+    print(start(["sleep", "600"]).pid, flush=True)
+    time.sleep(600)
+
+ThreadPoolExecutor(1).submit(boot).result()
+"""
+
+
+def test_a_guest_ends_with_whoever_booted_it() -> None:
+    """Killed, so that nothing of its own could tidy up; `boot` is called by a pool's thread."""
+    command = [sys.executable, "-c", _BOOTS_AND_WAITS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        handle = os.pidfd_open(child)  # readable when the process has ended, even unreaped
+        parent.kill()
+    try:
+        assert select.select([handle], [], [], 20)[0]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+        os.close(handle)
 
 
 def run_guest(folder: Path, tests: list[str]) -> str | None:

@@ -41,8 +41,8 @@ _HOLDER_COMMANDS = {
     "crypt": "cryptsetup close {name}",
     "lvm": "lvchange -an {path}",
     "mpath": "multipath -f {name}",
-    "dm": "dmsetup remove {name}",
 }
+_HOLDER_COMMANDS_BY_DRIVER = {"dm": "dmsetup remove {name}", "md": "mdadm --stop {path}"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,12 +129,13 @@ def find_drive(path: str | os.PathLike[str]) -> Drive:
             discard_bytes_max=limits["discard_max_bytes"],
         )
     except OSError as exc:
-        denied = exc.errno in (errno.EACCES, errno.EPERM)
+        give = f"give your user or group {PERMISSION_WORDS}"
+        hints = {errno.EACCES: give, errno.EPERM: give, errno.ENOENT: "lsblk shows what is there"}
         raise StorageError(
             f"cannot examine {given}: {exc.strerror or exc}",
             operation="probe",
             path=given,
-            hint=f"give your user or group {PERMISSION_WORDS}" if denied else None,
+            hint=hints.get(exc.errno or 0),
         ) from exc
 
 
@@ -177,8 +178,8 @@ def signatures(drive: Drive) -> list[Finding]:
 
 
 def _tree_findings(drive: Drive) -> Iterator[Finding]:
-    """Mounts, swap, partitions and holders, from lsblk's tree."""
-    columns = "NAME,PATH,TYPE,MOUNTPOINTS"
+    """Mounts, swap, partitions and holders, from lsblk's tree and sysfs."""
+    columns = "NAME,KNAME,PATH,TYPE,MOUNTPOINTS"
     tree = _json_of("lsblk", "--json", "-o", columns, drive.block_path)["blockdevices"][0]
     if drive.partition is None and _boots(tree):
         yield Finding(what="this machine boots from it", free_with=None)
@@ -190,13 +191,47 @@ def _tree_findings(drive: Drive) -> Iterator[Finding]:
             what=f"it is partitioned: {', '.join(partitions)}",
             free_with=f"name one of them, or erase the table: wipefs --all {drive.block_path}",
         )
-    for child in children:
-        if child["type"] != "part":
-            command = _HOLDER_COMMANDS.get(child["type"], "mdadm --stop {path}")
+    yield from _holder_findings(_sys_node(drive.block_path), tree)
+
+
+def _holder_findings(node: Path, tree: dict[str, Any]) -> Iterator[Finding]:
+    """What is built on the device at sysfs's `node`, or on a partition of it.
+
+    By sysfs: lsblk leaves out what has no node in /dev, as mapped devices have none without udev.
+    In lsblk's words where it has them; what it calls a partition (kpartx) was told as one.
+    """
+    shown = {entry["kname"]: entry for entry in _below(tree)}
+    partitions = sorted(path.parent for path in node.glob("*/partition"))
+    for place in (node, *partitions):
+        where = "it" if place == node else f"/dev/{place.name}"
+        for link in sorted(place.glob("holders/*")):
+            holder = shown.get(link.name) or _holder_of(link)
+            if holder["type"] == "part":
+                continue
+            by_driver = _HOLDER_COMMANDS_BY_DRIVER.get(link.name[:2])
+            command = _HOLDER_COMMANDS.get(holder["type"], by_driver)
             yield Finding(
-                what=f"{child['path']} ({child['type']}) is built on it",
-                free_with=command.format(**child),
+                what=f"{holder['path']} ({holder['type']}) is built on {where}",
+                free_with=command and command.format(**holder),
             )
+
+
+def _holder_of(link: Path) -> dict[str, str]:
+    """What lsblk would say of a device in sysfs, if it had a node."""
+    kind, dash, _ = _text(link / "dm/uuid").partition("-")
+    return {
+        "name": _text(link / "dm/name") or link.name,
+        "path": f"/dev/{link.name}",
+        "type": kind.lower()
+        if dash
+        else _text(link / "md/level") or link.name.rstrip("-0123456789"),
+    }
+
+
+def _below(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for child in tree.get("children", []):
+        yield child
+        yield from _below(child)
 
 
 def _mount_findings(tree: dict[str, Any], path: str) -> Iterator[Finding]:

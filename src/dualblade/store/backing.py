@@ -170,9 +170,20 @@ def check_engine(path: str | os.PathLike[str] | None, engine: Engine, *, direct:
 
 
 def is_device(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a device node; False where nothing is."""
+    """Whether `path` is a device node, or the name of a missing one.
+
+    A drive may be unplugged and a name mistyped: a new file among device nodes would lie in memory.
+    """
     mode = _mode(path)
-    return stat.S_ISBLK(mode) or stat.S_ISCHR(mode)
+    return stat.S_ISBLK(mode) or stat.S_ISCHR(mode) or (mode == 0 and _is_among_nodes(path))
+
+
+def _is_among_nodes(path: str | os.PathLike[str]) -> bool:
+    """/dev and its folders, but no file system mounted there (/dev/shm)."""
+    folder = os.path.realpath(os.path.dirname(os.path.abspath(path)))
+    if os.path.commonpath((folder, "/dev")) != "/dev" or not os.path.isdir(folder):
+        return False
+    return os.stat(folder).st_dev == os.stat("/dev").st_dev
 
 
 def _mode(path: str | os.PathLike[str]) -> int:

@@ -163,11 +163,14 @@ def check_kinds(places: Sequence[Place]) -> None:
         )
     missing = [os.fspath(place) for place in places if not os.path.lexists(place)]
     if 0 < len(missing) < len(places):
+        hint = "name all members as they were made; or delete the others, to make a new store"
+        if any(kinds.values()):
+            hint = "a store needs all its members; lsblk shows what is there"
         raise NotAStore(
             f"{missing[0]} does not exist, and other members of the store do",
             operation="open",
             path=missing[0],
-            hint="name all members as they were made; or delete the others, to make a new store",
+            hint=hint,
         )
 
 

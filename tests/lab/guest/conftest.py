@@ -55,10 +55,19 @@ def ask(command: str, **arguments: Any) -> Any:
 
 def reads_of(node: str) -> int:
     """Read requests that reached the image behind a drive."""
+    return _count(node, "rd_operations")
+
+
+def writes_of(node: str) -> int:
+    """Write requests that reached the image behind a drive."""
+    return _count(node, "wr_operations")
+
+
+def _count(node: str, name: str) -> int:
     stats = ask("query-blockstats", **{"query-nodes": False})
     named = [s for s in stats if s.get("node-name") == node]
     assert len(named) == 1, stats
-    return int(named[0]["stats"]["rd_operations"])
+    return int(named[0]["stats"][name])
 
 
 def formatted(path: str) -> str:

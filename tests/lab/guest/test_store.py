@@ -252,7 +252,11 @@ def test_a_member_of_dm_and_of_md_is_refused() -> None:
     table = f"0 100000 linear {disk} 2048"
     subprocess.run(["dmsetup", "create", "--noudevsync", "part", "--table", table], check=True)
     try:
-        refused(path, disk, "dm-0|/dev/mapper/part")
+        free_with = "dmsetup remove part"
+        refused(path, disk, f"/dev/dm-0 (dm) is built on it; to free it: {free_with}")
+        # With the node that udev would have made, lsblk lists it too.
+        subprocess.run(["dmsetup", "mknodes", "part"], check=True)
+        refused(path, disk, f"/dev/mapper/part (dm) is built on it; to free it: {free_with}")
     finally:
         subprocess.run(["dmsetup", "remove", "--noudevsync", "part"], check=True)
     device = os.stat(disk).st_rdev
@@ -268,17 +272,19 @@ def test_a_member_of_dm_and_of_md_is_refused() -> None:
     ):
         (array / name).write_text(text)
     try:
-        refused(path, disk, "md9")
+        refused(path, disk, "/dev/md9 (raid1) is built on it; to free it: mdadm --stop /dev/md9")
     finally:
         (array / "array_state").write_text("clear")
     formatted(path)
     carry_out_wipe(plan_wipe(path), tell=lambda _: None)
 
 
-def refused(path: str, disk: str, holder: str) -> None:
+def refused(path: str, disk: str, finding: str) -> None:
     for device in (path, disk):
-        with pytest.raises(NotAStore, match=holder):
+        with pytest.raises(NotAStore) as caught:
             plan_format(device)
+        assert finding in caught.value.message
+        assert caught.value.message.count("is built on it") == 1
         with open_engine("posix") as engine, pytest.raises(NotAStore, match="in use"):
             Store.open(device, engine)
 
