@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from dualblade.bench import report
+from dualblade.bench import report_decode
 from dualblade.bench.report import collect, kind_of, write_report
+from dualblade.bench.report_decode import decode_section
 from dualblade.cli.app import app
 from dualblade.errors import ConfigError
 from dualblade.units import GIB, MIB
@@ -153,7 +154,7 @@ def test_foreign_broken_and_nested_files(tmp_path: Path) -> None:
 
 
 def test_a_section_says_where_another_mode_is_faster() -> None:
-    section, cards = report._decode([("x", LIMITED)])
+    section, cards = decode_section([("x", LIMITED)])
     assert section.notes == ["With 25 %, direct is faster: dual takes 1.25 times as long."]
     assert cards == [("50 %", "less time per step than memory-mapped files, under memory limits")]
     by_mode = {row[0]: row for row in section.rows}
@@ -164,7 +165,7 @@ def test_a_section_says_where_another_mode_is_faster() -> None:
 
 
 def test_stages_of_a_step_add_up() -> None:
-    parts = report._stages(LIMITED["runs"][0])
+    parts = report_decode._stages(LIMITED["runs"][0])
     assert parts is not None
     assert sum(parts.values()) == pytest.approx(500)
     assert (parts["waiting for reads"], parts["model"]) == (pytest.approx(200), pytest.approx(200))
