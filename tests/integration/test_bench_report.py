@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from dualblade.bench import report_decode
 from dualblade.bench.report import collect, kind_of, write_report
 from dualblade.bench.report_decode import decode_section
+from dualblade.bench.report_tables import striping_section
 from dualblade.cli.app import app
 from dualblade.errors import ConfigError
 from dualblade.units import GIB, MIB
@@ -194,3 +195,27 @@ def test_what_cannot_be_reported_is_told(tmp_path: Path) -> None:
         write_report(tmp_path, tmp_path / "nowhere" / "page.html")
     assert kind_of({"benchmark": "decode", "summary": [1, 2]}) == "decode"
     assert kind_of(None) is None
+
+
+def test_striping_is_measured_against_the_throttles_together() -> None:
+    runs = [
+        {
+            "devices": devices,
+            "queue_depth_of_each": 8,
+            "read_bytes_per_second": 90e6 * devices,
+            "write_bytes_per_second": 80e6 * devices,
+            "cpu_seconds_per_gib_read": 0.02,
+            "machine": MACHINE,
+        }
+        for devices in (1, 3)
+    ]
+    result = {
+        "benchmark": "striping",
+        "command": "measure",
+        "throttle_bytes_per_second": 100_000_000,
+        "runs": runs,
+    }
+    assert kind_of(result) == "striping"
+    section, cards = striping_section([("striping.json", result)])
+    assert list(section.rows[1]) == ["3", "8", "270", "90 %", "240", "80 %", "0.020"]
+    assert cards == [("90 %", "of the bandwidth of 3 striped devices")]

@@ -21,6 +21,7 @@ from dualblade.bench.report_tables import (
     demo_section,
     generate_section,
     io_section,
+    striping_section,
 )
 from dualblade.errors import ConfigError, Unsupported
 
@@ -99,6 +100,7 @@ def kind_of(result: Any) -> str | None:
     if not isinstance(result, dict):
         return None
     marks = {
+        "striping": {"benchmark", "throttle_bytes_per_second", "runs"},
         "envelope": {"benchmark", "calibration", "target"},
         "io": {"read_bytes_per_second", "effective_queue_depth", "machine"},
         "attention": {"bench", "kernel", "threads", "machine"},
@@ -132,6 +134,7 @@ SECTIONS: dict[str, Callable[[list[Named]], Made]] = {
     "growth": growth_section,
     "demo": demo_section,
     "io": io_section,
+    "striping": striping_section,
     "attention": attention_section,
     "generate": generate_section,
 }

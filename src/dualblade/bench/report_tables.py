@@ -37,6 +37,47 @@ def io_section(group: list[Named]) -> Made:
     return section, [(f"{ratio:.2f} x", f"fio's bandwidth at {options['chunk_bytes'] >> 10} KiB")]
 
 
+def striping_section(group: list[Named]) -> Made:
+    """`scripts/measure_striping.py`: devices throttled to a speed that is known."""
+    ((name, result),) = group
+    throttle = result["throttle_bytes_per_second"]
+    rows = []
+    for run in result["runs"]:
+        roof = throttle * run["devices"]
+        rows.append(
+            [
+                str(run["devices"]),
+                str(run["queue_depth_of_each"]),
+                f"{run['read_bytes_per_second'] / 1e6:.0f}",
+                f"{100 * run['read_bytes_per_second'] / roof:.0f} %",
+                f"{run['write_bytes_per_second'] / 1e6:.0f}",
+                f"{100 * run['write_bytes_per_second'] / roof:.0f} %",
+                f"{run['cpu_seconds_per_gib_read']:.3f}",
+            ]
+        )
+    most = max(result["runs"], key=lambda run: int(run["devices"]))
+    part = 100 * most["read_bytes_per_second"] / (throttle * most["devices"])
+    section = Section(
+        title="Striping over several devices",
+        file=name,
+        about=f"One file striped over devices that are throttled to {throttle / 1e6:.0f} MB/s "
+        "each; percent of what all of them together may give.",
+        command=result["command"],
+        machine=most["machine"],
+        head=[
+            "devices",
+            "in flight on each",
+            "read MB/s",
+            "of the throttles",
+            "write MB/s",
+            "of the throttles",
+            "CPU s per GiB read",
+        ],
+        rows=rows,
+    )
+    return section, [(f"{part:.0f} %", f"of the bandwidth of {most['devices']} striped devices")]
+
+
 def attention_section(group: list[Named]) -> Made:
     """`bench attention`."""
     ((name, result),) = group
