@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from dualblade.bench import report_decode
 from dualblade.bench.report import collect, kind_of, write_report
-from dualblade.bench.report_decode import decode_section
+from dualblade.bench.report_decode import ablation_section, decode_section
 from dualblade.bench.report_tables import striping_section
 from dualblade.cli.app import app
 from dualblade.errors import ConfigError
@@ -219,3 +219,22 @@ def test_striping_is_measured_against_the_throttles_together() -> None:
     section, cards = striping_section([("striping.json", result)])
     assert list(section.rows[1]) == ["3", "8", "270", "90 %", "240", "80 %", "0.020"]
     assert cards == [("90 %", "of the bandwidth of 3 striped devices")]
+
+
+def test_an_ablation_tells_what_each_step_gains() -> None:
+    steps = {"mmap": 1.0, "page-cache": 0.8, "direct": 1.0, "dual": 0.5}
+    result = decode_result({(mode, "25%"): seconds for mode, seconds in steps.items()})
+    for entry in result["summary"]:
+        entry |= {"device_read_bytes_per_step": MIB, "cpu_seconds_per_step": 0.1}
+    result["options"] |= {
+        "modes": list(steps),
+        "ablation": ["baseline", "our engine", "+ direct", "+ residency"],
+        "attention": "tiles",
+    }
+    assert kind_of(result) == "ablation"
+    section, cards = ablation_section([("x", result)])
+    assert [row[0] for row in section.rows] == result["options"]["ablation"]
+    assert [row[4] for row in section.rows] == ["-", "20.0 %", "-25.0 %", "50.0 %"]
+    assert [row[5] for row in section.rows] == ["-", "20.0 %", "0.0 %", "50.0 %"]
+    assert section.notes == ["With 25 %, + direct makes a step 25 % longer."]
+    assert cards[0][0] == "50 %"

@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from dualblade.bench import figures
-from dualblade.bench.report_decode import decode_section, envelope_section, growth_section
+from dualblade.bench.report_decode import (
+    ablation_section,
+    decode_section,
+    envelope_section,
+    growth_section,
+)
+from dualblade.bench.report_prefill import prefill_section
 from dualblade.bench.report_section import Made, Named, Section
 from dualblade.bench.report_tables import (
     attention_section,
@@ -110,7 +116,9 @@ def kind_of(result: Any) -> str | None:
     kind = next((kind for kind, mark in marks.items() if mark <= set(result)), None)
     if result.get("benchmark") == "decode":
         kind = "growth" if len(result["summary"]) == 1 else "decode"
-    return kind
+        if result["options"].get("ablation"):
+            kind = "ablation"
+    return "prefill" if result.get("benchmark") == "prefill" else kind
 
 
 def _grouped(kind: str, results: list[Named]) -> list[list[Named]]:
@@ -131,6 +139,8 @@ def _grouped(kind: str, results: list[Named]) -> list[list[Named]]:
 SECTIONS: dict[str, Callable[[list[Named]], Made]] = {
     "envelope": envelope_section,
     "decode": decode_section,
+    "prefill": prefill_section,
+    "ablation": ablation_section,
     "growth": growth_section,
     "demo": demo_section,
     "io": io_section,

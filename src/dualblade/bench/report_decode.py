@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dualblade.bench import figures
-from dualblade.bench.decode_run import is_stored
 from dualblade.bench.report_section import (
+    BEATEN,
     Made,
     Named,
     Section,
     limit_text,
     median,
+    mib,
     ms_spread,
     number_text,
+    percent_text,
     ratio_spread,
     workload_text,
 )
+from dualblade.bench.workload import is_stored
 from dualblade.units import GIB, MIB
-
-BEATEN = 1.05
-"""Another mode is called faster than `dual` from here on: medians of few runs differ by less."""
 
 
 def envelope_section(group: list[Named]) -> Made:
@@ -205,6 +205,75 @@ def _decode_cards(summary: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     least, most = 100 * min(saved), 100 * max(saved)
     value = f"{least:.0f} %" if len(saved) == 1 else f"{least:.0f}-{most:.0f} %"
     return [(value, "less time per step than memory-mapped files, under memory limits")]
+
+
+def ablation_section(group: list[Named]) -> Made:
+    """What `bench decode` wrote whose modes are steps from a baseline to the whole: one file."""
+    ((name, result),) = group
+    options = result["options"]
+    names = dict(zip(options["modes"], options["ablation"], strict=True))
+    done = [run for run in result["runs"] if run["step_seconds_median"] is not None]
+    if not done:
+        raise ValueError("no run of it got through")
+    gains = list(_gains(result["summary"]))
+    wholes = {entry["memory_limit"]: whole for entry, _, whole in gains if whole is not None}
+    section = Section(
+        title=f"What each part gains: {options['model']}",
+        file=name,
+        about=(
+            f"{workload_text(options)}, attention {options['attention']} where a mode does not say "
+            f"otherwise, KV {done[0]['kv_bytes'] / GIB:.2f} GiB. From the baseline to the whole; "
+            f"the gain of a step is to the row above. Medians of {options['repeats']} runs."
+        ),
+        command=result["command"],
+        machine=result["machine"],
+        notes=[
+            f"With {limit_text(entry['memory_limit'])}, {names[entry['mode']]} makes a step "
+            f"{-100 * gain:.0f} % longer."
+            for entry, gain, _ in gains
+            if gain is not None and gain < 0
+        ],
+        figures=[figures.svg_text(figures.decode_figure(result))],
+        head=["step", "mode", "limit", "ms/step", "gain", "in all", "MiB read/step", "CPU s/step"],
+        rows=[
+            [
+                names[entry["mode"]],
+                entry["mode"],
+                limit_text(entry["memory_limit"]),
+                ms_spread(entry["step_seconds_median"], entry["step_seconds_spread"], "killed"),
+                percent_text(gain),
+                percent_text(whole),
+                number_text(mib(entry["device_read_bytes_per_step"]), "{:.0f}"),
+                number_text(entry["cpu_seconds_per_step"], "{:.2f}"),
+            ]
+            for entry, gain, whole in gains
+        ],
+    )
+    if not wholes:
+        return section, []
+    least, most = 100 * min(wholes.values()), 100 * max(wholes.values())
+    value = f"{least:.0f} %" if len(wholes) == 1 else f"{least:.0f} to {most:.0f} %"
+    return section, [(value, "less time per step than the baseline, by all parts together")]
+
+
+def _gains(
+    summary: Sequence[dict[str, Any]],
+) -> Iterator[tuple[dict[str, Any], float | None, float | None]]:
+    """Per limit the steps in their order; of each what it gains to the last one before it that has
+    a time, and to the first: parts of the step time. None: nothing to compare."""
+    for limit in dict.fromkeys(entry["memory_limit"] for entry in summary):
+        first: float | None = None
+        before: float | None = None
+        for entry in summary:
+            if entry["memory_limit"] != limit:
+                continue
+            seconds = entry["step_seconds_median"]
+            if seconds is None or first is None or before is None:
+                yield entry, None, None
+            else:
+                yield entry, 1 - seconds / before, 1 - seconds / first
+            before = seconds or before
+            first = first or seconds
 
 
 def growth_section(group: list[Named]) -> Made:
