@@ -123,7 +123,12 @@ def run_decode_bench(options: DecodeBenchOptions, watch: Watch | None = None) ->
     with (
         store_left_as_found(options.store),
         opened_log(watch, asdict(options), find_facts) as log,
-        fio_beside(options, folder, log.facts["calibration"], asked=options.compare_fio) as fio,
+        fio_beside(
+            options,
+            folder,
+            log.facts["calibration"],
+            asked=options.compare_fio and len(log.runs) < len(plan),
+        ) as fio,
     ):
 
         def run(planned: Planned) -> Run:

@@ -152,7 +152,12 @@ def run_prefill_bench(options: PrefillBenchOptions, watch: Watch | None = None) 
         store_left_as_found(stores.written),
         store_left_as_found(stores.fresh),
         opened_log(watch, asdict(options), find_facts) as log,
-        fio_beside(options, folder, log.facts["calibration"], asked=options.compare_fio) as fio,
+        fio_beside(
+            options,
+            folder,
+            log.facts["calibration"],
+            asked=options.compare_fio and len(log.runs) < len(plan),
+        ) as fio,
     ):
 
         def run(planned: Planned) -> Run:

@@ -116,7 +116,7 @@ def kind_of(result: Any) -> str | None:
     kind = next((kind for kind, mark in marks.items() if mark <= set(result)), None)
     if result.get("benchmark") == "decode":
         kind = "growth" if len(result["summary"]) == 1 else "decode"
-        if result["options"].get("ablation"):
+        if result.get("options", {}).get("ablation"):
             kind = "ablation"
     return "prefill" if result.get("benchmark") == "prefill" else kind
 

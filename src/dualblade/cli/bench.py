@@ -9,6 +9,7 @@ import typer
 
 from dualblade.cli import options
 from dualblade.cli.bench_decode import bench_decode, bench_envelope
+from dualblade.cli.bench_paper import bench_paper
 from dualblade.cli.bench_prefill import bench_prefill
 from dualblade.cli.bench_report import bench_report
 from dualblade.cli.command import Command
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command("decode", cls=Command)(bench_decode)
 app.command("prefill", cls=Command)(bench_prefill)
 app.command("envelope", cls=Command)(bench_envelope)
+app.command("paper", cls=Command)(bench_paper)
 app.command("report", cls=Command)(bench_report)
 
 Chunk = Annotated[str, typer.Option("--chunk", metavar="SIZE", help="Largest single request.")]
