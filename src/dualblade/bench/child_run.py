@@ -73,15 +73,16 @@ def calibrate(options: ChildOptions) -> dict[str, Any]:
     count = min(options.step_tokens, options.context)
     past = options.context if count == 1 else options.context - count
     cache = shared_cache(model, rows, past, count)
-    tokens = torch.ones(options.batch, count, dtype=torch.long, device=model.device)
-    # As generate does: of a prompt only the last token's logits are wanted.
-    last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+    prompt = torch.ones(options.batch, past + count, dtype=torch.long, device=model.device)
     release_memory()
     before = process_memory().resident_bytes
     reset_peak_memory()
     with positions_checked(), torch.inference_mode():
         for _ in range(2):
-            model(input_ids=tokens, past_key_values=cache, use_cache=True, **last)
+            if count == 1:
+                model(input_ids=prompt[:, -1:], past_key_values=cache, use_cache=True)
+            else:  # with the masks that generate makes
+                first_token(model, prompt, cache, count)
     step = max(0, process_memory().peak_resident_bytes - before)
     return {
         "loaded_bytes": loaded,
@@ -191,6 +192,20 @@ def positions_checked() -> Iterator[None]:
         raise ConfigError(
             f"the model has no positions for this context: {exc}", hint="use a smaller --context"
         ) from exc
+
+
+def first_token(model: Any, prompt: torch.Tensor, cache: Any, chunk: int) -> torch.Tensor:
+    """Of `prompt` [batch, tokens] what the cache lacks, `chunk` tokens a forward pass, as generate
+    does until the first token; that token of each sequence, [batch]."""
+    output = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        past_key_values=cache,
+        max_new_tokens=1,
+        prefill_chunk_size=min(chunk, prompt.shape[1]),
+        do_sample=False,
+    )
+    return torch.as_tensor(output[:, -1].cpu())  # and so the device's work is done
 
 
 def cache_stats(cache: Any) -> dict[str, Any]:

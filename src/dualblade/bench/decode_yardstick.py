@@ -50,7 +50,8 @@ def shared_cache(model: Any, rows: RandomRows, tokens: int, new_tokens: int = 1)
     buffers: dict[LayerShape, tuple[torch.Tensor, torch.Tensor]] = {}
     for index, shape in enumerate(rows.shapes):
         if not shape.grows:
-            cache.update(*whole_layer(rows, index, tokens, model.device), index)
+            if tokens:  # else the pass begins with an empty window
+                cache.update(*whole_layer(rows, index, tokens, model.device), index)
             continue
         if shape not in buffers:
             buffers[shape] = whole_layer(rows, index, tokens, model.device, spare=new_tokens)

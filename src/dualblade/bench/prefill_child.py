@@ -15,6 +15,7 @@ from dualblade.bench.child_run import (
     budget_facts,
     cache_stats,
     engine_name,
+    first_token,
     load,
     open_cache,
     positions_checked,
@@ -51,7 +52,12 @@ def prefill(options: ChildOptions) -> dict[str, Any]:
     prompt = torch.randint(vocab, (options.batch, options.context), generator=generator)
     prompt = prompt.to(model.device)
     with positions_checked(), torch.inference_mode():
-        _first_token(model, prompt[:, : options.step_tokens], _transformers_cache(model), options)
+        first_token(
+            model,
+            prompt[:, : options.step_tokens],
+            _transformers_cache(model),
+            options.step_tokens,
+        )
     with under_limit(options) as memory, contextlib.ExitStack() as stack:
         stack.enter_context(positions_checked())
         stack.enter_context(torch.inference_mode())
@@ -60,7 +66,7 @@ def prefill(options: ChildOptions) -> dict[str, Any]:
         else:
             cache = stack.enter_context(open_cache(options, model))
         before = _now()
-        first = _first_token(model, prompt, cache, options)
+        first = first_token(model, prompt, cache, options.step_tokens)
         after = _now()
         stats = cache_stats(cache)
         if options.trace is not None and hasattr(cache, "write_trace"):
@@ -88,21 +94,6 @@ def _transformers_cache(model: Any) -> Any:
     from transformers import DynamicCache  # here: costs seconds to import
 
     return DynamicCache(config=model.config)
-
-
-def _first_token(
-    model: Any, prompt: torch.Tensor, cache: Any, options: ChildOptions
-) -> torch.Tensor:
-    """What generate does until the first token; that token of each sequence, [batch]."""
-    output = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
-        max_new_tokens=1,
-        prefill_chunk_size=min(options.step_tokens, prompt.shape[1]),
-        do_sample=False,
-    )
-    return torch.as_tensor(output[:, -1].cpu())  # and so the device's work is done
 
 
 def _stalls(stats: dict[str, Any], wall_seconds: float) -> dict[str, Any]:
