@@ -77,7 +77,7 @@ class Pair:
             ours, theirs = (cache.update(keys, values, layer) for cache in self.both)
             for mine, expected in zip(ours, theirs, strict=True):
                 assert mine.shape == expected.shape
-                assert torch.equal(torch.as_tensor(mine).clone(), expected)
+                assert torch.equal(mine, expected)
 
     def do(self, change: Callable[[Cache], object]) -> None:
         for cache in self.both:
@@ -131,14 +131,23 @@ def test_repeat_and_select(pair: Pair) -> None:
     assert pair.same(lambda cache: cache.get_seq_length()) == 136
 
 
-@pytest.mark.parametrize("to", [100, 64, 1, -5, -70, 1000], ids=lambda to: f"crop {to}")
-def test_crop_to_a_length_or_by_one(pair: Pair, to: int) -> None:
-    """A positive number is what stays, a negative one what goes; more than there is: nothing."""
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 64, 70, 129])
+def test_crop_takes_the_newest_tokens_away(pair: Pair, count: int) -> None:
+    """Inside the tail, to a tile's edge, and into stored tiles; then it goes on."""
     pair.update(130)
-    pair.do(lambda cache: cache.crop(to))
-    pair.same(lambda cache: cache.get_seq_length())
+    pair.do(lambda cache: cache.crop(-count))
+    assert pair.same(lambda cache: cache.get_seq_length()) == 130 - count
     pair.update(3)
     pair.update(64)
+
+
+def test_crop_to_a_length_is_refused(pair: Pair) -> None:
+    """As transformers 5.2x does: a positive number once meant what stays."""
+    pair.update(70)
+    for cache in pair.both:
+        with pytest.raises(ValueError, match="negative"):
+            cache.crop(60)
+    pair.update(1)
 
 
 def test_reset_begins_anew(pair: Pair) -> None:
@@ -239,9 +248,10 @@ def test_a_prefix_that_is_cached_once_serves_several_prompts(length: int | None)
             inputs = {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
             fresh = generated(model, DynamicCache(config=model.config), **inputs)
             assert torch.equal(generated(model, cache, **inputs).sequences, fresh.sequences)
-            cache.crop(prefix.shape[1])
-        assert cache.get_seq_length() == prefix.shape[1]
-        assert written > 0
+            cache.crop(prefix.shape[1] - cache.get_seq_length())
+            assert cache.get_seq_length() == prefix.shape[1]
+        # 121 tokens fill one tile of 64, as the prefix did: nothing was stored again.
+        assert cache.stats().io.written_bytes == written > 0
 
 
 def test_a_pass_over_a_whole_conversation_is_one_step_at_a_time() -> None:
