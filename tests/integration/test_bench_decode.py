@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 
-from dualblade.bench import decode, decode_run
+from dualblade.bench import decode, workload
+from dualblade.bench.child_process import ChildOutcome
 from dualblade.bench.decode import DecodeBenchOptions, run_decode_bench
-from dualblade.bench.decode_process import ChildOutcome
-from dualblade.bench.decode_run import MODES
+from dualblade.bench.series import Watch
+from dualblade.bench.workload import MODES
 from dualblade.errors import DualBladeError
 from dualblade.host.cgroup import MemoryCgroup, _find_parent
 from dualblade.units import MIB
@@ -189,7 +190,7 @@ def test_a_limit_below_the_process_kills_it_while_loading(monkeypatch: pytest.Mo
 def test_an_error_of_a_run_is_told_and_stops_nothing() -> None:
     options = DecodeBenchOptions(**SHAPE, modes=("direct", "memory"), memory_budget="64KiB")
     told: list[str] = []
-    direct, memory = run_decode_bench(options, told.append)["runs"]
+    direct, memory = run_decode_bench(options, Watch(progress=told.append))["runs"]
     assert "budget" in direct["error"]
     assert direct["oom_killed"] is False
     assert direct["step_seconds_median"] is None
@@ -209,7 +210,7 @@ def test_a_model_that_cannot_be_loaded_stops_the_calibration(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     failed = ChildOutcome(result={}, oom_killed=False, error="no model 'nonesuch'")
-    monkeypatch.setattr(decode_run, "run_child", lambda *_: failed)
+    monkeypatch.setattr(workload, "run_child", lambda *_: failed)
     options = DecodeBenchOptions(model="nonesuch", memory_limits=("50%",))
     with pytest.raises(DualBladeError, match="nonesuch"):
         run_decode_bench(options)
@@ -219,6 +220,7 @@ RUN_FOREVER = """
 import sys
 from pathlib import Path
 from dualblade.bench import decode
+from dualblade.bench.child_process import ChildOutcome
 from dualblade.bench.decode import DecodeBenchOptions, run_decode_bench
 decode.calibrate = lambda *_: {"base_bytes": 1 << 30, "kv_bytes": 64 << 20}
 options = DecodeBenchOptions(

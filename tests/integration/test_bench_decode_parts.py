@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from dualblade.bench import decode, decode_child, decode_rows, decode_run
+from dualblade.bench import decode, decode_child, decode_rows, workload
+from dualblade.bench.child_process import ChildOutcome
 from dualblade.bench.decode import DecodeBenchOptions
 from dualblade.bench.decode_child import Steps
-from dualblade.bench.decode_process import ChildOutcome
 from dualblade.bench.decode_rows import LayerShape, RandomRows, fill, kv_bytes, whole_layer
-from dualblade.bench.decode_run import Limit, Workload, parse_limit
+from dualblade.bench.decode_run import DecodeWorkload, one_run
 from dualblade.bench.fio import FioYardstick
+from dualblade.bench.workload import LeftForCache, Limit, parse_limit, parse_mode, static_percent
 from dualblade.errors import ConfigError, Unsupported
 from dualblade.units import GIB, MIB
 
@@ -34,16 +35,17 @@ CPU = torch.device("cpu")
         ("4096", 4096),
         ("2GiB", 2 * GIB),
         ("1.5G", 3 * GIB // 2),
+        ("+2GiB", LeftForCache(2 * GIB)),
         ("none", None),
     ],
 )
-def test_a_limit_is_a_size_or_a_fraction(text: str, value: float | None) -> None:
+def test_a_limit_is_a_size_or_a_fraction(text: str, value: float | LeftForCache | None) -> None:
     parsed = parse_limit(text)
     assert parsed == value
     assert type(parsed) is type(value)
 
 
-@pytest.mark.parametrize("text", ["", "half", "-1", "25 %%", "2XiB"])
+@pytest.mark.parametrize("text", ["", "half", "-1", "25 %%", "2XiB", "+half"])
 def test_what_is_no_limit(text: str) -> None:
     with pytest.raises(ConfigError, match="not a memory limit"):
         parse_limit(text)
@@ -53,6 +55,10 @@ def test_what_is_no_limit(text: str) -> None:
     "wrong",
     [
         {"modes": ("dual", "mmap-ish")},
+        {"modes": ()},
+        {"modes": ("dual+pipeline",)},
+        {"modes": ("dual+pipeline=quick",)},
+        {"modes": ("dual+attention=none",)},
         {"batch": 0},
         {"context": 0},
         {"steps": 0},
@@ -74,18 +80,38 @@ def test_a_static_mode_is_dual_with_a_percentage(monkeypatch: pytest.MonkeyPatch
         ("static-101", None),
         ("dual", None),
     ):
-        assert decode_run.static_percent(mode) == percent
+        assert static_percent(mode) == percent
     given: list[dict[str, Any]] = []
 
     def child(payload: dict[str, Any], _group: object) -> ChildOutcome:
         given.append(payload)
         return ChildOutcome(result={}, oom_killed=False, error="not run")
 
-    monkeypatch.setattr(decode_run, "run_child", child)
+    monkeypatch.setattr(workload, "run_child", child)
     nothing = Limit(asked=None, limit_bytes=None, budget="auto")
-    run = decode_run.one_run(Workload(model="random:llama"), "static-40", nothing)
+    run = one_run(DecodeWorkload(model="random:llama"), "static-40", nothing)
     assert run["mode"] == "static-40"
     assert (given[0]["mode"], given[0]["engine"]) == ("dual", {"cache_percent": 40})
+
+
+def test_a_mode_may_have_settings_and_attention_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    mode = parse_mode("static-40+pipeline=serial+queue_depth=4+attention=exact")
+    assert (mode.path, mode.attention) == ("dual", "exact")
+    assert mode.settings == {"cache_percent": 40, "pipeline": "serial", "queue_depth": 4}
+    given: list[dict[str, Any]] = []
+
+    def child(payload: dict[str, Any], _group: object) -> ChildOutcome:
+        given.append(payload)
+        return ChildOutcome(result={}, oom_killed=False, error="not run")
+
+    monkeypatch.setattr(workload, "run_child", child)
+    shape = DecodeWorkload(model="random:llama", attention="tiles", engine={"queue_depth": 2})
+    nothing = Limit(asked=None, limit_bytes=None, budget="auto")
+    for word in ("direct+attention=exact", "direct"):
+        assert one_run(shape, word, nothing)["mode"] == word
+    first, second = given
+    assert (first["attention"], second["attention"]) == ("exact", "tiles")
+    assert first["engine"] == second["engine"] == {"queue_depth": 2}
 
 
 def rows(shapes: list[LayerShape], *, batch: int = 2, seed: int = 0) -> RandomRows:
@@ -218,20 +244,20 @@ def test_utilisation_is_what_the_drive_gave_of_what_fio_had() -> None:
 
 
 def test_tokens_agree_needs_two() -> None:
-    assert decode_run.tokens_agree([run_of("direct", 1.0), run_of("dual", None)]) is None
-    assert decode_run.tokens_agree([run_of("direct", 1.0), run_of("dual", 1.0)]) is True
+    assert workload.tokens_agree([run_of("direct", 1.0), run_of("dual", None)]) is None
+    assert workload.tokens_agree([run_of("direct", 1.0), run_of("dual", 1.0)]) is True
     other = run_of("dual", 1.0, tokens_sha256="b")
-    assert decode_run.tokens_agree([run_of("direct", 1.0), other]) is False
+    assert workload.tokens_agree([run_of("direct", 1.0), other]) is False
     rounded = run_of("dynamic-cache", 1.0, tokens_sha256="b", attention="exact")
-    assert decode_run.tokens_agree([run_of("direct", 1.0), rounded]) is None
+    assert workload.tokens_agree([run_of("direct", 1.0), rounded]) is None
 
 
 def test_a_store_that_was_not_there_is_removed(tmp_path: Path) -> None:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     theirs.touch()
-    with pytest.raises(KeyboardInterrupt), decode_run.store_left_as_found(ours):
+    with pytest.raises(KeyboardInterrupt), workload.store_left_as_found(ours):
         _make_and_interrupt(ours)
-    with decode_run.store_left_as_found(theirs):
+    with workload.store_left_as_found(theirs):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from dualblade.bench import decode_run, envelope, figures
-from dualblade.bench.decode_run import Limit, Workload
 from dualblade.bench.envelope import EnvelopeOptions, next_run, run_envelope, summarize
 from dualblade.bench.run_log import RunLog
+from dualblade.bench.workload import Limit, Workload
 from dualblade.errors import ConfigError
 from dualblade.host.cgroup import MemoryCgroup
 
@@ -128,6 +128,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Runs]:
     def install(enough: int) -> Runs:
         runs = Runs(enough)
         monkeypatch.setattr(envelope, "one_run", runs)
+        monkeypatch.setattr(decode_run, "one_run", runs)  # which writes the store
         return runs
 
     monkeypatch.setattr(envelope, "require_cgroup", lambda: None)

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from dualblade.bench import report
+from dualblade.bench import report_decode
 from dualblade.bench.report import collect, kind_of, write_report
+from dualblade.bench.report_decode import ablation_section, decode_section
+from dualblade.bench.report_tables import striping_section
 from dualblade.cli.app import app
 from dualblade.errors import ConfigError
 from dualblade.units import GIB, MIB
@@ -153,7 +155,7 @@ def test_foreign_broken_and_nested_files(tmp_path: Path) -> None:
 
 
 def test_a_section_says_where_another_mode_is_faster() -> None:
-    section, cards = report._decode([("x", LIMITED)])
+    section, cards = decode_section([("x", LIMITED)])
     assert section.notes == ["With 25 %, direct is faster: dual takes 1.25 times as long."]
     assert cards == [("50 %", "less time per step than memory-mapped files, under memory limits")]
     by_mode = {row[0]: row for row in section.rows}
@@ -164,7 +166,7 @@ def test_a_section_says_where_another_mode_is_faster() -> None:
 
 
 def test_stages_of_a_step_add_up() -> None:
-    parts = report._stages(LIMITED["runs"][0])
+    parts = report_decode._stages(LIMITED["runs"][0])
     assert parts is not None
     assert sum(parts.values()) == pytest.approx(500)
     assert (parts["waiting for reads"], parts["model"]) == (pytest.approx(200), pytest.approx(200))
@@ -193,3 +195,46 @@ def test_what_cannot_be_reported_is_told(tmp_path: Path) -> None:
         write_report(tmp_path, tmp_path / "nowhere" / "page.html")
     assert kind_of({"benchmark": "decode", "summary": [1, 2]}) == "decode"
     assert kind_of(None) is None
+
+
+def test_striping_is_measured_against_the_throttles_together() -> None:
+    runs = [
+        {
+            "devices": devices,
+            "queue_depth_of_each": 8,
+            "read_bytes_per_second": 90e6 * devices,
+            "write_bytes_per_second": 80e6 * devices,
+            "cpu_seconds_per_gib_read": 0.02,
+            "machine": MACHINE,
+        }
+        for devices in (1, 3)
+    ]
+    result = {
+        "benchmark": "striping",
+        "command": "measure",
+        "throttle_bytes_per_second": 100_000_000,
+        "runs": runs,
+    }
+    assert kind_of(result) == "striping"
+    section, cards = striping_section([("striping.json", result)])
+    assert list(section.rows[1]) == ["3", "8", "270", "90 %", "240", "80 %", "0.020"]
+    assert cards == [("90 %", "of the bandwidth of 3 striped devices")]
+
+
+def test_an_ablation_tells_what_each_step_gains() -> None:
+    steps = {"mmap": 1.0, "page-cache": 0.8, "direct": 1.0, "dual": 0.5}
+    result = decode_result({(mode, "25%"): seconds for mode, seconds in steps.items()})
+    for entry in result["summary"]:
+        entry |= {"device_read_bytes_per_step": MIB, "cpu_seconds_per_step": 0.1}
+    result["options"] |= {
+        "modes": list(steps),
+        "ablation": ["baseline", "our engine", "+ direct", "+ residency"],
+        "attention": "tiles",
+    }
+    assert kind_of(result) == "ablation"
+    section, cards = ablation_section([("x", result)])
+    assert [row[0] for row in section.rows] == result["options"]["ablation"]
+    assert [row[4] for row in section.rows] == ["-", "20.0 %", "-25.0 %", "50.0 %"]
+    assert [row[5] for row in section.rows] == ["-", "20.0 %", "0.0 %", "50.0 %"]
+    assert section.notes == ["With 25 %, + direct makes a step 25 % longer."]
+    assert cards[0][0] == "50 %"

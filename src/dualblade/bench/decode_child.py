@@ -1,68 +1,31 @@
-"""One run of bench decode, in a process of its own: options as JSON on stdin, result on stdout.
-
-    python -m dualblade.bench.decode_child < options.json
-
-Order of a run: load the model, take its KV shapes, release what loading left over; *then* set the
-memory limit and start the peak anew; open the cache, fill it, warm up, time the steps. So what is
-limited and measured is generating, not the peak of loading.
-"""
+"""The timed steps of bench decode, in a child: open a cache, fill it with random rows, warm up,
+time the steps."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import statistics
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from dualblade.bench.decode_rows import RandomRows, fill, kv_bytes, probe_layers
-from dualblade.bench.decode_run import MMAP, YARDSTICK
-from dualblade.config import EngineConfig
-from dualblade.errors import BudgetError, ConfigError, DualBladeError
-from dualblade.host.cgroup import MemoryLimit
-from dualblade.host.memory import process_memory
-from dualblade.host.process import (
-    die_with_parent,
-    process_io,
-    release_memory,
-    reset_peak_memory,
+from dualblade.bench.child_run import (
+    ChildOptions,
+    budget_facts,
+    cache_stats,
+    engine_name,
+    load,
+    open_cache,
+    positions_checked,
+    under_limit,
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChildOptions:
-    """What one child does: `task` is run, calibrate or warm (loads, so that files are cached)."""
-
-    task: str
-    model: str
-    dtype: str
-    batch: int
-    context: int
-    steps: int
-    warmup_steps: int
-    seed: int
-    mode: str = "memory"
-    attention: str = "auto"
-    memory_budget: int | str = "auto"
-    store: str | None = None
-    engine: dict[str, Any] = field(default_factory=dict)
-    cgroup_directory: str | None = None
-    cgroup_version: int = 1
-    limit_bytes: int | None = None
-    trace: str | None = None
-
-    def cgroup(self) -> MemoryLimit | None:
-        """The memory cgroup that the parent put this process into."""
-        if self.cgroup_directory is None:
-            return None
-        return MemoryLimit(Path(self.cgroup_directory), self.cgroup_version)
+from dualblade.bench.decode_rows import RandomRows, fill, kv_bytes
+from dualblade.bench.workload import YARDSTICK
+from dualblade.host.process import process_io
 
 
 @dataclass(slots=True)
@@ -111,88 +74,32 @@ class Decoder:
 
 def run(options: ChildOptions) -> dict[str, Any]:
     """Load, limit, fill, decode. Raises: DualBladeError."""
-    model, rows = _load(options)
-    limit = options.cgroup()
-    base = _base_bytes(limit)
-    if limit is not None and options.limit_bytes is not None:
-        limit.set(options.limit_bytes)
-    peak_is_new = limit.reset_peak() if limit is not None else reset_peak_memory()
-    started = time.perf_counter()
-    with _filled_cache(options, model, rows) as (cache, decoder):
-        fill_seconds = time.perf_counter() - started
-        for _ in range(options.warmup_steps):
-            decoder.timed()
-        first = _stats(cache)
-        steps = _timed_steps(options.steps, decoder, cache)
-        last = _stats(cache)
-        tokens_sha256 = decoder.sha256()
-        if options.trace is not None and hasattr(cache, "write_trace"):
-            cache.write_trace(options.trace)
-    peak = limit.peak_bytes() if limit is not None else process_memory().peak_resident_bytes
-    if limit is not None:
-        limit.close()
+    model, rows = load(options)
+    with under_limit(options) as memory:
+        started = time.perf_counter()
+        with _filled_cache(options, model, rows) as (cache, decoder):
+            fill_seconds = time.perf_counter() - started
+            for _ in range(options.warmup_steps):
+                decoder.timed()
+            first = cache_stats(cache)
+            steps = _timed_steps(options.steps, decoder, cache)
+            last = cache_stats(cache)
+            tokens_sha256 = decoder.sha256()
+            if options.trace is not None and hasattr(cache, "write_trace"):
+                cache.write_trace(options.trace)
     return {
         "attention": last.get("attention", "exact"),
-        "engine": _engine_name(last),
+        "engine": engine_name(last),
         "kv_bytes": kv_bytes(rows.shapes, options.batch, options.context),
-        "base_memory_bytes": base,
-        "peak_memory_bytes": peak,
-        "peak_memory_of": "cgroup" if limit is not None else "process",
-        "peak_memory_since": "limit was set" if peak_is_new else "start",
+        **memory.to_dict(),
         "fill_seconds": fill_seconds,
         "tokens_sha256": tokens_sha256,
         "threads": torch.get_num_threads(),
         "device": str(model.device),
         "cache": last or None,
         **_summary(steps, first, last),
-        **_budget(steps, last),
+        **budget_facts(steps.budget_used_bytes, last),
     }
-
-
-def calibrate(options: ChildOptions) -> dict[str, Any]:
-    """What the process needs besides its KV cache, in bytes.
-
-    After loading, plus the most that one decode step adds at the full context and batch; the KV
-    of one layer, which that step uses in place of a cache, is not counted.
-    """
-    from dualblade.bench.decode_yardstick import shared_cache
-
-    model, rows = _load(options)
-    loaded = _base_bytes(options.cgroup())
-    cache = shared_cache(model, rows, options.context)
-    decoder = Decoder(model, cache, options.batch)
-    release_memory()
-    before = process_memory().resident_bytes
-    reset_peak_memory()
-    with _positions_checked(), torch.inference_mode():
-        decoder.timed()
-        decoder.timed()
-    step = max(0, process_memory().peak_resident_bytes - before)
-    return {
-        "loaded_bytes": loaded,
-        "step_bytes": step,
-        "kv_bytes": kv_bytes(rows.shapes, options.batch, options.context),
-        "layers": [asdict(shape) for shape in rows.shapes],
-    }
-
-
-def _load(options: ChildOptions) -> tuple[Any, RandomRows]:
-    """The model after a warm-up with a tiny cache, and the rows to fill a cache with."""
-    from dualblade.hf.models import load_model
-
-    dtype = getattr(torch, options.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ConfigError(f"unknown dtype {options.dtype!r}", hint="use bfloat16 or float32")
-    model = load_model(options.model, dtype=dtype, seed=options.seed).model
-    model.eval()
-    shapes = probe_layers(model)
-    return model, RandomRows(shapes, options.batch, dtype, options.seed)
-
-
-def _base_bytes(limit: MemoryLimit | None) -> int:
-    """Memory needed now: of the cgroup if there is one, else what is resident."""
-    release_memory()
-    return limit.needed_bytes() if limit is not None else process_memory().resident_bytes
 
 
 @contextlib.contextmanager
@@ -202,66 +109,24 @@ def _filled_cache(
     """A cache of the mode, holding `context` random tokens; closed afterwards."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
-        stack.enter_context(_positions_checked())
+        stack.enter_context(positions_checked())
         if options.mode == YARDSTICK:
             from dualblade.bench.decode_yardstick import filled_dynamic_cache
 
             cache: Any = filled_dynamic_cache(model, rows, options.context)
         else:
-            made = _mmap_cache if options.mode == MMAP else _dualblade_cache
-            cache = stack.enter_context(made(options, model))
+            cache = stack.enter_context(open_cache(options, model))
             fill(rows, options.context, cache, model.device)
         yield cache, Decoder(model, cache, options.batch)
-
-
-def _mmap_cache(options: ChildOptions, model: Any) -> Any:
-    from dualblade.bench.mmap_kv import mmap_cache
-
-    return mmap_cache(
-        model,
-        store=Path(options.store) if options.store is not None else None,
-        attention=options.attention,
-        max_tokens=_tokens_max(options),
-        settings=EngineConfig.from_mapping(options.engine),
-    )
-
-
-def _tokens_max(options: ChildOptions) -> int:
-    return options.context + options.warmup_steps + options.steps
-
-
-def _dualblade_cache(options: ChildOptions, model: Any) -> Any:
-    from dualblade import DualBladeCache
-
-    return DualBladeCache.for_model(
-        model,
-        store=options.store,
-        memory_budget=options.memory_budget,
-        path=options.mode,
-        attention=options.attention,  # type: ignore[arg-type]  # for_model checks it
-        max_tokens=_tokens_max(options),
-        config=EngineConfig.from_mapping(options.engine),
-    )
-
-
-@contextlib.contextmanager
-def _positions_checked() -> Iterator[None]:
-    """Learned positions (GPT-2, OPT) end: looking one up beyond is an IndexError from torch."""
-    try:
-        yield
-    except IndexError as exc:
-        raise ConfigError(
-            f"the model has no positions for this context: {exc}", hint="use a smaller --context"
-        ) from exc
 
 
 def _timed_steps(count: int, decoder: Decoder, cache: Any) -> Steps:
     """Decode `count` tokens. Only the step itself is timed; all counters are read outside."""
     steps = Steps()
-    old_io, old = process_io().read_bytes, _stats(cache)
+    old_io, old = process_io().read_bytes, cache_stats(cache)
     for _ in range(count):
         wall, cpu = decoder.timed()
-        io, new = process_io().read_bytes, _stats(cache)
+        io, new = process_io().read_bytes, cache_stats(cache)
         steps.seconds.append(wall)
         steps.cpu_seconds.append(cpu)
         steps.device_read_bytes.append(io - old_io)
@@ -286,21 +151,6 @@ def _summary(steps: Steps, first: dict[str, Any], last: dict[str, Any]) -> dict[
         "page_cache_read_bytes_per_step": int(statistics.median(steps.page_cache_read_bytes)),
         "page_cache_hit_fraction": _hit_fraction(steps),
         "seconds_per_step": _seconds_per_step(first, last, len(steps.seconds)),
-    }
-
-
-def _budget(steps: Steps, last: dict[str, Any]) -> dict[str, Any]:
-    """Whether page cache of the store, staging, gather, tails and tables stayed within budget.
-
-    None where nothing promises it: what the `page-cache` path keeps cached is the kernel's choice.
-    """
-    budget = last.get("memory", {}).get("budget_bytes")
-    used = max(steps.budget_used_bytes, default=None)
-    promised = used is not None and budget is not None and last["path"] != "page-cache"
-    return {
-        "budget_bytes": budget,
-        "budget_used_bytes_max": used,
-        "budget_held": used <= budget if promised else None,
     }
 
 
@@ -336,50 +186,5 @@ def _seconds_per_step(
     }
 
 
-def _stats(cache: Any) -> dict[str, Any]:
-    """The cache's own counters; transformers' caches have none."""
-    stats: dict[str, Any] = cache.stats().to_dict() if hasattr(cache, "stats") else {}
-    return stats
-
-
 def _io_delta(name: str, old: dict[str, Any], new: dict[str, Any]) -> int:
     return int(new.get("io", {}).get(name, 0)) - int(old.get("io", {}).get(name, 0))
-
-
-def _engine_name(stats: dict[str, Any]) -> str | None:
-    engine = stats.get("engine")
-    return engine.get("name") if isinstance(engine, dict) else engine
-
-
-def _failure(exc: DualBladeError) -> dict[str, Any]:
-    failure = {"error": str(exc).replace("\n", ": "), "error_kind": type(exc).__name__}
-    if isinstance(exc, BudgetError):
-        return {**failure, "needed_bytes": exc.needed_bytes}
-    return failure
-
-
-def main() -> int:
-    """Exit status 0: a result on stdout; 1: an error there; 130: interrupted."""
-    die_with_parent()
-    options = ChildOptions(**json.loads(sys.stdin.read()))
-    out, sys.stdout = sys.stdout, sys.stderr  # whatever libraries print is not the result
-    status = 0
-    try:
-        if options.task == "run":
-            result = run(options)
-        elif options.task == "calibrate":
-            result = calibrate(options)
-        else:
-            _load(options)
-            result = {}
-    except DualBladeError as exc:
-        result, status = _failure(exc), 1
-    except KeyboardInterrupt:
-        return 130
-    out.write(json.dumps(result) + "\n")
-    out.flush()
-    return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,37 +19,41 @@ def filled_dynamic_cache(model: Any, rows: RandomRows, tokens: int) -> DynamicCa
 
 
 class _SharedLayer(DynamicLayer):
-    """A layer that always holds the same `tokens` rows, in buffers that other layers use too."""
+    """A layer that always holds the same rows, in buffers that other layers use too; the last
+    `new_tokens` of them are to come."""
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, new_tokens: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.lazy_initialization(keys, values)
         self._buffers = keys, values
+        self._new_tokens = new_tokens
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = self._buffers
-        keys[:, :, -1:], values[:, :, -1:] = key_states, value_states
+        new = slice(-self._new_tokens, None)
+        keys[:, :, new], values[:, :, new] = key_states, value_states
         return keys, values
 
     def get_seq_length(self) -> int:
-        return int(self._buffers[0].shape[2]) - 1
+        return int(self._buffers[0].shape[2]) - self._new_tokens
 
 
-def shared_cache(model: Any, rows: RandomRows, tokens: int) -> DynamicCache:
-    """A cache whose layers of one shape share one layer's memory.
+def shared_cache(model: Any, rows: RandomRows, tokens: int, new_tokens: int = 1) -> DynamicCache:
+    """A cache whose layers of one shape share one layer's memory; `new_tokens` a forward pass.
 
-    With it a decode step has the activations of the full context, while the KV cache costs one
+    With it a step has the activations of the full context, while the KV cache costs one
     layer: so the memory that a process needs besides its cache can be measured.
     """
     cache = DynamicCache(config=model.config)
     buffers: dict[LayerShape, tuple[torch.Tensor, torch.Tensor]] = {}
     for index, shape in enumerate(rows.shapes):
         if not shape.grows:
-            cache.update(*whole_layer(rows, index, tokens, model.device), index)
+            if tokens:  # else the pass begins with an empty window
+                cache.update(*whole_layer(rows, index, tokens, model.device), index)
             continue
         if shape not in buffers:
-            buffers[shape] = whole_layer(rows, index, tokens, model.device, spare=1)
-        cache.layers[index] = _SharedLayer(*buffers[shape])
+            buffers[shape] = whole_layer(rows, index, tokens, model.device, spare=new_tokens)
+        cache.layers[index] = _SharedLayer(*buffers[shape], new_tokens)
     return cache

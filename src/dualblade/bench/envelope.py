@@ -17,19 +17,20 @@ into unwritten extents are slower.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dualblade.bench.decode_run import (
+from dualblade.bench.decode_run import DecodeWorkload, one_run, told, write_store
+from dualblade.bench.run_log import RunLog
+from dualblade.bench.series import Run, Watch, run_all
+from dualblade.bench.workload import (
     Limit,
     Progress,
-    Workload,
+    at_least,
     calibrate,
     limit_bytes,
-    one_run,
     parse_limit,
     quiet,
     require_cgroup,
@@ -37,10 +38,8 @@ from dualblade.bench.decode_run import (
     store_folder,
     store_left_as_found,
     tokens_agree,
-    told,
 )
-from dualblade.bench.run_log import RunLog
-from dualblade.errors import ConfigError, DualBladeError
+from dualblade.errors import ConfigError
 from dualblade.host.machine import command_line, machine_facts
 
 MODEL = (
@@ -67,7 +66,7 @@ class Planned(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EnvelopeOptions(Workload):
+class EnvelopeOptions(DecodeWorkload):
     """The limits, the fixed splits in percent, how far to refine, and how often.
 
     coarse_rounds   of `dual` and all `splits`; two: the second tells a slip of the first.
@@ -87,10 +86,9 @@ class EnvelopeOptions(Workload):
     rounds: int = 5
 
     def __post_init__(self) -> None:
-        Workload.__post_init__(self)  # super() needs a cell that slots=True leaves behind
+        DecodeWorkload.__post_init__(self)  # super() needs a cell that slots=True leaves behind
         for name in ("coarse_rounds", "rounds", "refine"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+            at_least(name, getattr(self, name), 1)
         if not self.splits or not all(0 <= split <= 100 for split in self.splits):
             raise ConfigError("splits are percentages from 0 to 100, and there is at least one")
         if len(set(self.limits)) < len(self.limits) or len(set(self.splits)) < len(self.splits):
@@ -122,7 +120,11 @@ def run_envelope(
     with RunLog(log_path, {**asked, "store": str(store)}, find_facts) as log:
         if next_run(options, log.runs) is not None:
             with store_left_as_found(store):
-                _measure(replace(options, store=store, engine=_engine(options)), log, progress)
+                _measure(
+                    replace(options, store=store, engine=_engine(options)),
+                    log,
+                    Watch(progress=progress, log_path=log_path),
+                )
         return _result(options, log)
 
 
@@ -171,36 +173,28 @@ def _engine(options: EnvelopeOptions) -> dict[str, Any]:
     return {**options.engine, "keep_store_blocks": True}
 
 
-def _measure(options: EnvelopeOptions, log: RunLog, progress: Progress) -> None:
+def _measure(options: EnvelopeOptions, log: RunLog, watch: Watch) -> None:
     calibration = log.facts["calibration"]
     is_written = False
-    spent: list[float] = []
-    try:
-        while (planned := next_run(options, log.runs)) is not None:
-            if not is_written:
-                progress("writing the store once")
-                _write_store(options)
-            started = time.monotonic()
-            run = one_run(options, planned.mode, _limit(planned.limit, calibration))
-            spent.append(time.monotonic() - started)
-            # A run that was killed may leave the store to be discarded at the next open.
-            is_written = run["error"] is None and not run["oom_killed"]
-            log.append(_kept(run, planned.round, spent[-1]))
-            left = max(0, _count(options, log.runs) - len(log.runs))
-            minutes = left * statistics.median(spent) / 60
-            done = f"{len(log.runs)} of {len(log.runs) + left}"
-            progress(f"{done}: {planned.limit} {told(run)}; {minutes:.0f} minutes left")
-    except KeyboardInterrupt:
-        progress(f"{len(log.runs)} runs are kept; the same command goes on from there")
-        raise
 
+    def run(planned: Planned) -> Run:
+        nonlocal is_written
+        if not is_written:
+            watch.progress("writing the store once")
+            write_store(options, "direct")
+        done = one_run(options, planned.mode, _limit(planned.limit, calibration))
+        # A run that was killed may leave the store to be discarded at the next open.
+        is_written = done["error"] is None and not done["oom_killed"]
+        return _kept(done, planned.round)
 
-def _write_store(options: EnvelopeOptions) -> None:
-    """Every block of the store written, by a run that is not counted. Raises: DualBladeError."""
-    everywhere = Limit(asked=None, limit_bytes=None, budget="auto")
-    run = one_run(replace(options, steps=1, warmup_steps=0), "direct", everywhere)
-    if run["error"] is not None:
-        raise DualBladeError(f"the store could not be written: {run['error']}")
+    run_all(
+        log,
+        watch,
+        next_run=lambda runs: next_run(options, runs),
+        run=run,
+        total=lambda runs: _count(options, runs),
+        told=lambda done: f"{done['memory_limit']} {told(done)}",
+    )
 
 
 def _limit(text: str, calibration: dict[str, Any]) -> Limit:
@@ -241,11 +235,11 @@ _KEPT = (
 )
 
 
-def _kept(run: dict[str, Any], turn: int, wall_seconds: float) -> dict[str, Any]:
+def _kept(run: dict[str, Any], turn: int) -> dict[str, Any]:
     """What a log keeps of a run: of the cache's own account only the events, not each unit."""
     events = (run["cache"] or {}).get("events", ())
     kept = {name: run[name] for name in _KEPT}
-    return {**kept, "round": turn, "events": events, "wall_seconds": round(wall_seconds, 1)}
+    return {**kept, "round": turn, "events": events}
 
 
 def _count(options: EnvelopeOptions, runs: Sequence[dict[str, Any]]) -> int:

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dualblade.bench.decode_run import parse_limit
+from dualblade.bench.workload import LeftForCache, parse_limit
 from dualblade.errors import ConfigError, Unsupported
-from dualblade.units import GIB
+from dualblade.units import GIB, format_size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -125,6 +125,30 @@ def decode_figure(result: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def prefill_figure(summary: Sequence[Mapping[str, Any]]) -> Figure:
+    """Prefill time of each mode, store state and limit, as bars."""
+    return _bars(
+        [
+            (
+                ", ".join(filter(None, (entry["mode"], entry["store_state"], _where(entry)))),
+                entry["prefill_seconds"],
+                entry["prefill_seconds_spread"],
+                mode_color(entry["mode"]),
+            )
+            for entry in summary
+            if entry["prefill_seconds"] is not None
+        ],
+        "From the prompt to its first token",
+        "seconds",
+        digits=1,
+    )
+
+
+def _where(entry: Mapping[str, Any]) -> str | None:
+    limit = entry["memory_limit"]
+    return None if limit is None else limit_word(limit)
+
+
 def utilisation_figure(entries: Sequence[tuple[str, str | None, float]]) -> Figure:
     """(mode, limit, part of fio's bandwidth) as bars."""
     return _bars(
@@ -168,8 +192,8 @@ def growth_figure(points: Sequence[tuple[float, float]]) -> Figure:
 
 
 def mode_color(mode: str) -> str:
-    """One colour to a mode, in all figures."""
-    return _MODES.get(mode, OTHERS)
+    """One colour to a mode, in all figures, whatever its settings."""
+    return _MODES.get(mode.partition("+")[0], OTHERS)
 
 
 _MODES = {
@@ -190,7 +214,10 @@ _STAGES = {
 
 
 def _bars(
-    bars: Sequence[tuple[str, float, Sequence[float] | None, str]], title: str, unit: str
+    bars: Sequence[tuple[str, float, Sequence[float] | None, str]],
+    title: str,
+    unit: str,
+    digits: int = 0,
 ) -> Figure:
     """(name, value, [least, most] or None, colour), the first on top, with the values written."""
     with _figure(height=0.9 + 0.3 * len(bars)) as (figure, axes):
@@ -201,7 +228,7 @@ def _bars(
             )
             end = value if spread is None else spread[1]
             axes.annotate(
-                f"{value:.0f}",
+                f"{value:.{digits}f}",
                 (end, place),
                 xytext=(5, 0),
                 textcoords="offset points",
@@ -228,6 +255,8 @@ def limit_word(limit: str | None) -> str:
     wanted = None if limit is None else parse_limit(limit)
     if wanted is None:
         return "no limit"
+    if isinstance(wanted, LeftForCache):
+        return f"{format_size(wanted.size_bytes)} for the cache"
     return f"{100 * wanted:g} %" if isinstance(wanted, float) else str(limit)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from dualblade import DualBladeCache, config
-from dualblade.bench.decode_run import MMAP_ENDING
+from dualblade.bench.workload import MMAP_ENDING
 from dualblade.errors import NoSpace, Unsupported
 from dualblade.hf.choice import choose
 from dualblade.hf.geometry import memory_layers, offloadable

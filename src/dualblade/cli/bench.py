@@ -9,6 +9,8 @@ import typer
 
 from dualblade.cli import options
 from dualblade.cli.bench_decode import bench_decode, bench_envelope
+from dualblade.cli.bench_paper import bench_paper
+from dualblade.cli.bench_prefill import bench_prefill
 from dualblade.cli.bench_report import bench_report
 from dualblade.cli.command import Command
 from dualblade.units import format_size, parse_size
@@ -16,11 +18,13 @@ from dualblade.units import format_size, parse_size
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Measure the I/O engine, attention, and decoding under a limit; report it.",
+    help="Measure the I/O engine, attention, prefill and decoding under a limit; report it.",
 )
 
 app.command("decode", cls=Command)(bench_decode)
+app.command("prefill", cls=Command)(bench_prefill)
 app.command("envelope", cls=Command)(bench_envelope)
+app.command("paper", cls=Command)(bench_paper)
 app.command("report", cls=Command)(bench_report)
 
 Chunk = Annotated[str, typer.Option("--chunk", metavar="SIZE", help="Largest single request.")]

@@ -8,38 +8,24 @@ from typing import Annotated, Any
 import typer
 
 from dualblade.cli import options
-from dualblade.units import format_size, parse_size
+from dualblade.cli.bench_options import (
+    Batch,
+    Dtype,
+    MaybeChunk,
+    MaybeOutput,
+    MemoryLimits,
+    Modes,
+    Repeats,
+    Seed,
+    engine_settings,
+    log_path,
+)
+from dualblade.units import format_size
 
-Modes = Annotated[
-    list[str],
-    typer.Option(
-        "--mode",
-        metavar="PATH",
-        help="dual, page-cache, direct, memory; mmap (memory-mapped files, the way of earlier "
-        "offloaders); dynamic-cache (transformers' own); static-N: N percent through the page "
-        "cache, whether they fit or not. May be repeated.",
-    ),
-]
-Batch = Annotated[int, typer.Option("--batch", min=1, metavar="B", help="Sequences.")]
 Steps = Annotated[int, typer.Option("--steps", min=1, metavar="S", help="Timed steps.")]
 WarmupSteps = Annotated[
     int, typer.Option("--warmup-steps", min=0, help="Steps before, not counted.")
 ]
-MemoryLimits = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--memory-limit",
-        metavar="LIMIT",
-        help="Memory cgroup of each run: a size for the whole process, or a fraction of the "
-        "KV that is left for its cache (0.25). May be repeated.",
-    ),
-]
-Dtype = Annotated[str, typer.Option("--dtype", help="bfloat16 or float32.")]
-MaybeChunk = Annotated[
-    str | None, typer.Option("--chunk", metavar="SIZE", help="Largest single request.")
-]
-Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Of everything.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of the rows and weights.")]
 
 
 def bench_decode(
@@ -62,6 +48,7 @@ def bench_decode(
     compare_fio: options.CompareFio = False,
     trace: options.Trace = None,
     seed: Seed = 0,
+    output: MaybeOutput = None,
     json: options.Json = False,
     debug: options.Debug = False,  # noqa: ARG001 - read by Command
 ) -> None:
@@ -77,7 +64,8 @@ def bench_decode(
       dualblade bench decode --model demo --context 8000 --mode dual --memory-limit 0.25 --json
     """
     from dualblade.bench.decode import DecodeBenchOptions, run_decode_bench
-    from dualblade.cli.output import Reporter, write_json
+    from dualblade.bench.series import Watch
+    from dualblade.cli.output import Reporter, write_json, write_json_file
 
     wanted = DecodeBenchOptions(
         model=model,
@@ -95,14 +83,17 @@ def bench_decode(
         seed=seed,
         compare_fio=compare_fio,
         trace=trace,
-        engine=_engine(io_engine, queue_depth, chunk, engine),
+        engine=engine_settings(io_engine, queue_depth, chunk, engine),
     )
     with Reporter() as reporter:
-        result = run_decode_bench(wanted, reporter.tell)
+        watch = Watch(progress=reporter.tell, log_path=log_path(output))
+        result = run_decode_bench(wanted, watch)
+    if output is not None:
+        write_json_file(output, result)
     if json:
         write_json(result)
     else:
-        _show_decode(result)
+        show_decode(result)
 
 
 Output = Annotated[
@@ -200,7 +191,7 @@ def bench_envelope(
         attention=attention,
         store=store,
         seed=seed,
-        engine=_engine(io_engine, queue_depth, chunk, engine),
+        engine=engine_settings(io_engine, queue_depth, chunk, engine),
         **{name: value for name, value in wanted.items() if value},
     )
     if figure is not None:
@@ -214,16 +205,6 @@ def bench_envelope(
         write_json(result)
     else:
         _show_envelope(result)
-
-
-def _engine(
-    io_engine: str, queue_depth: int | None, chunk: str | None, settings: list[str] | None
-) -> dict[str, Any]:
-    """Engine settings that were given, by name."""
-    given: dict[str, Any] = {"io_engine": io_engine, "queue_depth": queue_depth}
-    given["chunk_bytes"] = None if chunk is None else parse_size(chunk)
-    given.update(options.parse_settings(settings))
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def _show_envelope(result: dict[str, Any]) -> None:
@@ -259,7 +240,8 @@ def _show_envelope(result: dict[str, Any]) -> None:
     )
 
 
-def _show_decode(result: dict[str, Any]) -> None:
+def show_decode(result: dict[str, Any]) -> None:
+    """A row for each run."""
     from rich.table import Table
 
     from dualblade.cli.output import result_console

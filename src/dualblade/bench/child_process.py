@@ -1,4 +1,4 @@
-"""Starting one child of bench decode and learning how it ended, leaving nothing behind."""
+"""Starting one child of a benchmark and learning how it ended, leaving nothing behind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dualblade.host.cgroup import MemoryCgroup
 _LET_GO_SECONDS = 15.0
 """For a child that was interrupted to close its cache; then it is killed."""
 
-_COMMAND = [sys.executable, "-m", "dualblade.bench.decode_child"]
+_COMMAND = [sys.executable, "-m", "dualblade.bench.child"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

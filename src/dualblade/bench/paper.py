@@ -1,0 +1,208 @@
+"""bench paper: a whole experiment from a scenario file, into a folder of results.
+
+Every run of the file goes through the same function as its command and leaves one result, in the
+form that `bench report` reads. Finished runs are kept beside it at once (NAME.jsonl), so an
+interrupted experiment goes on where it stopped. What the machine cannot do is refused before the
+first run, with the numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dualblade.bench.decode import DecodeBenchOptions, run_decode_bench
+from dualblade.bench.fio import find_fio
+from dualblade.bench.prefill import PrefillBenchOptions, run_prefill_bench
+from dualblade.bench.scenario import Entry, Scenario
+from dualblade.bench.series import Watch
+from dualblade.bench.workload import (
+    YARDSTICK,
+    LeftForCache,
+    Progress,
+    parse_limit,
+    quiet,
+    require_cgroup,
+    store_folder,
+    wants_limits,
+)
+from dualblade.errors import BudgetError, ConfigError, DualBladeError, NoSpace, Unsupported
+from dualblade.host.memory import available_memory
+from dualblade.host.throttle import throttled
+from dualblade.units import GIB, MIB, format_size
+
+PROCESS_BYTES = 768 * MIB
+"""Of a run besides weights and KV: Python, torch and transformers have 500 MiB resident, staging
+and activations of a small model the rest."""
+
+Keep = Callable[[Path, dict[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """The most that one run of an entry takes, in bytes; `why` in words."""
+
+    memory_bytes: int
+    store_bytes: int
+    why: str
+
+
+def run_paper(
+    scenario: Scenario, output: Path, keep: Keep, progress: Progress = quiet
+) -> dict[str, Any]:
+    """Run what `output` does not hold yet; what was done, ready for JSON. `keep` writes a result.
+
+    An entry that fails is told and stops no other. On an exception (Ctrl-C too) no child, no
+    cgroup and no store file that was not there before is left, and the throttle is lifted.
+
+    Raises: BudgetError or NoSpace when the machine is too small; Unsupported when limits or a
+            throttle are asked for and impossible here; ConfigError for a folder of another
+            scenario; DualBladeError when every entry failed.
+    """
+    scenario = _without_fio(scenario, progress)
+    _require(scenario)
+    if any(wants_limits(entry.options.memory_limits) for entry in scenario.entries):
+        require_cgroup()
+    folder = store_folder(scenario.entries[0].options.store)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigError(f"cannot make {output}: {exc.strerror}") from exc
+    speed = scenario.device_bytes_per_second
+    told = []
+    with contextlib.nullcontext() if speed is None else throttled(folder, speed):
+        for number, entry in enumerate(scenario.entries):
+            following = sum(later.run_count for later in scenario.entries[number + 1 :])
+            watch = Watch(
+                progress=_prefixed(
+                    f"[{number + 1}/{len(scenario.entries)} {entry.name}]", progress
+                ),
+                log_path=output / f"{entry.name}.jsonl",
+                following=following,
+            )
+            told.append(_one(scenario, entry, output / f"{entry.name}.json", keep, watch))
+    if all(each["error"] is not None for each in told):
+        raise DualBladeError(f"no run of {scenario.name} got through: {told[0]['error']}")
+    return {
+        "benchmark": "paper",
+        "scenario": scenario.name,
+        "title": scenario.title,
+        "output": str(output),
+        "entries": told,
+    }
+
+
+def _prefixed(head: str, progress: Progress) -> Progress:
+    return lambda line: progress(f"{head} {line}")
+
+
+def _one(scenario: Scenario, entry: Entry, file: Path, keep: Keep, watch: Watch) -> dict[str, Any]:
+    about = {"name": entry.name, "benchmark": entry.benchmark}
+    try:
+        if isinstance(entry.options, DecodeBenchOptions):
+            result = run_decode_bench(entry.options, watch)
+        else:
+            result = run_prefill_bench(entry.options, watch)
+    except ConfigError:  # the folder's, or the file's: nobody waits for hours to learn of it
+        raise
+    except DualBladeError as exc:
+        line = " ".join(str(exc).split())
+        watch.progress(line)
+        return {**about, "file": None, "error": line, "tokens_agree": None, "summary": []}
+    keep(
+        file,
+        {
+            **result,
+            "scenario": {
+                "name": scenario.name,
+                "run": entry.name,
+                "device_bytes_per_second": scenario.device_bytes_per_second,
+            },
+        },
+    )
+    facts = {name: result[name] for name in ("tokens_agree", "summary")}
+    return {**about, "file": str(file), "error": None, **facts}
+
+
+def _without_fio(scenario: Scenario, progress: Progress) -> Scenario:
+    """Where fio is missing the drive's own speed stays unknown, and nothing else changes."""
+    if not any(entry.options.compare_fio for entry in scenario.entries):
+        return scenario
+    try:
+        find_fio()
+    except Unsupported as exc:
+        progress(f"{exc.message}: how much of the drive was used is left out ({exc.hint})")
+        entries = (
+            replace(entry, options=replace(entry.options, compare_fio=False))
+            for entry in scenario.entries
+        )
+        return replace(scenario, entries=tuple(entries))
+    return scenario
+
+
+def needs_of(entry: Entry) -> Needs:
+    """Before anything is loaded: from the configuration of the model alone. The `memory` modes
+    count where they have no limit, which would kill them. Raises: ConfigError."""
+    import torch  # here: costs seconds to import
+
+    from dualblade.hf.footprint import footprint
+    from dualblade.hf.geometry import item_bytes, layer_shapes
+    from dualblade.hf.models import config_of
+
+    options = entry.options
+    config = config_of(options.model)
+    dtype = getattr(torch, options.dtype, torch.bfloat16)
+    weights = footprint(config, dtype, rows=1, staging_bytes=0).weights_bytes
+    heads = sum(s.kv_heads * (s.key_dim + s.value_dim) for s in layer_shapes(config))
+    kv = heads * item_bytes(dtype) * options.batch * options.context
+    cache = 0
+    for text in options.memory_limits or ("none",):
+        limit = parse_limit(text)
+        if limit is None and {"memory", YARDSTICK} & set(options.modes):
+            cache = max(cache, kv)
+        elif isinstance(limit, LeftForCache):
+            cache = max(cache, min(kv, limit.size_bytes))
+        elif isinstance(limit, float):
+            cache = max(cache, min(kv, int(limit * kv)))
+        elif limit is not None:
+            cache = max(cache, min(kv, limit - weights - PROCESS_BYTES))
+    stores = 1
+    if isinstance(options, PrefillBenchOptions) and options.store_state != "fresh":
+        stores = 3  # the kept one, mapped files and a fresh one
+    scratch = GIB if options.compare_fio else 0
+    return Needs(
+        memory_bytes=PROCESS_BYTES + weights + cache,
+        store_bytes=stores * kv + scratch if entry.is_stored else 0,
+        why=f"weights {format_size(weights)}, up to {format_size(cache)} of KV in memory",
+    )
+
+
+def _require(scenario: Scenario) -> None:
+    """By the entries that need the most. Raises: BudgetError, NoSpace."""
+    needs = [(entry, needs_of(entry)) for entry in scenario.entries]
+    smaller = "take a smaller scenario (dualblade bench paper --list), or another machine"
+    entry, most = max(needs, key=lambda each: each[1].memory_bytes)
+    there = available_memory()
+    if most.memory_bytes > there.available_bytes:
+        raise BudgetError(
+            f"scenario {scenario.name} needs {format_size(most.memory_bytes)} of memory for its "
+            f"run {entry.name} ({most.why}); there are {format_size(there.available_bytes)} "
+            f"({there.source})",
+            needed_bytes=most.memory_bytes,
+            hint=smaller,
+        )
+    entry, most = max(needs, key=lambda each: each[1].store_bytes)
+    store = entry.options.store
+    folder = store_folder(store)
+    free = shutil.disk_usage(folder).free
+    if most.store_bytes > free and not (store is not None and store.is_block_device()):
+        raise NoSpace(
+            f"scenario {scenario.name} needs {format_size(most.store_bytes)} on the drive for its "
+            f"run {entry.name}; {format_size(free)} are free in {folder}",
+            operation="plan",
+            path=str(folder),
+        )

@@ -1,0 +1,310 @@
+"""Sections of bench report about decoding: modes under limits, the envelope, growing contexts."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from dualblade.bench import figures
+from dualblade.bench.report_section import (
+    BEATEN,
+    Made,
+    Named,
+    Section,
+    limit_text,
+    median,
+    mib,
+    ms_spread,
+    number_text,
+    percent_text,
+    ratio_spread,
+    workload_text,
+)
+from dualblade.bench.workload import is_stored
+from dualblade.units import GIB, MIB
+
+
+def envelope_section(group: list[Named]) -> Made:
+    """What `bench envelope` wrote: one file."""
+    ((name, result),) = group
+    rows = []
+    for entry in result["summary"]:
+        rows.append(
+            [
+                limit_text(entry["memory_limit"]),
+                "-"
+                if entry["best_static_percent"] is None
+                else f"{entry['best_static_percent']} %",
+                ms_spread(entry["best_static_seconds"], entry["best_static_seconds_spread"]),
+                ms_spread(entry["dual_seconds"], entry["dual_seconds_spread"]),
+                ratio_spread(entry["dual_to_best"], entry["dual_to_best_spread"]),
+                str(entry["oom_killed"]),
+            ]
+        )
+    ratios = [e["dual_to_best"] for e in result["summary"] if e["dual_to_best"] is not None]
+    above = [
+        f"At {limit_text(e['memory_limit'])} the best fixed split is faster: "
+        f"dual takes {e['dual_to_best']:.2f} times as long."
+        for e in result["summary"]
+        if e["dual_to_best"] is not None and e["dual_to_best"] > result["target"]
+    ]
+    options, kv = result["options"], result["calibration"]["kv_bytes"]
+    section = Section(
+        title="The automatic split against fixed ones",
+        file=name,
+        about=(
+            f"{workload_text(options)}, KV {kv / GIB:.2f} GiB. Under each memory limit dual finds "
+            f"its split itself; fixed splits put that part of the KV through the page cache. "
+            f"Medians of {options['rounds']} rounds, ratios within a round, "
+            f"{len(result['runs'])} runs."
+        ),
+        command=result["command"],
+        machine=result["machine"],
+        notes=above or [f"dual is within {result['target']} of the best split at every limit."],
+        figures=[figures.svg_text(figures.envelope_figure(result))],
+        head=["memory", "best split", "its ms/step", "dual ms/step", "dual / best", "killed"],
+        rows=rows,
+    )
+    worst = f"{max(ratios):.2f} x" if ratios else "-"
+    return section, [(worst, "step of dual to the best fixed split, at the worst limit")]
+
+
+def decode_section(group: list[Named]) -> Made:
+    """What `bench decode` wrote: one file."""
+    ((name, result),) = group
+    runs, summary, options = result["runs"], result["summary"], result["options"]
+    done = [run for run in runs if run["step_seconds_median"] is not None]
+    if not done:
+        raise ValueError("no run of it got through")
+    rows = []
+    for entry in summary:
+        same = [
+            run
+            for run in done
+            if (run["mode"], run["memory_limit"]) == (entry["mode"], entry["memory_limit"])
+        ]
+        used = median([part for run in same if (part := _utilisation(run)) is not None])
+        rows.append(
+            [
+                entry["mode"],
+                limit_text(entry["memory_limit"]),
+                ms_spread(entry["step_seconds_median"], entry["step_seconds_spread"], "killed"),
+                number_text(entry.get("step_to_memory"), "{:.2f}"),
+                number_text(
+                    median([r["device_read_bytes_per_step"] / MIB for r in same]), "{:.0f}"
+                ),
+                number_text(None if used is None else 100 * used, "{:.0f} %"),
+                number_text(median([r["cpu_seconds_per_step"] for r in same]), "{:.2f}"),
+                number_text(median([r["peak_memory_bytes"] / MIB for r in same]), "{:.0f}"),
+            ]
+        )
+    first = done[0]
+    engines = sorted({run["engine"] for run in done if run["engine"]})
+    section = Section(
+        title=f"Decoding {options['model']}",
+        file=name,
+        about=(
+            f"{workload_text(options)}, attention {first['attention']}, KV "
+            f"{first['kv_bytes'] / GIB:.2f} GiB, engine {', '.join(engines) or 'none'}. Medians "
+            f"of {options['repeats']} runs of {options['steps']} steps, least to most beside."
+        ),
+        command=result["command"],
+        machine=result["machine"],
+        notes=_beaten(summary),
+        figures=_decode_figures(result, done),
+        head=[
+            "mode",
+            "limit",
+            "ms/step",
+            "/ memory",
+            "MiB read/step",
+            "drive used",
+            "CPU s/step",
+            "peak MiB",
+        ],
+        rows=rows,
+    )
+    return section, _decode_cards(summary)
+
+
+def _decode_figures(result: dict[str, Any], done: Sequence[dict[str, Any]]) -> list[str]:
+    drawn = [figures.decode_figure(result)]
+    used: dict[tuple[str, str | None], list[float]] = {}
+    stages: dict[str, list[dict[str, float]]] = {}
+    for run in done:
+        part = _utilisation(run)
+        if part is not None and is_stored(run["mode"]):
+            used.setdefault((run["mode"], run["memory_limit"]), []).append(part)
+        parts = _stages(run)
+        if parts is not None:
+            stages.setdefault(f"{run['mode']}, {limit_text(run['memory_limit'])}", []).append(parts)
+    if used:
+        bars = [(mode, limit, statistics.median(some)) for (mode, limit), some in used.items()]
+        drawn.append(figures.utilisation_figure(bars))
+    if stages:
+        drawn.append(
+            figures.stages_figure(
+                [
+                    (name, {key: statistics.median(p[key] for p in some) for key in some[0]})
+                    for name, some in stages.items()
+                ]
+            )
+        )
+    return [figures.svg_text(figure) for figure in drawn]
+
+
+def _stages(run: dict[str, Any]) -> dict[str, float] | None:
+    """ms of a step by what the model's thread did; the model's own part is the rest."""
+    told = run.get("seconds_per_step")
+    if not told:
+        return None
+    parts = {
+        "waiting for reads": told["read_wait"],
+        "attention": told["attention"],
+        "gather": told["gather"],
+        "taking rows in": told["append"],
+    }
+    whole = statistics.mean(run["step_seconds"])
+    parts["model"] = max(0.0, whole - sum(parts.values()))
+    return {name: 1000 * seconds for name, seconds in parts.items()}
+
+
+def _utilisation(run: dict[str, Any]) -> float | None:
+    """Bytes per second that the drive gave over fio's; older files have it not ready."""
+    speed = run["fio_read_bytes_per_second"]
+    if not speed:
+        return None
+    return float(run["device_read_bytes_per_step"] / run["step_seconds_median"] / speed)
+
+
+def _beaten(summary: Sequence[dict[str, Any]]) -> list[str]:
+    """Where another mode that stores the KV is faster than `dual`, in words."""
+    times = {(e["mode"], e["memory_limit"]): e["step_seconds_median"] for e in summary}
+    notes = []
+    for (mode, limit), seconds in times.items():
+        ours = times.get(("dual", limit))
+        if seconds and ours and is_stored(mode) and ours > BEATEN * seconds:
+            notes.append(
+                f"With {limit_text(limit)}, {mode} is faster: dual takes {ours / seconds:.2f} "
+                "times as long."
+            )
+    return notes
+
+
+def _decode_cards(summary: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """dual against mapped files, where both ran under a limit."""
+    times = {(e["mode"], e["memory_limit"]): e["step_seconds_median"] for e in summary}
+    saved = [
+        1 - times["dual", limit] / seconds
+        for (mode, limit), seconds in times.items()
+        if mode == "mmap" and limit is not None and seconds and times.get(("dual", limit))
+    ]
+    if not saved:
+        return []
+    least, most = 100 * min(saved), 100 * max(saved)
+    value = f"{least:.0f} %" if len(saved) == 1 else f"{least:.0f}-{most:.0f} %"
+    return [(value, "less time per step than memory-mapped files, under memory limits")]
+
+
+def ablation_section(group: list[Named]) -> Made:
+    """What `bench decode` wrote whose modes are steps from a baseline to the whole: one file."""
+    ((name, result),) = group
+    options = result["options"]
+    names = dict(zip(options["modes"], options["ablation"], strict=True))
+    done = [run for run in result["runs"] if run["step_seconds_median"] is not None]
+    if not done:
+        raise ValueError("no run of it got through")
+    gains = list(_gains(result["summary"]))
+    wholes = {entry["memory_limit"]: whole for entry, _, whole in gains if whole is not None}
+    section = Section(
+        title=f"What each part gains: {options['model']}",
+        file=name,
+        about=(
+            f"{workload_text(options)}, attention {options['attention']} where a mode does not say "
+            f"otherwise, KV {done[0]['kv_bytes'] / GIB:.2f} GiB. From the baseline to the whole; "
+            f"the gain of a step is to the row above. Medians of {options['repeats']} runs."
+        ),
+        command=result["command"],
+        machine=result["machine"],
+        notes=[
+            f"With {limit_text(entry['memory_limit'])}, {names[entry['mode']]} makes a step "
+            f"{-100 * gain:.0f} % longer."
+            for entry, gain, _ in gains
+            if gain is not None and gain < 0
+        ],
+        figures=[figures.svg_text(figures.decode_figure(result))],
+        head=["step", "mode", "limit", "ms/step", "gain", "in all", "MiB read/step", "CPU s/step"],
+        rows=[
+            [
+                names[entry["mode"]],
+                entry["mode"],
+                limit_text(entry["memory_limit"]),
+                ms_spread(entry["step_seconds_median"], entry["step_seconds_spread"], "killed"),
+                percent_text(gain),
+                percent_text(whole),
+                number_text(mib(entry["device_read_bytes_per_step"]), "{:.0f}"),
+                number_text(entry["cpu_seconds_per_step"], "{:.2f}"),
+            ]
+            for entry, gain, whole in gains
+        ],
+    )
+    if not wholes:
+        return section, []
+    least, most = 100 * min(wholes.values()), 100 * max(wholes.values())
+    value = f"{least:.0f} %" if len(wholes) == 1 else f"{least:.0f} to {most:.0f} %"
+    return section, [(value, "less time per step than the baseline, by all parts together")]
+
+
+def _gains(
+    summary: Sequence[dict[str, Any]],
+) -> Iterator[tuple[dict[str, Any], float | None, float | None]]:
+    """Per limit the steps in their order; of each what it gains to the last one before it that has
+    a time, and to the first: parts of the step time. None: nothing to compare."""
+    for limit in dict.fromkeys(entry["memory_limit"] for entry in summary):
+        first: float | None = None
+        before: float | None = None
+        for entry in summary:
+            if entry["memory_limit"] != limit:
+                continue
+            seconds = entry["step_seconds_median"]
+            if seconds is None or first is None or before is None:
+                yield entry, None, None
+            else:
+                yield entry, 1 - seconds / before, 1 - seconds / first
+            before = seconds or before
+            first = first or seconds
+
+
+def growth_section(group: list[Named]) -> Made:
+    """One mode at several contexts, each a file; of a single one, a table of it."""
+    if len(group) < 2:
+        return decode_section(group)
+    runs = [(name, run) for name, result in group for run in result["runs"]]
+    done = [(n, r) for n, r in runs if r["step_seconds_median"] is not None]
+    done.sort(key=lambda one: one[1]["kv_bytes"])
+    _, result = max(group, key=lambda one: one[1]["options"]["context"])
+    options = result["options"]
+    points = [(run["kv_bytes"] / MIB, 1000 * run["step_seconds_median"]) for _, run in done]
+    section = Section(
+        title=f"Growing contexts, {done[0][1]['mode']}",
+        file=", ".join(name for name, _ in group),
+        about=f"{options['model']}: batch {options['batch']}, {options['dtype']}, budget "
+        f"{options['memory_budget']}. Time should follow the bytes, and memory stay flat.",
+        command=result["command"],
+        machine=result["machine"],
+        figures=[figures.svg_text(figures.growth_figure(points))],
+        head=["tokens", "KV MiB", "ms/step", "ms per GiB", "CPU s per GiB", "beyond model MiB"],
+        rows=[
+            [
+                str(run["context"]),
+                f"{run['kv_bytes'] / MIB:.0f}",
+                f"{1000 * run['step_seconds_median']:.0f}",
+                f"{1000 * run['step_seconds_median'] * GIB / run['kv_bytes']:.0f}",
+                f"{run['cpu_seconds_per_step'] * GIB / run['kv_bytes']:.2f}",
+                f"{(run['peak_memory_bytes'] - run['base_memory_bytes']) / MIB:.0f}",
+            ]
+            for _, run in done
+        ],
+    )
+    return section, []

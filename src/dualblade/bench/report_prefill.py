@@ -1,0 +1,115 @@
+"""The section of bench report about prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dualblade.bench import figures
+from dualblade.bench.report_section import (
+    BEATEN,
+    Made,
+    Named,
+    Section,
+    limit_text,
+    mib,
+    number_text,
+    percent_text,
+    seconds_spread,
+    workload_text,
+)
+from dualblade.bench.workload import is_stored
+from dualblade.units import GIB
+
+
+def prefill_section(group: list[Named]) -> Made:
+    """What `bench prefill` wrote: one file."""
+    ((name, result),) = group
+    summary, options = result["summary"], result["options"]
+    done = [run for run in result["runs"] if run["prefill_seconds"] is not None]
+    if not done:
+        raise ValueError("no run of it got through")
+    rows = [
+        [
+            entry["mode"],
+            entry["store_state"] or "-",
+            limit_text(entry["memory_limit"]),
+            seconds_spread(entry["prefill_seconds"], entry["prefill_seconds_spread"]),
+            number_text(entry["prefill_to_memory"], "{:.2f}"),
+            percent_text(entry["stall_fraction"]),
+            number_text(mib(entry["device_written_bytes"]), "{:.0f}"),
+            number_text(mib(entry["device_read_bytes"]), "{:.0f}"),
+            number_text(entry["cpu_seconds"], "{:.1f}"),
+            number_text(mib(entry["peak_memory_bytes"]), "{:.0f}"),
+        ]
+        for entry in summary
+    ]
+    section = Section(
+        title=f"Prefill of {options['model']}",
+        file=name,
+        about=(
+            f"{workload_text(options)} in chunks of {options['prefill_chunk']}, attention "
+            f"{done[0]['attention']}, KV {done[0]['kv_bytes'] / GIB:.2f} GiB. Until the first "
+            f"token; of mapped files the stall leaves out what the kernel waits inside copies. "
+            f"Medians of {options['repeats']} runs, least to most beside."
+        ),
+        command=result["command"],
+        machine=result["machine"],
+        notes=_beaten(summary),
+        figures=[figures.svg_text(figures.prefill_figure(summary))],
+        head=[
+            "mode",
+            "store",
+            "limit",
+            "seconds",
+            "/ memory",
+            "stalled",
+            "MiB written",
+            "MiB read",
+            "CPU s",
+            "peak MiB",
+        ],
+        rows=rows,
+    )
+    return section, _cards(summary)
+
+
+def _times(summary: Sequence[dict[str, Any]]) -> dict[tuple[str | None, str | None, str], float]:
+    """By state, limit and mode."""
+    return {
+        (entry["store_state"], entry["memory_limit"], entry["mode"]): entry["prefill_seconds"]
+        for entry in summary
+        if entry["prefill_seconds"] is not None
+    }
+
+
+def _beaten(summary: Sequence[dict[str, Any]]) -> list[str]:
+    """Where another mode that stores the KV is faster than `dual`, in words."""
+    times, notes = _times(summary), []
+    for (state, limit, mode), seconds in times.items():
+        ours = times.get((state, limit, "dual"))
+        if ours is not None and is_stored(mode) and ours > BEATEN * seconds:
+            notes.append(
+                f"With {limit_text(limit)} and a {state} store, {mode} is faster: dual takes "
+                f"{ours / seconds:.2f} times as long."
+            )
+    return notes
+
+
+def _cards(summary: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """dual against mapped files, and what it waits for."""
+    times = _times(summary)
+    saved = [
+        100 * (1 - times[state, limit, "dual"] / seconds)
+        for (state, limit, mode), seconds in times.items()
+        if mode == "mmap" and (state, limit, "dual") in times
+    ]
+    cards = []
+    if saved:
+        least, most = min(saved), max(saved)
+        value = f"{least:.0f} %" if len(saved) == 1 else f"{least:.0f} to {most:.0f} %"
+        cards.append((value, "less prefill time than memory-mapped files"))
+    waits = [e["stall_fraction"] for e in summary if e["mode"] == "dual" and e["stall_fraction"]]
+    if waits:
+        cards.append((percent_text(max(waits)), "of prefill that dual waits for storage, at most"))
+    return cards

@@ -1,0 +1,90 @@
+"""A section of bench report's page, and how its cells are written."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dualblade.bench import figures
+from dualblade.units import MIB
+
+BEATEN = 1.05
+"""Another mode is called faster than `dual` from here on: medians of few runs differ by less."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """One part of the page. `figures` are SVG; `rows` are cells as text, the first to the left."""
+
+    title: str
+    file: str
+    about: str
+    command: str = ""
+    machine: Mapping[str, Any] | None = None
+    notes: Sequence[str] = ()
+    figures: Sequence[str] = ()
+    head: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+
+
+Named = tuple[str, dict[str, Any]]
+"""A result and the file it is from."""
+
+Made = tuple[Section, list[tuple[str, str]]]
+"""A section, and key figures: value, what it is."""
+
+
+def workload_text(options: Mapping[str, Any]) -> str:
+    """What was decoded."""
+    return (
+        f"{options['model']}: batch {options['batch']}, context {options['context']}, "
+        f"{options['dtype']}"
+    )
+
+
+def limit_text(text: str | None) -> str:
+    """A limit as it was asked for; None: no limit."""
+    return figures.limit_word(text)
+
+
+def ms_spread(seconds: float | None, spread: Sequence[float] | None, none: str = "-") -> str:
+    """ms (least-most); `none` where there is no time."""
+    if seconds is None or spread is None:
+        return none
+    return f"{1000 * seconds:.0f} ({1000 * spread[0]:.0f}-{1000 * spread[1]:.0f})"
+
+
+def seconds_spread(seconds: float | None, spread: Sequence[float] | None) -> str:
+    """Seconds (least-most)."""
+    if seconds is None or spread is None:
+        return "killed"
+    return f"{seconds:.2f} ({spread[0]:.2f}-{spread[1]:.2f})"
+
+
+def percent_text(part: float | None) -> str:
+    """A part of one as percent."""
+    return "-" if part is None else f"{100 * part:.1f} %"
+
+
+def ratio_spread(ratio: float | None, spread: Sequence[float] | None) -> str:
+    """Ratio (least-most)."""
+    if ratio is None or spread is None:
+        return "-"
+    return f"{ratio:.2f} ({spread[0]:.2f}-{spread[1]:.2f})"
+
+
+def number_text(value: float | None, form: str) -> str:
+    """A number in this form; - for None."""
+    return "-" if value is None else form.format(value)
+
+
+def mib(size_bytes: float | None) -> float | None:
+    """In MiB; None stays."""
+    return None if size_bytes is None else size_bytes / MIB
+
+
+def median(values: Sequence[float]) -> float | None:
+    """None of no values."""
+    return statistics.median(values) if values else None

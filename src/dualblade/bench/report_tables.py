@@ -1,0 +1,155 @@
+"""Sections of bench report that are a table each: the engine, striping, attention, generations."""
+
+from __future__ import annotations
+
+import statistics
+
+from dualblade.bench.report_section import Made, Named, Section, number_text
+from dualblade.units import GIB, MIB
+
+
+def io_section(group: list[Named]) -> Made:
+    """`bench io`."""
+    ((name, result),) = group
+    fio = result.get("fio")
+    ratio = None if fio is None else fio["throughput_ratio_median"]
+    options = result["options"]
+    section = Section(
+        title="The I/O engine",
+        file=name,
+        about=f"Engine {result['engine']}, requests of {options['chunk_bytes'] / MIB:g} MiB, "
+        f"{options['queue_depth']} in flight, O_DIRECT.",
+        command=result["command"],
+        machine=result["machine"],
+        head=["read GiB/s", "write GiB/s", "read / fio", "CPU s per GiB", "queue depth"],
+        rows=[
+            [
+                f"{result['read_bytes_per_second'] / GIB:.2f}",
+                f"{result['write_bytes_per_second'] / GIB:.2f}",
+                number_text(ratio, "{:.2f}"),
+                f"{result['cpu_seconds_per_gib_read']:.3f}",
+                f"{result['effective_queue_depth']:.2f}",
+            ]
+        ],
+    )
+    if ratio is None:
+        return section, []
+    return section, [(f"{ratio:.2f} x", f"fio's bandwidth at {options['chunk_bytes'] >> 10} KiB")]
+
+
+def striping_section(group: list[Named]) -> Made:
+    """`scripts/measure_striping.py`: devices throttled to a speed that is known."""
+    ((name, result),) = group
+    throttle = result["throttle_bytes_per_second"]
+    rows = []
+    for run in result["runs"]:
+        roof = throttle * run["devices"]
+        rows.append(
+            [
+                str(run["devices"]),
+                str(run["queue_depth_of_each"]),
+                f"{run['read_bytes_per_second'] / 1e6:.0f}",
+                f"{100 * run['read_bytes_per_second'] / roof:.0f} %",
+                f"{run['write_bytes_per_second'] / 1e6:.0f}",
+                f"{100 * run['write_bytes_per_second'] / roof:.0f} %",
+                f"{run['cpu_seconds_per_gib_read']:.3f}",
+            ]
+        )
+    most = max(result["runs"], key=lambda run: int(run["devices"]))
+    part = 100 * most["read_bytes_per_second"] / (throttle * most["devices"])
+    section = Section(
+        title="Striping over several devices",
+        file=name,
+        about=f"One file striped over devices that are throttled to {throttle / 1e6:.0f} MB/s "
+        "each; percent of what all of them together may give.",
+        command=result["command"],
+        machine=most["machine"],
+        head=[
+            "devices",
+            "in flight on each",
+            "read MB/s",
+            "of the throttles",
+            "write MB/s",
+            "of the throttles",
+            "CPU s per GiB read",
+        ],
+        rows=rows,
+    )
+    return section, [(f"{part:.0f} %", f"of the bandwidth of {most['devices']} striped devices")]
+
+
+def attention_section(group: list[Named]) -> Made:
+    """`bench attention`."""
+    ((name, result),) = group
+    ways = ("tiles", "exact", "sdpa_contiguous", "memory_read")
+    rows = [
+        [
+            ", ".join(str(run[k]) for k in ("batch", "query_heads", "kv_heads", "tokens", "dim"))
+            + f"; {run['dtype']}",
+            *(f"{run[f'{way}_gib_per_second']:.1f}" for way in ways),
+            f"{run['tiles_to_exact']:.1f}",
+        ]
+        for run in result["runs"]
+    ]
+    section = Section(
+        title="Attention",
+        file=name,
+        about=f"GiB of KV per second; {result['kernel']} kernel, {result['threads']} threads.",
+        command=result["command"],
+        machine=result["machine"],
+        head=["B, H, G, T, D", "tiles", "exact", "contiguous", "memory read", "tiles / exact"],
+        rows=rows,
+    )
+    middle = statistics.median(run["tiles_to_exact"] for run in result["runs"])
+    return section, [(f"{middle:.1f} x", "attention over tiles to gathering first")]
+
+
+def demo_section(group: list[Named]) -> Made:
+    """`demo`."""
+    ((name, result),) = group
+    rows = [
+        [
+            run["path"],
+            f"{run['prefill_seconds']:.1f}",
+            f"{1000 * run['decode_seconds_per_token']:.0f}",
+            f"{run['device_read_bytes_per_token'] / MIB:.1f}",
+            f"{run['peak_memory_bytes'] / MIB:.0f}",
+        ]
+        for run in result["runs"]
+    ]
+    same = "All paths gave the same text." if result["tokens_agree"] else "The texts differ."
+    section = Section(
+        title="The demo",
+        file=name,
+        about=f"{result['prompt_tokens']} tokens of prompt, KV {result['kv_bytes'] / MIB:.0f} MiB, "
+        f"{result['kv_to_budget']:.1f} times the budget. {same}",
+        command=result["command"],
+        machine=result["machine"],
+        head=["path", "prefill s", "ms/token", "MiB read/token", "peak MiB"],
+        rows=rows,
+    )
+    return section, []
+
+
+def generate_section(group: list[Named]) -> Made:
+    """Any number of `generate --json`."""
+    rows = [
+        [
+            name,
+            f"{run['cache']['path']}, {run['cache']['attention']}, {run['dtype']}",
+            f"{run['prompt_tokens']} + {run['new_tokens']}",
+            f"{run['prefill_seconds']:.1f}",
+            f"{1000 * run['decode_seconds_per_token']:.0f}",
+            f"{run['tokens_per_sweep']:.2f}",
+            f"{run['read_bytes_per_token'] / MIB:.1f}",
+        ]
+        for name, run in group
+    ]
+    section = Section(
+        title="Generations",
+        file=f"{len(group)} files",
+        about="Single runs of dualblade generate --json.",
+        head=["file", "path", "tokens", "prefill s", "ms/token", "per sweep", "MiB read/token"],
+        rows=rows,
+    )
+    return section, []

@@ -1,0 +1,213 @@
+"""Scenario files: which benchmarks make an experiment, with what settings, and why (in comments).
+
+    title, about, minutes       what it is, what it answers, how long it takes
+    device_bytes_per_second     optional: the drive is held to this speed
+    [defaults]                  settings of all runs that have them
+    [[runs]]                    name, benchmark (decode or prefill), and settings by the names of
+                                DecodeBenchOptions or PrefillBenchOptions
+
+What is wrong with a file is told with the file, the run, the key and what would be allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from dualblade.bench.decode import DecodeBenchOptions, plan_decode
+from dualblade.bench.prefill import PrefillBenchOptions, plan_prefill
+from dualblade.bench.workload import is_stored
+from dualblade.errors import ConfigError
+from dualblade.units import parse_size
+
+FOLDER = Path(__file__).parent / "scenarios"
+"""Those that come with dualblade."""
+
+Options = DecodeBenchOptions | PrefillBenchOptions
+
+BENCHMARKS: dict[str, type[Options]] = {
+    "decode": DecodeBenchOptions,
+    "prefill": PrefillBenchOptions,
+}
+
+_NOT_IN_FILES = {"store", "trace"}
+"""Of one machine, or for looking into one run."""
+
+_ROOT: dict[str, type | tuple[type, ...]] = {
+    "title": str,
+    "about": str,
+    "minutes": int,
+    "device_bytes_per_second": (int, str),
+}
+
+_TYPES: dict[str, tuple[type, str]] = {
+    "int": (int, "a whole number"),
+    "str": (str, "text"),
+    "bool": (bool, "true or false"),
+    "Sequence[str]": (list, "a list of texts"),
+    "Mapping[str, Any]": (dict, "a table"),
+}
+"""Of a setting, by its annotation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One benchmark of a scenario. Its result is NAME.json."""
+
+    name: str
+    benchmark: str
+    options: Options
+
+    @property
+    def run_count(self) -> int:
+        """Children that it starts, calibration not counted."""
+        if isinstance(self.options, DecodeBenchOptions):
+            return len(plan_decode(self.options))
+        return len(plan_prefill(self.options))
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether a mode of it uses the drive."""
+        return any(is_stored(mode) for mode in self.options.modes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """An experiment; see the module. `minutes` is about, on 2 cores with a drive of 3 GiB/s."""
+
+    name: str
+    title: str
+    about: str
+    minutes: int
+    device_bytes_per_second: int | None
+    entries: tuple[Entry, ...]
+
+    @property
+    def run_count(self) -> int:
+        return sum(entry.run_count for entry in self.entries)
+
+    def on(self, store: Path | None) -> Scenario:
+        """The same with its KV in this store."""
+        moved = (
+            replace(entry, options=replace(entry.options, store=store)) for entry in self.entries
+        )
+        return replace(self, entries=tuple(moved))
+
+
+def scenario_names() -> list[str]:
+    """Those that come with dualblade."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def find_scenario(word: str) -> Scenario:
+    """The scenario of this name, or of this file (a path ends in .toml). Raises: ConfigError."""
+    if word.endswith(".toml"):
+        return read_scenario(Path(word))
+    names = scenario_names()
+    if word not in names:
+        near = difflib.get_close_matches(word, names, n=1)
+        raise ConfigError(
+            f"unknown scenario {word!r}",
+            hint=(f"did you mean {near[0]!r}? " if near else "")
+            + f"known: {', '.join(names)}; or a file that ends in .toml",
+        )
+    return read_scenario(FOLDER / f"{word}.toml")
+
+
+def read_scenario(path: Path) -> Scenario:
+    """Raises: ConfigError that names the file, the run and the key."""
+    try:
+        with path.open("rb") as file:
+            told = tomllib.load(file)
+    except OSError as exc:
+        raise ConfigError(f"cannot read {path}: {exc.strerror}") from exc
+    except ValueError as exc:  # a broken encoding is one too
+        raise ConfigError(f"{path}: not TOML: {exc}") from exc
+    root = {name: value for name, value in told.items() if name not in ("defaults", "runs")}
+    _check_keys(path, "", root, {*_ROOT, "defaults", "runs"})
+    for name, kind in _ROOT.items():
+        if name not in root and name != "device_bytes_per_second":
+            raise ConfigError(f"{path}: {name} is missing")
+        if name in root and (isinstance(root[name], bool) or not isinstance(root[name], kind)):
+            raise ConfigError(f"{path}: {name} cannot be {root[name]!r}")
+    speed = root.get("device_bytes_per_second")
+    return Scenario(
+        name=path.stem,
+        title=root["title"],
+        about=root["about"],
+        minutes=root["minutes"],
+        device_bytes_per_second=None if speed is None else _told_in(path, parse_size, speed),
+        entries=_entries(path, told.get("defaults", {}), told.get("runs", [])),
+    )
+
+
+def _entries(path: Path, defaults: Any, runs: Any) -> tuple[Entry, ...]:
+    if not isinstance(defaults, dict):
+        raise ConfigError(f"{path}: defaults is a table, [defaults]")
+    if not isinstance(runs, list) or not runs or not all(isinstance(run, dict) for run in runs):
+        raise ConfigError(f"{path}: runs is missing", hint="write a table [[runs]] for each")
+    _check_keys(path, " [defaults]", defaults, {*_settings("decode"), *_settings("prefill")})
+    entries: list[Entry] = []
+    for number, run in enumerate(runs, start=1):
+        entries.append(_entry(path, number, defaults, run))
+        if entries[-1].name in {entry.name for entry in entries[:-1]}:
+            raise ConfigError(f"{path}: two runs have the name {entries[-1].name!r}")
+    return tuple(entries)
+
+
+def _entry(path: Path, number: int, defaults: Mapping[str, Any], run: Mapping[str, Any]) -> Entry:
+    name, benchmark = run.get("name"), run.get("benchmark")
+    where = f" [[runs]] {number}" + (f" ({name})" if isinstance(name, str) else "")
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name):
+        raise ConfigError(
+            f"{path}:{where}: name cannot be {name!r}",
+            hint="small letters, digits, dots and hyphens: it becomes NAME.json",
+        )
+    if benchmark not in BENCHMARKS:
+        raise ConfigError(
+            f"{path}:{where}: benchmark cannot be {benchmark!r}",
+            hint=f"use one of: {', '.join(BENCHMARKS)}",
+        )
+    known = _settings(benchmark)
+    given = {key: value for key, value in run.items() if key not in ("name", "benchmark")}
+    _check_keys(path, where, given, set(known))
+    settings = {key: value for key, value in defaults.items() if key in known} | given
+    for key, value in settings.items():
+        kind, words = _TYPES[known[key]]
+        is_texts = not isinstance(value, list) or all(isinstance(text, str) for text in value)
+        if not isinstance(value, kind) or not is_texts or (kind is int and isinstance(value, bool)):
+            raise ConfigError(f"{path}:{where}: {key} is {words}, not {value!r}")
+    if "model" not in settings:
+        raise ConfigError(f"{path}:{where}: model is missing", hint="such as random:opt-1.3b")
+    options = _told_in(path, lambda all_: BENCHMARKS[benchmark](**all_), settings, where)
+    return Entry(name=name, benchmark=benchmark, options=options)
+
+
+def _settings(benchmark: str) -> dict[str, str]:
+    """Settings of a benchmark in a file, with their annotations."""
+    known = fields(BENCHMARKS[benchmark])
+    return {field.name: str(field.type) for field in known if field.name not in _NOT_IN_FILES}
+
+
+def _check_keys(path: Path, where: str, given: Mapping[str, Any], known: set[str]) -> None:
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(
+                f"{path}:{where} unknown key {key!r}",
+                hint=(f"did you mean {near[0]!r}? " if near else "")
+                + f"known: {', '.join(sorted(known))}",
+            )
+
+
+def _told_in(path: Path, make: Any, value: Any, where: str = "") -> Any:
+    """`make(value)`; what it refuses is told with the file and the run."""
+    try:
+        return make(value)
+    except ConfigError as exc:
+        raise ConfigError(f"{path}:{where} {exc.message}", hint=exc.hint) from exc

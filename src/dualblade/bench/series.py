@@ -1,0 +1,136 @@
+"""The runs of a benchmark one after another: each kept when it is done, with what is left to do."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dualblade.bench.fio import FioYardstick
+from dualblade.bench.run_log import RunLog
+from dualblade.bench.workload import Progress, Workload, is_stored, quiet
+from dualblade.config import EngineConfig
+from dualblade.units import MIB
+
+P = TypeVar("P")
+Run = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watch:
+    """Who looks on.
+
+    progress    is told a line when something begins or ends.
+    log_path    keeps each finished run, so that the same call goes on after an interruption; None:
+                nothing is kept.
+    following   runs of other benchmarks that come after these: part of the time left.
+    """
+
+    progress: Progress = quiet
+    log_path: Path | None = None
+    following: int = 0
+
+
+@contextlib.contextmanager
+def opened_log(
+    watch: Watch, options: Mapping[str, Any], find_facts: Callable[[], Mapping[str, Any]]
+) -> Iterator[RunLog]:
+    """The log of these options; a private one that is gone afterwards when nothing is kept.
+    Raises: ConfigError, see RunLog."""
+    with contextlib.ExitStack() as stack:
+        path = watch.log_path
+        if path is None:
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "runs.jsonl"
+        yield stack.enter_context(RunLog(path, options, find_facts))
+
+
+def run_all(
+    log: RunLog,
+    watch: Watch,
+    *,
+    next_run: Callable[[Sequence[Run]], P | None],
+    run: Callable[[P], Run],
+    total: Callable[[Sequence[Run]], int],
+    told: Callable[[Run], str],
+) -> None:
+    """Run what the log lacks. `next_run` and `total` are asked with the runs that are done, after
+    each: what comes may depend on what was. The estimate is by the median of the runs so far.
+
+    Raises: what `run` raises; KeyboardInterrupt. The finished runs are in the log.
+    """
+    try:
+        while (planned := next_run(log.runs)) is not None:
+            started = time.monotonic()
+            done = run(planned)
+            log.append({**done, "wall_seconds": round(time.monotonic() - started, 1)})
+            left = max(0, total(log.runs) - len(log.runs))
+            seconds = statistics.median(each["wall_seconds"] for each in log.runs)
+            watch.progress(
+                f"{len(log.runs)} of {len(log.runs) + left}: {told(done)}; "
+                f"{_time_left(seconds * (left + watch.following))}"
+            )
+    except KeyboardInterrupt:
+        if watch.log_path is not None:
+            watch.progress(f"{len(log.runs)} runs are kept; the same command goes on from there")
+        raise
+
+
+def _time_left(seconds: float) -> str:
+    if seconds >= 90:
+        return f"about {seconds / 60:.0f} minutes left"
+    return f"about {seconds:.0f} s left" if seconds else "done"
+
+
+def in_order(plan: Sequence[P]) -> Callable[[Sequence[Run]], P | None]:
+    """`next_run` of a plan that does not depend on what is measured."""
+    return lambda done: plan[len(done)] if len(done) < len(plan) else None
+
+
+class FioBeside:
+    """fio just before a stored run, with our chunk and depth, on a file as large as the KV: drives
+    change speed within minutes. Of None: no fio."""
+
+    def __init__(self, fio: FioYardstick | None) -> None:
+        self._fio = fio
+
+    def measure(self, mode: str) -> dict[str, Any]:
+        """What a run of `mode` keeps of it: the account, and of that the speed; None for a mode
+        that does not read."""
+        account = self._fio.measure() if self._fio is not None and is_stored(mode) else None
+        speed = None if account is None else account["read_bytes_per_second"]
+        return {"fio": account, "fio_read_bytes_per_second": speed}
+
+
+@contextlib.contextmanager
+def fio_beside(
+    workload: Workload, folder: Path, calibration: Mapping[str, Any] | None, *, asked: bool
+) -> Iterator[FioBeside]:
+    """The yardstick; of nothing when not `asked`. Raises: Unsupported when fio is missing."""
+    if not asked:
+        yield FioBeside(None)
+        return
+    engine = EngineConfig.from_mapping(workload.engine)
+    with FioYardstick(
+        folder,
+        size_bytes=calibration["kv_bytes"] if calibration is not None else 512 * MIB,
+        chunk_bytes=engine.chunk_bytes,
+        queue_depth=engine.queue_depth,
+    ) as fio:
+        yield FioBeside(fio)
+
+
+def median_of(runs: Sequence[Run], name: str) -> float | None:
+    """Over the runs that have it."""
+    values = [run[name] for run in runs if run[name] is not None]
+    return statistics.median(values) if values else None
+
+
+def spread_of(runs: Sequence[Run], name: str) -> list[float] | None:
+    """Least and most."""
+    values = [run[name] for run in runs if run[name] is not None]
+    return [min(values), max(values)] if values else None

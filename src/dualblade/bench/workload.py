@@ -1,0 +1,341 @@
+"""What a run of a benchmark is given: a model and its tokens, a mode, a memory limit.
+
+A limit is a size for the whole process, or a fraction: that part of the KV's bytes is left for its
+cache. A fraction is turned into bytes once, the same for all modes:
+
+    base  = the process with its model, plus what a step adds at this context (calibrated)
+            + ALLOWANCE_BYTES
+    limit = base + fraction x kv_bytes, or base + what is to be left (`+2GiB`)
+
+The limit holds from when the model is loaded (`limit_from: loaded`), so that the peak of loading,
+which can be three times the model, neither kills nor leaves slack. A limit below the base holds
+from the start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dualblade import config
+from dualblade.bench.child_process import ChildOutcome, run_child
+from dualblade.config import EngineConfig, check_attention
+from dualblade.errors import ConfigError, DualBladeError, Unsupported
+from dualblade.host.cgroup import MemoryCgroup
+from dualblade.units import MIB, format_size, parse_size
+
+YARDSTICK = "dynamic-cache"
+"""A mode besides the path words: transformers' DynamicCache with the same rows."""
+
+MMAP = "mmap"
+"""A mode: memory-mapped files, the way of earlier offloaders (mmap_kv)."""
+
+MMAP_ENDING = ".mmap"
+"""Of the folder beside a kept store that has the mapped files."""
+
+MODES = (*(path.value for path in config.Path), MMAP, YARDSTICK)
+"""And `static-N`: the `dual` path with N percent of the KV through the page cache,
+whether they fit or not. Each may go on with settings of its own: `dual+pipeline=serial`."""
+
+ALLOWANCE_BYTES = 16 * MIB
+"""Of every limit, on top of what was calibrated: allocator arenas and kernel structures that
+differ from run to run (8 MiB here between runs of one model)."""
+
+FRACTION_MAX = 16.0
+
+Progress = Callable[[str], None]
+
+
+def quiet(_line: str) -> None:
+    """Progress that nobody waits for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mode:
+    """A mode in parts: the path (or MMAP, YARDSTICK), settings of EngineConfig that are its own,
+    and its way into attention; None: that of the workload."""
+
+    path: str
+    settings: Mapping[str, Any]
+    attention: str | None
+
+
+def parse_mode(text: str) -> Mode:
+    """`MODE[+NAME=VALUE...]`; NAME is `attention` or a setting of EngineConfig.
+
+    Raises: ConfigError for a word that is no mode, no setting or no value of it.
+    """
+    word, *extras = text.split("+")
+    settings: dict[str, Any] = {}
+    if (percent := static_percent(word)) is not None:
+        settings["cache_percent"] = percent
+    elif word not in MODES:
+        raise ConfigError(
+            f"unknown mode {word!r}", hint=f"use one of: {', '.join(MODES)}, static-0 to static-100"
+        )
+    for extra in extras:
+        name, equals, value = extra.partition("=")
+        if not (name and equals and value):
+            raise ConfigError(
+                f"not a setting: {extra!r} in mode {text!r}", hint="write dual+pipeline=serial"
+            )
+        settings[name] = int(value) if value.isdecimal() else value
+    attention = settings.pop("attention", None)
+    if attention is not None:
+        check_attention(attention)
+    EngineConfig.from_mapping(settings)
+    path = config.Path.DUAL.value if percent is not None else word
+    return Mode(path=path, settings=settings, attention=attention)
+
+
+def static_percent(mode: str) -> int | None:
+    """N of the mode `static-N`; None for other modes."""
+    found = re.fullmatch(r"static-(\d{1,3})", mode)
+    return int(found[1]) if found and int(found[1]) <= 100 else None
+
+
+def is_stored(mode: str) -> bool:
+    """Whether the mode reads from the drive, and is compared with fio."""
+    return mode.partition("+")[0] not in (YARDSTICK, config.Path.MEMORY.value)
+
+
+def at_least(name: str, value: int, least: int) -> None:
+    """Raises: ConfigError."""
+    if value < least:
+        raise ConfigError(f"{name} must be at least {least}, not {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What every run of a benchmark has in common.
+
+    context         tokens of each sequence.
+    engine          settings of EngineConfig by name.
+    store           a store file, or a folder for one; None: a private one. What was not there is
+                    gone afterwards.
+    """
+
+    model: str
+    batch: int = 1
+    context: int = 1024
+    dtype: str = "bfloat16"
+    attention: str = "auto"
+    seed: int = 0
+    store: Path | None = None
+    engine: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        at_least("batch", self.batch, 1)
+        at_least("context", self.context, 1)
+        if self.store is not None and self.store.is_dir():
+            # By name: the runs of one benchmark rewrite one file.
+            object.__setattr__(self, "store", self.store / "dualblade-bench.store")
+        check_attention(self.attention)
+        EngineConfig.from_mapping(self.engine)
+
+    def child_options(self, **values: Any) -> dict[str, Any]:
+        """The options of a child as plain values."""
+        return {
+            "model": self.model,
+            "dtype": self.dtype,
+            "batch": self.batch,
+            "context": self.context,
+            "seed": self.seed,
+            "attention": self.attention,
+            "store": str(self.store) if self.store is not None else None,
+            "engine": dict(self.engine),
+            **values,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class LeftForCache:
+    """A limit that leaves so many bytes for the cache, whatever the model takes."""
+
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """A memory limit in bytes as it was asked for, and what the cache is told that it may use.
+
+    reserve_bytes   with an `auto` budget: memory left alone; None: the default.
+    """
+
+    asked: str | None
+    limit_bytes: int | None
+    budget: int | str
+    holds_from_start: bool = False
+    reserve_bytes: int | None = None
+
+
+Wanted = float | int | LeftForCache
+"""A limit as asked for: a fraction of the KV, bytes of the whole process, bytes for the cache."""
+
+
+def parse_limit(text: str) -> Wanted | None:
+    """A fraction of the KV as a float, a size in bytes as an int, `+SIZE` as what is left for the
+    cache, None for `none`.
+
+    A number without a unit is a fraction up to 16, bytes above. Raises: ConfigError.
+    """
+    if text == "none":
+        return None
+    percent = re.fullmatch(r"(\d+(?:\.\d+)?)%", text)
+    if percent:
+        return float(percent[1]) / 100
+    number = re.fullmatch(r"\d+(?:\.\d+)?", text)
+    if number and float(text) <= FRACTION_MAX:
+        return float(text)
+    try:
+        size = parse_size(text.removeprefix("+"))
+    except ConfigError as exc:
+        raise ConfigError(
+            f"not a memory limit: {text!r}",
+            hint="write 2GiB, +2GiB for what is left for the cache, or 0.25 for a part of the KV",
+        ) from exc
+    return LeftForCache(size) if text.startswith("+") else size
+
+
+def limit_bytes(wanted: Wanted, calibration: Mapping[str, Any]) -> int:
+    """A limit as `parse_limit` gives it, in bytes for the whole process."""
+    base: int = calibration["base_bytes"]
+    if isinstance(wanted, LeftForCache):
+        return base + wanted.size_bytes
+    return base + int(wanted * calibration["kv_bytes"]) if isinstance(wanted, float) else wanted
+
+
+def calibrated_limit(text: str, budget: int | str, calibration: Mapping[str, Any] | None) -> Limit:
+    """`text` in bytes, and what it leaves for the cache: the limit less the base, at least 0.
+    Without a limit the cache has `budget`."""
+    wanted = parse_limit(text)
+    if wanted is None or calibration is None:
+        return Limit(asked=None, limit_bytes=None, budget=budget)
+    size, base = limit_bytes(wanted, calibration), calibration["base_bytes"]
+    return Limit(
+        asked=text, limit_bytes=size, budget=max(0, size - base), holds_from_start=size < base
+    )
+
+
+def wants_limits(limits: Sequence[str]) -> bool:
+    """Whether one of them is a limit, so that cgroups and a calibration are needed."""
+    return any(parse_limit(limit) is not None for limit in limits)
+
+
+def require_cgroup() -> None:
+    """Raises: Unsupported when no run can be limited here."""
+    if (reason := MemoryCgroup.available()) is not None:
+        raise Unsupported(
+            f"a memory limit needs a memory cgroup: {reason}", hint="run as root, or without limits"
+        )
+
+
+def store_folder(store: Path | None) -> Path:
+    """Where the store is: private ones lie in the cache directory."""
+    from dualblade.store import cache_directory  # loads the engine: not for --help
+
+    return cache_directory() if store is None else store.absolute().parent
+
+
+def calibrate(workload: Workload, progress: Progress, *, step_tokens: int = 1) -> dict[str, Any]:
+    """What the process needs besides its cache. Raises: DualBladeError when that fails.
+
+    step_tokens: tokens of each sequence in a forward pass.
+
+    A first child only loads, outside any cgroup: what it reads (libraries, weights) is then in the
+    page cache and charged to no later run, so that all of them start alike.
+    """
+    progress("calibrating: memory of the model and one step")
+    for task in ("warm", "calibrate"):
+        with contextlib.ExitStack() as stack:
+            group = stack.enter_context(MemoryCgroup()) if task == "calibrate" else None
+            outcome = run_child(workload.child_options(task=task, step_tokens=step_tokens), group)
+        if outcome.error is not None:
+            raise DualBladeError(f"the model could not be measured: {outcome.error}")
+    measured = outcome.result
+    base = measured["loaded_bytes"] + measured["step_bytes"] + ALLOWANCE_BYTES
+    progress(f"base {format_size(base)}, KV {format_size(measured['kv_bytes'])}")
+    return {**measured, "allowance_bytes": ALLOWANCE_BYTES, "base_bytes": base}
+
+
+def limited_run(
+    workload: Workload,
+    mode: str,
+    limit: Limit,
+    *,
+    task: str,
+    settings: Mapping[str, Any] | None = None,
+    **values: Any,
+) -> tuple[dict[str, Any], ChildOutcome]:
+    """One child that does `task` in `mode` under `limit`: what all results say of it, and how it
+    ended. `settings` of EngineConfig come on top of the workload's, the mode's own on top of them;
+    `values` are further options of the child."""
+    parts = parse_mode(mode)
+    engine = {**workload.engine, **(settings or {}), **parts.settings}
+    if limit.reserve_bytes is not None:
+        engine["memory_reserve_bytes"] = limit.reserve_bytes
+    payload = workload.child_options(
+        task=task,
+        mode=parts.path,
+        engine=engine,
+        memory_budget=limit.budget,
+        limit_bytes=None if limit.holds_from_start else limit.limit_bytes,
+        **({} if parts.attention is None else {"attention": parts.attention}),
+        **values,
+    )
+    with contextlib.ExitStack() as stack:
+        group = None
+        if limit.limit_bytes is not None:
+            at_start = limit.limit_bytes if limit.holds_from_start else None
+            group = stack.enter_context(MemoryCgroup(at_start))
+        outcome = run_child(payload, group)
+    asked = {
+        "mode": mode,
+        "dtype": workload.dtype,
+        "batch": workload.batch,
+        "context": workload.context,
+        "memory_limit": limit.asked,
+        "memory_limit_bytes": limit.limit_bytes,
+        "memory_limit_from": _limit_from(limit),
+        "attention": parts.attention or workload.attention,
+    }
+    return asked, outcome
+
+
+def _limit_from(limit: Limit) -> str | None:
+    if limit.limit_bytes is None:
+        return None
+    return "start" if limit.holds_from_start else "loaded"
+
+
+@contextlib.contextmanager
+def store_left_as_found(store: Path | None) -> Iterator[None]:
+    """Remove the store file afterwards when it was not there before; so with the mapped files."""
+    if store is None:
+        yield
+        return
+    files = store.with_name(store.name + MMAP_ENDING)
+    existed, files_existed = store.exists(), files.exists()
+    try:
+        yield
+    finally:
+        if not existed:
+            store.unlink(missing_ok=True)
+        if not files_existed:
+            shutil.rmtree(files, ignore_errors=True)
+
+
+def tokens_agree(runs: list[dict[str, Any]]) -> bool | None:
+    """Whether all runs that ended and had the same way into attention gave the same tokens; None
+    when no two did. Between two ways rounding differs."""
+    hashes: dict[str, list[str]] = {}
+    for run in runs:
+        if run["tokens_sha256"] is not None:
+            hashes.setdefault(run["attention"], []).append(run["tokens_sha256"])
+    compared = [some for some in hashes.values() if len(some) > 1]
+    return all(len(set(some)) == 1 for some in compared) if compared else None

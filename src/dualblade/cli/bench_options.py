@@ -1,0 +1,63 @@
+"""Options that the commands of `dualblade bench` have in the same words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dualblade.cli import options
+from dualblade.units import parse_size
+
+Modes = Annotated[
+    list[str],
+    typer.Option(
+        "--mode",
+        metavar="PATH",
+        help="dual, page-cache, direct, memory; mmap (memory-mapped files, the way of earlier "
+        "offloaders); dynamic-cache (transformers' own); static-N: N percent through the page "
+        "cache, whether they fit or not. Settings may follow: dual+pipeline=serial. May be "
+        "repeated.",
+    ),
+]
+Batch = Annotated[int, typer.Option("--batch", min=1, metavar="B", help="Sequences.")]
+MemoryLimits = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--memory-limit",
+        metavar="LIMIT",
+        help="Memory cgroup of each run: a size for the whole process; or what is left in it for "
+        "the KV cache, a size (+2GiB) or a fraction of the KV (0.25). May be repeated.",
+    ),
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="bfloat16 or float32.")]
+MaybeChunk = Annotated[
+    str | None, typer.Option("--chunk", metavar="SIZE", help="Largest single request.")
+]
+Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Of everything.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of the rows and weights.")]
+MaybeOutput = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        metavar="FILE.json",
+        help="Write the result there too. FILE.jsonl beside it keeps each finished run: after an "
+        "interruption the same command goes on from there.",
+    ),
+]
+
+
+def engine_settings(
+    io_engine: str, queue_depth: int | None, chunk: str | None, settings: list[str] | None
+) -> dict[str, Any]:
+    """Engine settings that were given, by name."""
+    given: dict[str, Any] = {"io_engine": io_engine, "queue_depth": queue_depth}
+    given["chunk_bytes"] = None if chunk is None else parse_size(chunk)
+    given.update(options.parse_settings(settings))
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def log_path(output: Path | None) -> Path | None:
+    """Where finished runs are kept."""
+    return None if output is None else output.with_suffix(".jsonl")
