@@ -300,7 +300,7 @@ def test_a_fio_that_fails_is_unsupported(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_folder_is_where_the_store_of_all_runs_lies(tmp_path: Path) -> None:
-    in_folder = Workload(model="random:llama", store=tmp_path)
+    in_folder = DecodeWorkload(model="random:llama", store=tmp_path)
     assert in_folder.store == tmp_path / "dualblade-bench.store"
     named = tmp_path / "kv.store"
-    assert Workload(model="random:llama", store=named).store == named
+    assert DecodeWorkload(model="random:llama", store=named).store == named
