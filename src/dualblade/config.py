@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any, Literal, get_args
@@ -161,6 +161,18 @@ class EngineConfig:
             is_size = name.endswith("_bytes") and value is not None
             values[name] = parse_size(value) if is_size else value
         return cls(**values)
+
+
+def parse_settings(words: Iterable[str]) -> dict[str, Any]:
+    """Settings written NAME=VALUE, by name, for `EngineConfig.from_mapping`. Raises: ConfigError."""
+    known = {"true": True, "false": False}
+    settings: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (name and equals and value):
+            raise ConfigError(f"not a setting: {word!r}", hint="write it like checksums=all")
+        settings[name] = int(value) if value.isdecimal() else known.get(value, value)
+    return settings
 
 
 def _check(name: str, value: int, least: int, most: int) -> None:

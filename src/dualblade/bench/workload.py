@@ -24,7 +24,7 @@ from typing import Any
 
 from dualblade import config
 from dualblade.bench.child_process import ChildOutcome, run_child
-from dualblade.config import EngineConfig, check_attention
+from dualblade.config import EngineConfig, check_attention, parse_settings
 from dualblade.errors import ConfigError, DualBladeError, Unsupported
 from dualblade.host.cgroup import MemoryCgroup
 from dualblade.units import MIB, format_size, parse_size
@@ -71,20 +71,13 @@ def parse_mode(text: str) -> Mode:
     Raises: ConfigError for a word that is no mode, no setting or no value of it.
     """
     word, *extras = text.split("+")
-    settings: dict[str, Any] = {}
+    settings = parse_settings(extras)
     if (percent := static_percent(word)) is not None:
         settings["cache_percent"] = percent
     elif word not in MODES:
         raise ConfigError(
             f"unknown mode {word!r}", hint=f"use one of: {', '.join(MODES)}, static-0 to static-100"
         )
-    for extra in extras:
-        name, equals, value = extra.partition("=")
-        if not (name and equals and value):
-            raise ConfigError(
-                f"not a setting: {extra!r} in mode {text!r}", hint="write dual+pipeline=serial"
-            )
-        settings[name] = int(value) if value.isdecimal() else value
     attention = settings.pop("attention", None)
     if attention is not None:
         check_attention(attention)

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from dualblade.cli import options
 from dualblade.units import parse_size
 
 Modes = Annotated[
@@ -52,9 +51,11 @@ def engine_settings(
     io_engine: str, queue_depth: int | None, chunk: str | None, settings: list[str] | None
 ) -> dict[str, Any]:
     """Engine settings that were given, by name."""
+    from dualblade.config import parse_settings
+
     given: dict[str, Any] = {"io_engine": io_engine, "queue_depth": queue_depth}
     given["chunk_bytes"] = None if chunk is None else parse_size(chunk)
-    given.update(options.parse_settings(settings))
+    given.update(parse_settings(settings or ()))
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -178,18 +178,6 @@ def parse_tokens(text: str) -> int:
     return tokens
 
 
-def parse_settings(words: list[str] | None) -> dict[str, Any]:
-    """Settings of EngineConfig written NAME=VALUE, by name. Raises: ConfigError."""
-    settings: dict[str, Any] = {}
-    for word in words or ():
-        name, equals, value = word.partition("=")
-        if not (name and equals and value):
-            raise ConfigError(f"not a setting: {word!r}", hint="write it like checksums=all")
-        known = {"true": True, "false": False}
-        settings[name] = int(value) if value.isdecimal() else known.get(value, value)
-    return settings
-
-
 def engine_config(
     *, io_engine: str, queue_depth: int | None, **others: str | int | None
 ) -> EngineConfig:
