@@ -164,7 +164,7 @@ class EngineConfig:
 
 
 def parse_settings(words: Iterable[str]) -> dict[str, Any]:
-    """Settings written NAME=VALUE, by name, for `EngineConfig.from_mapping`. Raises: ConfigError."""
+    """Settings written NAME=VALUE, for `EngineConfig.from_mapping`. Raises: ConfigError."""
     known = {"true": True, "false": False}
     settings: dict[str, Any] = {}
     for word in words:
