@@ -111,9 +111,8 @@ def test_the_report_has_a_section_of_it(runs: dict[str, Any], tmp_path: Path) ->
 
 @needs_cgroup
 def test_a_limit_leaves_what_it_says_and_kills_what_needs_more() -> None:
-    options = PrefillBenchOptions(
-        **{**SHAPE, "batch": 16}, modes=("direct", "memory"), memory_limits=("50%",)
-    )
+    shape = {**SHAPE, "batch": 16, "attention": "tiles"}
+    options = PrefillBenchOptions(**shape, modes=("direct", "memory"), memory_limits=("50%",))
     result = run_prefill_bench(options)
     direct, memory = result["runs"]
     assert (direct["error"], direct["oom_killed"]) == (None, False)

@@ -64,18 +64,23 @@ def calibrate(options: ChildOptions) -> dict[str, Any]:
     """What the process needs besides its KV cache, in bytes.
 
     After loading, plus the most that one forward pass of `step_tokens` adds at the full context
-    and batch; the KV of one layer, which that pass uses in place of a cache, is not counted.
+    and batch. The KV of one layer, which that pass uses in place of a cache, is not counted for a
+    decode step; for a prefill it is: attention of many rows may copy what it is handed.
     """
     from dualblade.bench.decode_yardstick import shared_cache
 
     model, rows = load(options)
+    if options.step_tokens > 1:
+        warm_up(model, options)
     loaded = base_bytes(options.cgroup())
+    before = process_memory().resident_bytes
     count = min(options.step_tokens, options.context)
     past = options.context if count == 1 else options.context - count
     cache = shared_cache(model, rows, past, count)
     prompt = torch.ones(options.batch, past + count, dtype=torch.long, device=model.device)
     release_memory()
-    before = process_memory().resident_bytes
+    if count == 1:
+        before = process_memory().resident_bytes
     reset_peak_memory()
     with positions_checked(), torch.inference_mode():
         for _ in range(2):
@@ -192,6 +197,17 @@ def positions_checked() -> Iterator[None]:
         raise ConfigError(
             f"the model has no positions for this context: {exc}", hint="use a smaller --context"
         ) from exc
+
+
+def warm_up(model: Any, options: ChildOptions) -> None:
+    """A first chunk through transformers' own cache, as every prefill has before it: buffers that
+    libraries keep are there afterwards."""
+    from transformers import DynamicCache  # here: costs seconds to import
+
+    count = min(options.step_tokens, options.context)
+    prompt = torch.ones(options.batch, count, dtype=torch.long, device=model.device)
+    with positions_checked(), torch.inference_mode():
+        first_token(model, prompt, DynamicCache(config=model.config), count)
 
 
 def first_token(model: Any, prompt: torch.Tensor, cache: Any, chunk: int) -> torch.Tensor:

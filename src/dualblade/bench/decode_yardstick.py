@@ -32,12 +32,19 @@ class _SharedLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = self._buffers
-        new = slice(-self._new_tokens, None)
-        keys[:, :, new], values[:, :, new] = key_states, value_states
-        return keys, values
+        past = self.get_seq_length()
+        end = past + self._new_tokens
+        keys[:, :, past:end], values[:, :, past:end] = key_states, value_states
+        return keys[:, :, :end], values[:, :, :end]
 
     def get_seq_length(self) -> int:
-        return int(self._buffers[0].shape[2]) - self._new_tokens
+        return int(self._buffers[0].shape[2]) - self._new_tokens - _slack(self._new_tokens)
+
+
+def _slack(new_tokens: int) -> int:
+    """Rows at the end of a buffer that are never used: what a prefill is handed is the front of a
+    buffer that has room for more, and attention of many rows may copy what is not contiguous."""
+    return 1 if new_tokens > 1 else 0
 
 
 def shared_cache(model: Any, rows: RandomRows, tokens: int, new_tokens: int = 1) -> DynamicCache:
@@ -54,6 +61,7 @@ def shared_cache(model: Any, rows: RandomRows, tokens: int, new_tokens: int = 1)
                 cache.update(*whole_layer(rows, index, tokens, model.device), index)
             continue
         if shape not in buffers:
-            buffers[shape] = whole_layer(rows, index, tokens, model.device, spare=new_tokens)
+            spare = new_tokens + _slack(new_tokens)
+            buffers[shape] = whole_layer(rows, index, tokens, model.device, spare=spare)
         cache.layers[index] = _SharedLayer(*buffers[shape], new_tokens)
     return cache

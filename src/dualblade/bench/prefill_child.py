@@ -20,6 +20,7 @@ from dualblade.bench.child_run import (
     open_cache,
     positions_checked,
     under_limit,
+    warm_up,
 )
 from dualblade.bench.decode_rows import kv_bytes
 from dualblade.bench.workload import YARDSTICK
@@ -51,18 +52,14 @@ def prefill(options: ChildOptions) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(options.seed)
     prompt = torch.randint(vocab, (options.batch, options.context), generator=generator)
     prompt = prompt.to(model.device)
-    with positions_checked(), torch.inference_mode():
-        first_token(
-            model,
-            prompt[:, : options.step_tokens],
-            _transformers_cache(model),
-            options.step_tokens,
-        )
+    warm_up(model, options)
     with under_limit(options) as memory, contextlib.ExitStack() as stack:
         stack.enter_context(positions_checked())
         stack.enter_context(torch.inference_mode())
         if options.mode == YARDSTICK:
-            cache = _transformers_cache(model)
+            from transformers import DynamicCache  # here: costs seconds to import
+
+            cache: Any = DynamicCache(config=model.config)
         else:
             cache = stack.enter_context(open_cache(options, model))
         before = _now()
@@ -88,12 +85,6 @@ def prefill(options: ChildOptions) -> dict[str, Any]:
         "cache": stats or None,
         **budget_facts([stats["memory"]["used_bytes"]] if stats else [], stats),
     }
-
-
-def _transformers_cache(model: Any) -> Any:
-    from transformers import DynamicCache  # here: costs seconds to import
-
-    return DynamicCache(config=model.config)
 
 
 def _stalls(stats: dict[str, Any], wall_seconds: float) -> dict[str, Any]:
