@@ -297,7 +297,8 @@ class KVPipeline(LayeredKV):
 
     def _before_visit(self, unit: Unit) -> None:
         self._require_machinery().writes.wait(unit.id)
-        self._placements.visit(unit)
+        if unit.id.layer == 0 or self._placements.hits.is_counting:
+            self._placements.visit(unit)
 
     def _sweep(self) -> ReadAhead:
         """The reads over all layers known so far, in order."""

@@ -43,13 +43,15 @@ from dualblade.units import format_size
 
 log = logging.getLogger("dualblade.residency")
 
-PROBE_SECONDS = 0.1
-"""Between two readings of the memory: one costs 0.1 ms, a hundredth of a 10 ms step."""
+PROBE_SECONDS = 0.5
+"""Between two readings of the memory: one costs 0.1 ms, 0.7 with the processor's caches cold."""
 
-HITS_SECONDS = 0.5
-"""Between two measurements of hits: cachestat of 1 GiB in 4 KiB pages costs 2 ms."""
+DECIDE_SECONDS = 0.1
+"""Between two decisions that no news asks for; waits end and dwells are over by then."""
 
-_FIRST_UNIT = UnitId(0, Part.KEYS)
+HITS_SECONDS = 1.0
+"""Between two measurements of hits: cachestat of 1 GiB in 4 KiB pages costs 2 ms, asking it of 48
+units 1 ms."""
 
 _EVENTS_MAX = 256
 """Events that are kept, the newest; each was logged. Hours, where the memory is not pathological:
@@ -90,15 +92,15 @@ class MemoryWatch:
         self.budget_bytes = start_bytes
         self.stall_seconds: float | None = None
         self._source = source
-        self._looked_at = float("-inf")
+        self.looked_at = float("-inf")
 
-    def look(self, now: float, own: OwnMemory) -> None:
+    def look(self, now: float, own: Callable[[], OwnMemory]) -> None:
         """Ask again, if it is time. Raises: Unsupported without /proc/meminfo."""
         source = self._source
-        if source.read is None or now - self._looked_at < PROBE_SECONDS:
+        if source.read is None or now - self.looked_at < PROBE_SECONDS:
             return
-        self._looked_at = now
-        found = source.read(own)
+        self.looked_at = now
+        found = source.read(own())
         there = found.budget_bytes
         self.budget_bytes = there if source.asked_bytes is None else min(source.asked_bytes, there)
         self.stall_seconds = found.pressure.some_seconds if found.pressure else None
@@ -122,7 +124,7 @@ class HitSweep:
 
     def begins(self, unit: Unit) -> bool:
         """Whether `unit` is the first of a sweep."""
-        return unit.id == _FIRST_UNIT
+        return unit.id.layer == 0 and unit.id.part is Part.KEYS
 
     def begin(self, now: float) -> None:
         """A sweep begins; it counts, if it is time."""
@@ -141,6 +143,11 @@ class HitSweep:
             self.is_counting = False
             self._measured_at = now
             self._hit_fraction = self._cached / self._stored if self._stored else None
+
+    @property
+    def has_measured(self) -> bool:
+        """Whether a sweep was measured that was not told yet."""
+        return self._hit_fraction is not None
 
     def take(self) -> float | None:
         """The hits of a sweep not told yet; None: none was measured."""
@@ -181,12 +188,15 @@ class Placements:
         self._compute = StepCompute()
         self._cache_percent = cache_percent
         self._policy = ControlPolicy()
-        self._hits = HitSweep(2 * layer_count, store.cached_bytes)
+        self.hits = HitSweep(2 * layer_count, store.cached_bytes)
         self._opened_at = clock()
         self._events: deque[ResidencyEvent] = deque(maxlen=_EVENTS_MAX)
         self._has_warned = False
         self._shares: BudgetShares | None = None
         self._budget_bytes = 0
+        self._known: tuple[object, ...] = ()
+        self._decided_at = float("-inf")
+        self._steps_since = 0
         self._room = _Room(0, 0)
         self.forget()
 
@@ -197,7 +207,7 @@ class Placements:
         self._cached: frozenset[UnitId] = frozenset()
         self._demands: tuple[UnitDemand, ...] = ()
         self._planned_for: tuple[int, int, int] = (0, 0, 0)
-        self._hits.restart()
+        self.hits.restart()
         self._compute.restart()
 
     # -- at a step boundary ----------------------------------------------------------------------
@@ -222,12 +232,14 @@ class Placements:
         speeds, compute = self._speeds, self._compute.seconds
         if speeds is not None and speeds.compute_seconds != compute:
             self._speeds = replace(speeds, compute_seconds=compute)
-        own = OwnMemory(
+        self._watch.look(now, lambda: self._own(shares))
+
+    def _own(self, shares: BudgetShares) -> OwnMemory:
+        return OwnMemory(
             page_cache_bytes=self.page_cache_bytes,
             fixed_bytes=shares.fixed_bytes,
             mapped_bytes=self._store.mapped_bytes,
         )
-        self._watch.look(now, own)
 
     def follow(
         self, like: Layer, layers: Mapping[int, Layer], tokens: int, shares: BudgetShares
@@ -237,12 +249,13 @@ class Placements:
 
         `look` is called before. Blocks while units move; raises DeviceError (see Store.move).
         """
-        has_changed = self._renew_demands(like, layers, tokens)
+        horizon, batch, known = self._planned_for
+        is_as_planned = tokens <= horizon and like.batch == batch and len(layers) == known
+        if like.index and is_as_planned and shares is self._shares:
+            return  # the other layers of a step
+        has_changed = not is_as_planned and self._renew_demands(like, layers, tokens)
         budget = self._watch.budget_bytes
-        if shares is self._shares and budget == self._budget_bytes:
-            if like.index and not has_changed and self._plan is not None:
-                return  # the other layers of a step
-        else:
+        if shares is not self._shares or budget != self._budget_bytes:
             self._shares, self._budget_bytes = shares, budget
             in_force = replace(shares, budget_bytes=budget)
             self._room = _Room(in_force.page_cache_bytes, in_force.slack_bytes)
@@ -253,25 +266,26 @@ class Placements:
             if has_changed:
                 self._plan = resized(self._plan, self._demands)
         elif like.index == 0 or has_changed or room.most < self._controller.planned_bytes:
-            self._re_decide(self._controller, layers, room)
+            self._steps_since += like.index == 0
+            if has_changed or self._has_news():
+                self._re_decide(self._controller, layers, room)
         if self._controller is not None:
             assert self._controller.planned_bytes <= room.most, "more is planned than there is room"
             self._warn_once(shares, budget)
 
     def visit(self, unit: Unit) -> None:
-        """`unit` is about to be read, in the order of the sweep."""
+        """`unit` is about to be read, in the order of the sweep. Need be told of the first layer's
+        units alone, until `hits.is_counting`."""
         if self._controller is None:
             return
-        if self._hits.begins(unit):
-            self._hits.begin(self._clock())
-        if self._hits.is_counting:  # one sweep in many: what is not measured costs next to nothing
-            self._hits.visit(unit, self.door(unit.id), self._clock())
+        if self.hits.begins(unit):
+            self.hits.begin(self._clock())
+        if self.hits.is_counting:
+            self.hits.visit(unit, self.door(unit.id), self._clock())
 
     def _renew_demands(self, like: Layer, layers: Mapping[int, Layer], tokens: int) -> bool:
         """Whether what the units will need has changed; the same tuple as long as it has not."""
-        horizon, batch, known = self._planned_for
-        if tokens <= horizon and like.batch == batch and len(layers) == known:
-            return False
+        horizon, _, _ = self._planned_for
         if tokens > horizon:
             ahead = tokens_ahead(tokens, None)
             most = self._tokens_max
@@ -322,6 +336,7 @@ class Placements:
     def _observation(self, room: _Room, hits: float | None = None) -> Observation:
         return Observation(
             time_seconds=self._clock(),
+            steps=self._steps_since,
             demands=self._demands,
             page_cache_bytes=room.size_bytes,
             slack_bytes=room.slack_bytes,
@@ -330,8 +345,19 @@ class Placements:
             stall_seconds=self._watch.stall_seconds,
         )
 
+    def _has_news(self) -> bool:
+        """Whether anything that a decision follows from can have changed since the last one."""
+        known = (self._room, self._speeds, self._watch.looked_at)
+        return (
+            known != self._known
+            or self.hits.has_measured
+            or self._clock() - self._decided_at >= DECIDE_SECONDS
+        )
+
     def _re_decide(self, controller: Controller, layers: Mapping[int, Layer], room: _Room) -> None:
-        seen = self._observation(room, self._hits.take())
+        seen = self._observation(room, self.hits.take())
+        self._known = (self._room, self._speeds, self._watch.looked_at)
+        self._decided_at, self._steps_since = seen.time_seconds, 0
         if seen.hit_fraction is not None and seen.hit_fraction < self._policy.hit_fraction_min:
             self._demands = tuple(
                 replace(d, stored_bytes=_stored_bytes(layers, d.unit)) for d in self._demands
@@ -346,7 +372,7 @@ class Placements:
         self._plan = replace(after(self._plan, event), page_cache_bytes_max=room.size_bytes)
         self._cached = controller.cached_units
         self._carry_out(event, layers)
-        self._hits.restart()
+        self.hits.restart()
 
     def _carry_out(self, event: Event, layers: Mapping[int, Layer]) -> None:
         """Move the units of the event. Demotions first: their memory may be what the promotions

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from dualblade.geometry import UnitId
 from dualblade.residency.events import Cause, Event, Observation
 from dualblade.residency.plan import MARGIN_FRACTION, UnitDemand, spread_order
-from dualblade.residency.speeds import Worth, worth_caching
+from dualblade.residency.speeds import DoorSpeeds, Worth, worth_caching
 from dualblade.units import format_size
 
 _PRESSURE_SHARE = 8
@@ -98,10 +99,11 @@ class Controller:
         return self._planned_bytes
 
     def decide(self, seen: Observation) -> Event | None:
-        """What to move before the next step; None: nothing. Call once at each step boundary."""
+        """What to move before the next step; None: nothing. Call at step boundaries, at each one
+        that brings news."""
         grew = self._take_demands(seen.demands)
         fell = seen.page_cache_bytes < self._told_bytes
-        self._steps_since_move += 1
+        self._steps_since_move += seen.steps
         self._hear_news(seen)
         stalled = self._stalls.share(seen) > self._policy.stall_fraction_max
         # What the probe tells comes first: hits of the sweep before a squeeze teach nothing.
@@ -206,13 +208,7 @@ class Controller:
 
     def _worth_keeping(self, seen: Observation) -> Worth:
         """As much as is worth having, and more where that is for a small lead of compute."""
-        room, speeds = self._room(seen), seen.speeds
-        worth = worth_caching(self._total_bytes, room, speeds)
-        if speeds is None or not speeds.compute_seconds:
-            return worth
-        less = replace(speeds, compute_seconds=speeds.compute_seconds * _CLEARLY_KEEPS_UP)
-        careful = worth_caching(self._total_bytes, room, less)
-        return max(worth, careful, key=lambda either: either.cache_bytes)
+        return _worth_keeping(self._total_bytes, self._room(seen), seen.speeds)
 
     def _promotion(self, seen: Observation) -> Event | None:
         if len(self._cached) == len(self._ordered):
@@ -310,6 +306,16 @@ class Controller:
             promoted=tuple(unit.unit for unit in up),
             reason=reason,
         )
+
+
+@lru_cache(maxsize=8)
+def _worth_keeping(total_bytes: int, room_bytes: int, speeds: DoorSpeeds | None) -> Worth:
+    worth = worth_caching(total_bytes, room_bytes, speeds)
+    if speeds is None or not speeds.compute_seconds:
+        return worth
+    less = replace(speeds, compute_seconds=speeds.compute_seconds * _CLEARLY_KEEPS_UP)
+    careful = worth_caching(total_bytes, room_bytes, less)
+    return max(worth, careful, key=lambda either: either.cache_bytes)
 
 
 class _StallWindow:

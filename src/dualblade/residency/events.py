@@ -30,6 +30,7 @@ class Observation:
     time_seconds      monotonic.
     demands           all units in the order of the sweep; the same object while none has changed.
     page_cache_bytes  room as the budget probe tells it: BudgetShares.page_cache_bytes.
+    steps             that have begun since the last observation.
     slack_bytes       of the margin under the budget, what the plan may stand above the room before
                       units go: readings swing by that much.
     hit_fraction      of reads through the page cache, of sweeps after the last move alone.
@@ -40,6 +41,7 @@ class Observation:
     time_seconds: float
     demands: tuple[UnitDemand, ...]
     page_cache_bytes: int
+    steps: int = 1
     slack_bytes: int = 0
     speeds: DoorSpeeds | None = None
     hit_fraction: float | None = None

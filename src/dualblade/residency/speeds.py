@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from dataclasses import dataclass
+from functools import lru_cache
 
 from dualblade.units import format_size
 
@@ -130,8 +131,12 @@ class Worth:
     reason: str | None
 
 
+@lru_cache(maxsize=16)
 def worth_caching(total_bytes: int, room_bytes: int, speeds: DoorSpeeds | None) -> Worth:
-    """Most bytes that shorten the step, of what there is room for. Never falls as room grows."""
+    """Most bytes that shorten the step, of what there is room for. Never falls as room grows.
+
+    Remembers its last answers: it is asked at each step boundary, and little changes between two.
+    """
     room = min(total_bytes, room_bytes)
     if speeds is None:
         return Worth(cache_bytes=room, reason=None)
