@@ -109,8 +109,10 @@ def test_both_doors_see_the_same_bytes(members: list[str], engine: Engine, arena
             fill(arena, bytes(len(data)))
             store.read(extent, 0, arena.address, len(data)).wait()
             assert arena.buffer[: len(data)] == data
-            expected = 6 * MIB if door is Door.PAGE_CACHE else 0
-            assert store.cached_bytes(extent) == store.page_cache_bytes() == expected
+            cached = store.cached_bytes(extent)
+            # The machine may take pages at any moment, and none may come.
+            assert 6 * MIB >= cached >= store.page_cache_bytes() >= 0
+            assert (cached > 0) == (door is Door.PAGE_CACHE)
 
 
 def test_any_transfers_equal_a_bytearray(members: list[str], engine: Engine, arena: Arena) -> None:

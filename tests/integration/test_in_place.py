@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dualblade.config import EngineConfig
+from dualblade.host import mapped
 from dualblade.host.groups import FilePages
 from dualblade.host.memory import MemoryProbe, OwnMemory
 from dualblade.io import Arena, Engine, open_engine
@@ -127,6 +128,16 @@ def test_a_page_that_cannot_be_had_is_no_signal(tmp_path: Path, engine: Engine) 
         assert there.hold() is None
         os.truncate(path, extent.range.end)
     assert there.hold() is None  # the store is closed
+
+
+def test_a_kernel_that_cannot_bring_pages_is_read_from(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mapped, "_MADV_POPULATE_READ", 9999)  # EINVAL, as before Linux 5.14
+    with Store.open(tmp_path / "kv.store", engine, capacity_bytes=16 * MIB) as store:
+        assert store.in_place(filled(store)[0], *PART) is None
+        monkeypatch.undo()
+        assert store.in_place(filled(store)[0], *PART) is None  # it is not asked again
 
 
 def test_striped_stores_and_engines_that_must_see_all_are_read(tmp_path: Path) -> None:

@@ -2,16 +2,18 @@
 
 Nothing is copied: what reads the memory reads the kernel's pages, which the kernel may still take
 back at any time. It then reads them again when they are touched; so `hold` a part just before it
-is used, which brings and maps its pages and tells when one cannot be read. Between `hold` and the
-use a page can only go missing if memory runs out in that moment; that its second reading fails too
-would end the process (SIGBUS), never read something else.
+is used, which maps its pages and tells when one is missing or cannot be read. Between `hold` and
+the use a page can only go missing if memory runs out in that moment; that its second reading fails
+too would end the process (SIGBUS), never read something else.
 """
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import mmap
+import os
+
+from dualblade.host.page_cache import cached_bytes
 
 _MADV_POPULATE_READ = 22
 """Linux 5.14. Debian 12's Python does not name it."""
@@ -37,7 +39,7 @@ class FileMemory:
     pages. `buffer` are its bytes: nobody may use them, or parts of them, after `close`.
 
     `held_bytes` is how far parts of it were held: at most so much of it is mapped.
-    Raises: OSError.
+    Raises: OSError; EINVAL before Linux 5.14.
     """
 
     def __init__(self, fd: int, offset: int, size_bytes: int) -> None:
@@ -45,26 +47,36 @@ class FileMemory:
         address = _libc.mmap(None, size_bytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, offset)
         if address == _MAP_FAILED:
             number = ctypes.get_errno()
-            raise OSError(number, errno.errorcode.get(number, "mmap"))
+            raise OSError(number, os.strerror(number))
         self.address: int = address
         self.size_bytes = size_bytes
+        self._fd, self._offset = fd, offset
         self.held_bytes = 0
         self.buffer = memoryview((ctypes.c_ubyte * size_bytes).from_address(address)).cast("B")
         self._is_open = True
+        # No MADV_RANDOM: what is used through such a mapping is unused to the kernel's reclaim.
+        if _libc.madvise(address, 0, _MADV_POPULATE_READ):  # does the kernel know it?
+            number = ctypes.get_errno()
+            self.close()
+            raise OSError(number, os.strerror(number))
+
+    def is_cached(self, offset: int, size_bytes: int) -> bool:
+        """Whether all of a part is in the page cache now. Raises: DeviceError."""
+        if cached_bytes(self._fd, self._offset + offset, size_bytes).cached_bytes >= size_bytes:
+            return True
+        self.held_bytes = min(self.held_bytes, offset)  # what is not cached is not mapped
+        return False
 
     def hold(self, offset: int, size_bytes: int) -> bool:
-        """Have the pages of a part at hand; False when that cannot be: closed, a page that cannot
-        be read, or a kernel that does not do it. Costs 2 us for pages that are mapped already."""
-        if not self._is_open:
+        """Have the pages of a part at hand; False when that cannot be: closed, not all cached any
+        more (this reads nothing), or a page that cannot be read. Costs some microseconds for pages
+        that are mapped already. Raises: DeviceError."""
+        if not self._is_open or not self.is_cached(offset, size_bytes):
             return False
         if _libc.madvise(self.address + offset, size_bytes, _MADV_POPULATE_READ):
             return False
         self.held_bytes = max(self.held_bytes, offset + size_bytes)
         return True
-
-    def lost(self, offset: int) -> None:
-        """From `offset` on pages are not cached any more, so they are not mapped."""
-        self.held_bytes = min(self.held_bytes, offset)
 
     def close(self) -> None:
         """Take the memory away. Twice is once."""

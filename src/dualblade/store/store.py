@@ -229,18 +229,15 @@ class Store:
         self._check_open()
         if extent.door is not Door.PAGE_CACHE or not self._maps:
             return None
-        ((fd, at, size),) = self._buffered(extent)
-        if cached_bytes(fd, at + offset, size_bytes).cached_bytes < size_bytes:
-            if extent.memory is not None:
-                extent.memory.lost(offset)
-            return None
         if extent.memory is None:
             try:
-                extent.memory = FileMemory(fd, at, size)
+                extent.memory = FileMemory(*self._buffered(extent)[0])
             except OSError as exc:
                 log.info("%s is not read in place: %s", self.path, exc)
                 self._maps = False
                 return None
+        if not extent.memory.is_cached(offset, size_bytes):
+            return None
         return InPlace(extent.memory, offset, size_bytes, self.counters)
 
     @property
