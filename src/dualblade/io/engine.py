@@ -141,8 +141,9 @@ class Engine:
     """Carries transfers. Made by open_engine; any thread may submit.
 
     Limits: `queue_depth` pieces of at most `chunk_bytes` are in flight, first in, first out
-    across tickets; with io_uring that holds for each door, and neither waits for the other. A
-    forked child cannot use it (Closed); the parent is not disturbed.
+    across tickets; with io_uring that holds for each door, and neither waits for the other, and
+    writes of the page cache are cut into pieces of 4 MiB (native/engine/uring_engine.cpp). A forked
+    child cannot use it (Closed); the parent is not disturbed.
 
     name     what carries the direct door: uring-cmd, io_uring, nvme-ioctl or posix.
     choice   the word that it was asked for by; a store obeys it.

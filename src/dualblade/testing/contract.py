@@ -270,7 +270,9 @@ class DeviceContract:
             ticket.wait(timeout_seconds=PATIENCE_SECONDS)
         error = caught.value
         assert (error.errno, error.operation, error.path) == (errno.EBADF, "write", "some/store")
-        assert (error.offset, error.size_bytes) == (at, CHUNK_BYTES)
+        assert error.offset == at
+        # Not through the direct door, for a bad descriptor is none: writes are cut less finely.
+        assert error.size_bytes in (CHUNK_BYTES, 3 * CHUNK_BYTES)
         assert ticket.done
         assert ticket.landed_bytes == at
         assert engine.counters().write_ops < 66
