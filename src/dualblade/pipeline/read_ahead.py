@@ -123,17 +123,19 @@ class ReadAhead:
             if not visit.coming:
                 self._issue(visit, wait=True)  # all slots are still read by copies
                 assert visit.coming, "a free slot always serves the head of the sweep first"
-            coming = visit.coming.popleft()
-            landing = self._hold(index, coming) if isinstance(coming, _Lying) else None
-            if landing is None:
-                if isinstance(coming, _Lying):
+            landing, coming = None, visit.coming.popleft()
+            if isinstance(coming, _Lying):
+                landing = self._hold(index, coming)
+                if landing is None:
                     coming = self._read(*coming.wanted, self._spare_slot())
+            if isinstance(coming, _Read):
                 landing = coming.landing
                 try:
                     self._wait_for(index, coming)
                 except BaseException:
                     visit.coming.appendleft(coming)  # so that cancel() finds the slot
                     raise
+            assert landing is not None, "in place, or read"
             yield landing
             if not landing.in_place:
                 self._release(landing.slot)
