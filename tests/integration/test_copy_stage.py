@@ -112,7 +112,7 @@ def test_tiles_flow_through_all_stages_at_once(bottleneck: str, tmp_path: Path) 
         for seed in (100, 200, 300):
             bench.step(seed, over_tiles=True)
         slots = bench.kv._require_machinery().read_slots
-        slot_count = slots.free_count + sum(len(v.landing) for v in bench.kv._sweep()._visits)
+        slot_count = slots.free_count + sum(len(v.coming) for v in bench.kv._sweep()._visits)
         bench.kv._drop_sweep()
         while slots.free_count:  # notes the copies of the last pieces
             slots.acquire()
