@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -338,6 +339,46 @@ def envelope() -> str:
     )
 
 
+def checksums() -> str:
+    data = load("checksums")
+    off = {run["repeat"]: run for run in data["runs"] if run["mode"].endswith("=off")}
+    rows = []
+    for item in data["summary"]:
+        runs = [run for run in data["runs"] if run["mode"] == item["mode"]]
+        ratios = [
+            run["step_seconds_median"] / off[run["repeat"]]["step_seconds_median"] for run in runs
+        ]
+        own = [run["seconds_per_step"]["checksums"] for run in runs]
+        _, _, word = item["mode"].partition("=")
+        rows.append(
+            [
+                word or "sample",
+                f"{1000 * item['step_seconds_median']:.0f}",
+                f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})",
+                f"{1000 * statistics.median(own):.1f}",
+            ]
+        )
+    head = ["checksums", "ms/step", "step / off (spread)", "of it ms in checksums"]
+    first = data["runs"][0]
+    return (
+        f"{table(head, rows)}\n\nLlama-3.2-1B shape, KV {first['kv_bytes'] / GIB:.2f} GiB, direct "
+        f"path, runs in turn, ratios within a round of {len(off)}; `{data['command']}`; file: "
+        "`results/checksums.json`."
+    )
+
+
+def control() -> str:
+    data = load("control")
+    spent = data["control_seconds_per_step"]
+    return (
+        f"Following the memory takes {1000 * spent['mean']:.2f} ms a step, "
+        f"{100 * data['share_of_a_10_ms_step']:.1f} % of one of 10 ms: "
+        f"{1000 * spent['median']:.2f} ms in most steps, {1000 * spent['p99']:.1f} where the memory "
+        f"is asked for (twice a second). {data['units']} units, all in the page cache; "
+        f"`{data['command']}` on {machine_line(data['machine'])}; file: `results/control.json`."
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "io": io,
@@ -349,6 +390,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "lookup": lookup,
     "prefill": prefill,
     "envelope": envelope,
+    "checksums": checksums,
+    "control": control,
 }
 
 
