@@ -24,6 +24,7 @@ from dualblade.bench.report_prefill import prefill_section
 from dualblade.bench.report_section import Made, Named, Section
 from dualblade.bench.report_tables import (
     attention_section,
+    control_section,
     demo_section,
     generate_section,
     io_section,
@@ -107,6 +108,7 @@ def kind_of(result: Any) -> str | None:
         return None
     marks = {
         "striping": {"benchmark", "throttle_bytes_per_second", "runs"},
+        "control": {"control_seconds_per_step", "share_of_a_10_ms_step", "machine"},
         "envelope": {"benchmark", "calibration", "target"},
         "io": {"read_bytes_per_second", "effective_queue_depth", "machine"},
         "attention": {"bench", "kernel", "threads", "machine"},
@@ -145,6 +147,7 @@ SECTIONS: dict[str, Callable[[list[Named]], Made]] = {
     "demo": demo_section,
     "io": io_section,
     "striping": striping_section,
+    "control": control_section,
     "attention": attention_section,
     "generate": generate_section,
 }

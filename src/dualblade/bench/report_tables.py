@@ -37,6 +37,28 @@ def io_section(group: list[Named]) -> Made:
     return section, [(f"{ratio:.2f} x", f"fio's bandwidth at {options['chunk_bytes'] >> 10} KiB")]
 
 
+def control_section(group: list[Named]) -> Made:
+    """`scripts/measure_control.py`: what following the memory costs a step."""
+    ((name, result),) = group
+    spent = result["control_seconds_per_step"]
+    section = Section(
+        title="Following the memory",
+        file=name,
+        about=f"What the probe, the hits and the controller take of a decode step with "
+        f"{result['units']} units, all in the page cache; {result['steps']} steps.",
+        command=result["command"],
+        machine=result["machine"],
+        head=["mean ms", "median ms", "p99 ms", "of a 10 ms step"],
+        rows=[
+            [
+                *(f"{1000 * spent[key]:.3f}" for key in ("mean", "median", "p99")),
+                f"{100 * result['share_of_a_10_ms_step']:.1f} %",
+            ]
+        ],
+    )
+    return section, []
+
+
 def striping_section(group: list[Named]) -> Made:
     """`scripts/measure_striping.py`: devices throttled to a speed that is known."""
     ((name, result),) = group
