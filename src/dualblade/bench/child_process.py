@@ -53,13 +53,14 @@ def run_child(payload: dict[str, Any], group: MemoryCgroup | None) -> ChildOutco
         try:
             out, _ = child.communicate(json.dumps(payload))
         except BaseException:
-            _stop(child)
+            stop_child(child)
             raise
         errors.seek(0)
         return _outcome(child.returncode, out, errors.read(), group)
 
 
-def _stop(child: subprocess.Popen[str]) -> None:
+def stop_child(child: subprocess.Popen[str]) -> None:
+    """Interrupt `child`, end it if that does not help, and close its pipes."""
     try:
         child.send_signal(signal.SIGINT)
         child.wait(_LET_GO_SECONDS)

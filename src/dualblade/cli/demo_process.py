@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -11,14 +10,13 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 
+from dualblade.bench.child_process import stop_child
 from dualblade.cli.demo_run import DemoRun
 from dualblade.cli.output import Reporter
 from dualblade.errors import DualBladeError
 from dualblade.host.cgroup import MemoryCgroup
 
 _COMMAND = [sys.executable, "-m", "dualblade.cli.demo_run"]
-_LET_GO_SECONDS = 15.0
-"""For a child that was interrupted to close its cache; then it is killed."""
 
 
 def run_demo_child(options: DemoRun, *, in_cgroup: bool, reporter: Reporter) -> dict[str, Any]:
@@ -50,7 +48,7 @@ def run_demo_child(options: DemoRun, *, in_cgroup: bool, reporter: Reporter) -> 
         try:
             said = _follow(child, json.dumps(asdict(options)), reporter)
         except BaseException:
-            _stop(child)
+            stop_child(child)
             raise
         out.seek(0)
         lines = out.read().splitlines()
@@ -84,14 +82,3 @@ def _follow(child: subprocess.Popen[str], options: str, reporter: Reporter) -> s
             reporter.tell(said)
     child.wait()
     return said
-
-
-def _stop(child: subprocess.Popen[str]) -> None:
-    try:
-        child.send_signal(signal.SIGINT)
-        child.wait(_LET_GO_SECONDS)
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        child.kill()
-        child.wait()

@@ -13,24 +13,12 @@ import ctypes
 import mmap
 import os
 
-from dualblade.host.page_cache import cached_bytes
+from dualblade.host.page_cache import cached_bytes, map_pages, unmap_pages
 
 _MADV_POPULATE_READ = 22
 """Linux 5.14. Debian 12's Python does not name it."""
 
-_MAP_FAILED = ctypes.c_void_p(-1).value
-
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int64,
-]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
@@ -44,11 +32,8 @@ class FileMemory:
 
     def __init__(self, fd: int, offset: int, size_bytes: int) -> None:
         assert offset % mmap.PAGESIZE == size_bytes % mmap.PAGESIZE == 0, "not whole pages"
-        address = _libc.mmap(None, size_bytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, offset)
-        if address == _MAP_FAILED:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
-        self.address: int = address
+        address = map_pages(fd, offset, size_bytes)
+        self.address = address
         self.size_bytes = size_bytes
         self._fd, self._offset = fd, offset
         self.held_bytes = 0
@@ -83,4 +68,4 @@ class FileMemory:
         if self._is_open:
             self._is_open = False
             self.held_bytes = 0
-            _libc.munmap(self.address, self.size_bytes)
+            unmap_pages(self.address, self.size_bytes)

@@ -98,6 +98,21 @@ def drop(fd: int, offset: int, size_bytes: int) -> None:
         raise _device_error("drop", fd, exc.errno or errno.EIO, offset, size_bytes) from exc
 
 
+def map_pages(fd: int, offset: int, size_bytes: int) -> int:
+    """Address of whole pages of an open file or block device, shared and read-only, not touched
+    yet. Raises: OSError. By the C library, for Python's mmap keeps a descriptor for each."""
+    address = _libc.mmap(None, size_bytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, offset)
+    if address == _MAP_FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return int(address)
+
+
+def unmap_pages(address: int, size_bytes: int) -> None:
+    """Take away what `map_pages` mapped."""
+    _libc.munmap(address, size_bytes)
+
+
 def _check_range(offset: int, size_bytes: int) -> None:
     assert offset >= 0, f"negative offset {offset}"
     assert size_bytes >= 0, f"negative size {size_bytes}"
@@ -133,15 +148,16 @@ def _mincore(fd: int, offset: int, size_bytes: int) -> int:
     """
     start = offset // mmap.PAGESIZE * mmap.PAGESIZE
     length = offset + size_bytes - start
-    address = _libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, start)
-    if address == _MAP_FAILED:
-        raise _device_error("mmap", fd, ctypes.get_errno(), offset, size_bytes)
+    try:
+        address = map_pages(fd, start, length)
+    except OSError as exc:
+        raise _device_error("mmap", fd, exc.errno or errno.EIO, offset, size_bytes) from exc
     try:
         flags = (ctypes.c_ubyte * -(-length // mmap.PAGESIZE))()
         if _libc.mincore(address, length, ctypes.byref(flags)):
             raise _device_error("mincore", fd, ctypes.get_errno(), offset, size_bytes)
     finally:
-        _libc.munmap(address, length)
+        unmap_pages(address, length)
     # Bit 0 alone has a meaning; the kernel sets no other. bytes.count is 20 times faster than sum.
     return bytes(flags).count(1) * mmap.PAGESIZE
 
