@@ -84,9 +84,8 @@ def test_the_tiny_scenario_and_its_report(tmp_path: Path) -> None:
 
 def test_all_packaged_scenarios_are_valid_and_say_what_they_need() -> None:
     names = scenario_names()
-    assert {"tiny", "quick", "paper", "ablation", "laptop-8gb", "jetson", "long-document"} == set(
-        names
-    )
+    assert {"tiny", "quick", "paper", "ablation", "pipeline"} < set(names)
+    assert {"laptop-8gb", "jetson", "long-document"} < set(names)
     for scenario in map(find_scenario, names):
         assert scenario.title
         assert scenario.about
@@ -112,7 +111,17 @@ def test_a_file_has_runs_with_defaults(tmp_path: Path) -> None:
     assert (one.options.context, two.options.context) == (512, 64)
     assert (one.run_count, two.run_count, scenario.run_count) == (4, 1, 5)
     assert {entry.options.store for entry in scenario.entries} == {tmp_path / "kv.store"}
-    assert scenario.device_bytes_per_second is None
+    assert {entry.device_bytes_per_second for entry in scenario.entries} == {None}
+
+
+def test_a_drive_may_be_held_to_a_speed_in_all_runs_or_in_one(tmp_path: Path) -> None:
+    text = GOOD.replace("minutes = 1", "minutes = 1\ndevice_bytes_per_second = 1_000_000_000")
+    text = text.replace('name = "two"', 'name = "two"\ndevice_bytes_per_second = "200MiB"')
+    scenario = read_scenario(written(tmp_path, text))
+    assert [entry.device_bytes_per_second for entry in scenario.entries] == [
+        10**9,
+        200 * MIB,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -137,6 +146,7 @@ def test_a_file_has_runs_with_defaults(tmp_path: Path) -> None:
         ("minutes = 1", "minutes = 1\nhours = 2", "unknown key 'hours'"),
         ("minutes = 1", "minutes = 'long'", "minutes cannot be"),
         ("minutes = 1", "minutes = 1\ndevice_bytes_per_second = 'fast'", "not a size"),
+        ('name = "two"', 'name = "two"\ndevice_bytes_per_second = []', r"\(two\) not a size"),
         ('title = "T"', "title = ", "not TOML"),
     ],
 )

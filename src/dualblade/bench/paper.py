@@ -72,18 +72,16 @@ def run_paper(
         output.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise ConfigError(f"cannot make {output}: {exc.strerror}") from exc
-    speed = scenario.device_bytes_per_second
     told = []
-    with contextlib.nullcontext() if speed is None else throttled(folder, speed):
-        for number, entry in enumerate(scenario.entries):
-            following = sum(later.run_count for later in scenario.entries[number + 1 :])
-            watch = Watch(
-                progress=_prefixed(
-                    f"[{number + 1}/{len(scenario.entries)} {entry.name}]", progress
-                ),
-                log_path=output / f"{entry.name}.jsonl",
-                following=following,
-            )
+    for number, entry in enumerate(scenario.entries):
+        following = sum(later.run_count for later in scenario.entries[number + 1 :])
+        watch = Watch(
+            progress=_prefixed(f"[{number + 1}/{len(scenario.entries)} {entry.name}]", progress),
+            log_path=output / f"{entry.name}.jsonl",
+            following=following,
+        )
+        speed = entry.device_bytes_per_second
+        with contextlib.nullcontext() if speed is None else throttled(folder, speed):
             told.append(_one(scenario, entry, output / f"{entry.name}.json", keep, watch))
     if all(each["error"] is not None for each in told):
         raise DualBladeError(f"no run of {scenario.name} got through: {told[0]['error']}")
@@ -120,7 +118,7 @@ def _one(scenario: Scenario, entry: Entry, file: Path, keep: Keep, watch: Watch)
             "scenario": {
                 "name": scenario.name,
                 "run": entry.name,
-                "device_bytes_per_second": scenario.device_bytes_per_second,
+                "device_bytes_per_second": entry.device_bytes_per_second,
             },
         },
     )

@@ -12,6 +12,7 @@ from dualblade.bench.report_section import (
     Made,
     Named,
     Section,
+    drive_text,
     limit_text,
     median,
     mib,
@@ -106,8 +107,9 @@ def decode_section(group: list[Named]) -> Made:
         file=name,
         about=(
             f"{workload_text(options)}, attention {first['attention']}, KV "
-            f"{first['kv_bytes'] / GIB:.2f} GiB, engine {', '.join(engines) or 'none'}. Medians "
-            f"of {options['repeats']} runs of {options['steps']} steps, least to most beside."
+            f"{first['kv_bytes'] / GIB:.2f} GiB, engine {', '.join(engines) or 'none'}"
+            f"{drive_text(result)}. Medians of {options['repeats']} runs of "
+            f"{options['steps']} steps, least to most beside."
         ),
         command=result["command"],
         machine=result["machine"],

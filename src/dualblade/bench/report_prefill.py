@@ -11,6 +11,7 @@ from dualblade.bench.report_section import (
     Made,
     Named,
     Section,
+    drive_text,
     limit_text,
     mib,
     number_text,
@@ -49,8 +50,8 @@ def prefill_section(group: list[Named]) -> Made:
         file=name,
         about=(
             f"{workload_text(options)} in chunks of {options['prefill_chunk']}, attention "
-            f"{done[0]['attention']}, KV {done[0]['kv_bytes'] / GIB:.2f} GiB. Until the first "
-            f"token; of mapped files the stall leaves out what the kernel waits inside copies. "
+            f"{done[0]['attention']}, KV {done[0]['kv_bytes'] / GIB:.2f} GiB"
+            f"{drive_text(result)}. Until the first token; of mapped files the stall leaves out what the kernel waits inside copies. "
             f"Medians of {options['repeats']} runs, least to most beside."
         ),
         command=result["command"],

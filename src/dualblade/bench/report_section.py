@@ -44,6 +44,12 @@ def workload_text(options: Mapping[str, Any]) -> str:
     )
 
 
+def drive_text(result: Mapping[str, Any]) -> str:
+    """The speed that a scenario held the drive to, if it did."""
+    speed = result.get("scenario", {}).get("device_bytes_per_second")
+    return "" if speed is None else f", drive held to {speed / 1e6:.0f} MB/s"
+
+
 def limit_text(text: str | None) -> str:
     """A limit as it was asked for; None: no limit."""
     return figures.limit_word(text)

@@ -1,10 +1,10 @@
 """Scenario files: which benchmarks make an experiment, with what settings, and why (in comments).
 
     title, about, minutes       what it is, what it answers, how long it takes
-    device_bytes_per_second     optional: the drive is held to this speed
+    device_bytes_per_second     optional: the drive is held to this speed, in all runs
     [defaults]                  settings of all runs that have them
-    [[runs]]                    name, benchmark (decode or prefill), and settings by the names of
-                                DecodeBenchOptions or PrefillBenchOptions
+    [[runs]]                    name, benchmark (decode or prefill), maybe a speed of its own, and
+                                settings by the names of DecodeBenchOptions or PrefillBenchOptions
 
 What is wrong with a file is told with the file, the run, the key and what would be allowed.
 """
@@ -38,11 +38,13 @@ BENCHMARKS: dict[str, type[Options]] = {
 _NOT_IN_FILES = {"store", "trace"}
 """Of one machine, or for looking into one run."""
 
+_SPEED = "device_bytes_per_second"
+
 _ROOT: dict[str, type | tuple[type, ...]] = {
     "title": str,
     "about": str,
     "minutes": int,
-    "device_bytes_per_second": (int, str),
+    _SPEED: (int, str),
 }
 
 _TYPES: dict[str, tuple[type, str]] = {
@@ -57,11 +59,12 @@ _TYPES: dict[str, tuple[type, str]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One benchmark of a scenario. Its result is NAME.json."""
+    """One benchmark of a scenario. Its result is NAME.json. None: the drive as it is."""
 
     name: str
     benchmark: str
     options: Options
+    device_bytes_per_second: int | None = None
 
     @property
     def run_count(self) -> int:
@@ -84,7 +87,6 @@ class Scenario:
     title: str
     about: str
     minutes: int
-    device_bytes_per_second: int | None
     entries: tuple[Entry, ...]
 
     @property
@@ -131,22 +133,21 @@ def read_scenario(path: Path) -> Scenario:
     root = {name: value for name, value in told.items() if name not in ("defaults", "runs")}
     _check_keys(path, "", root, {*_ROOT, "defaults", "runs"})
     for name, kind in _ROOT.items():
-        if name not in root and name != "device_bytes_per_second":
+        if name not in root and name != _SPEED:
             raise ConfigError(f"{path}: {name} is missing")
         if name in root and (isinstance(root[name], bool) or not isinstance(root[name], kind)):
             raise ConfigError(f"{path}: {name} cannot be {root[name]!r}")
-    speed = root.get("device_bytes_per_second")
+    speed = root.get(_SPEED)
     return Scenario(
         name=path.stem,
         title=root["title"],
         about=root["about"],
         minutes=root["minutes"],
-        device_bytes_per_second=None if speed is None else _told_in(path, parse_size, speed),
-        entries=_entries(path, told.get("defaults", {}), told.get("runs", [])),
+        entries=_entries(path, speed, told.get("defaults", {}), told.get("runs", [])),
     )
 
 
-def _entries(path: Path, defaults: Any, runs: Any) -> tuple[Entry, ...]:
+def _entries(path: Path, speed: Any, defaults: Any, runs: Any) -> tuple[Entry, ...]:
     if not isinstance(defaults, dict):
         raise ConfigError(f"{path}: defaults is a table, [defaults]")
     if not isinstance(runs, list) or not runs or not all(isinstance(run, dict) for run in runs):
@@ -154,7 +155,7 @@ def _entries(path: Path, defaults: Any, runs: Any) -> tuple[Entry, ...]:
     _check_keys(path, " [defaults]", defaults, {*_settings("decode"), *_settings("prefill")})
     entries: list[Entry] = []
     for number, run in enumerate(runs, start=1):
-        entries.append(_entry(path, number, defaults, run))
+        entries.append(_entry(path, number, defaults, {_SPEED: speed} | run))
         if entries[-1].name in {entry.name for entry in entries[:-1]}:
             raise ConfigError(f"{path}: two runs have the name {entries[-1].name!r}")
     return tuple(entries)
@@ -174,8 +175,8 @@ def _entry(path: Path, number: int, defaults: Mapping[str, Any], run: Mapping[st
             hint=f"use one of: {', '.join(BENCHMARKS)}",
         )
     known = _settings(benchmark)
-    given = {key: value for key, value in run.items() if key not in ("name", "benchmark")}
-    _check_keys(path, where, given, set(known))
+    given = {key: value for key, value in run.items() if key not in ("name", "benchmark", _SPEED)}
+    _check_keys(path, where, given, {*known, _SPEED})
     settings = {key: value for key, value in defaults.items() if key in known} | given
     for key, value in settings.items():
         kind, words = _TYPES[known[key]]
@@ -185,7 +186,10 @@ def _entry(path: Path, number: int, defaults: Mapping[str, Any], run: Mapping[st
     if "model" not in settings:
         raise ConfigError(f"{path}:{where}: model is missing", hint="such as random:opt-1.3b")
     options = _told_in(path, lambda all_: BENCHMARKS[benchmark](**all_), settings, where)
-    return Entry(name=name, benchmark=benchmark, options=options)
+    speed = run[_SPEED]
+    if speed is not None:
+        speed = _told_in(path, parse_size, speed, where)
+    return Entry(name=name, benchmark=benchmark, options=options, device_bytes_per_second=speed)
 
 
 def _settings(benchmark: str) -> dict[str, str]:
