@@ -52,7 +52,8 @@ def prefill_section(group: list[Named]) -> Made:
             f"{workload_text(options)} in chunks of {options['prefill_chunk']}, attention "
             f"{done[0]['attention']}, KV {done[0]['kv_bytes'] / GIB:.2f} GiB"
             f"{drive_text(result)}. Until the first token; of mapped files the stall leaves out "
-            f"what the kernel waits inside copies. Medians of {options['repeats']} runs, least to most beside."
+            f"what the kernel waits inside copies. Medians of {options['repeats']} runs, "
+            f"least to most beside."
         ),
         command=result["command"],
         machine=result["machine"],
