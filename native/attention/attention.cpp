@@ -24,12 +24,8 @@ namespace {
 constexpr std::int64_t kItemsMin = 16;
 constexpr std::int64_t kLanesMax = 8;
 
-std::int64_t round_up(std::int64_t value, std::int64_t unit) {
-    return (value + unit - 1) / unit * unit;
-}
-
 // Room for `size` floats; grows, never shrinks, so that a step allocates nothing.
-void ensure(std::vector<float>& buffer, std::int64_t size) {
+void ensure(LineFloats& buffer, std::int64_t size) {
     if (buffer.size() < static_cast<std::size_t>(size))
         buffer.resize(static_cast<std::size_t>(size));
 }
@@ -73,9 +69,9 @@ void Attention::begin(const Query& query) {
     while (work_.lanes < kLanesMax && query.heads() * work_.lanes < kItemsMin) work_.lanes *= 2;
     // As many heads to an item as leave enough items: more of memory is read in its order.
     work_.span = 1;
-    while (query.kv_heads % (2 * work_.span) == 0 &&
-           query.heads() * work_.lanes / (2 * work_.span) >= kItemsMin / 2) {
-        work_.span *= 2;
+    for (std::int64_t span = 2; span <= query.kv_heads; ++span) {
+        const bool is_even = query.kv_heads % span == 0;
+        if (is_even && query.heads() * work_.lanes / span >= kItemsMin / 2) work_.span = span;
     }
     work_.key_stride = round_up(query.key_dim, 2 * kernel_.width);
     work_.value_stride = round_up(query.value_dim, 2 * kernel_.width);
@@ -83,14 +79,15 @@ void Attention::begin(const Query& query) {
     ensure(work_.packed, query.heads() * query.rows() * work_.key_stride);
     work_.maximum.assign(static_cast<std::size_t>(states), -std::numeric_limits<float>::infinity());
     work_.totals.assign(static_cast<std::size_t>(states * kernel_.width), 0.0f);
-    work_.sums.assign(static_cast<std::size_t>(states * work_.value_stride), 0.0f);
+    const std::int64_t sums = query.heads() * work_.lanes * kernel_.sums(work_);
+    work_.sums.assign(static_cast<std::size_t>(sums), 0.0f);
     pool_.run(query.heads(), [&](std::int64_t head) { kernel_.pack(work_, head); });
 }
 
 void Attention::keys(const Run& run) {
     const std::int64_t rows = work_.query.heads() * work_.query.rows();
-    ensure(work_.weights, rows * run.tokens);
-    ensure(work_.corrections, rows * run.tiles() * run.tile_blocks());
+    ensure(work_.weights, rows * run.row_weights());
+    ensure(work_.corrections, rows * run.row_corrections());
     pool_.run(work_.items(), [&](std::int64_t item) { kernel_.keys(work_, run, item); });
 }
 

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "attention/pool.hpp"
@@ -16,6 +17,11 @@ namespace dualblade {
 
 inline constexpr std::int64_t kBlock = 16;
 inline constexpr std::int64_t kLaneTokens = 64;
+inline constexpr std::int64_t kLineFloats = 16;  // of a cache line
+
+inline std::int64_t round_up(std::int64_t value, std::int64_t unit) {
+    return (value + unit - 1) / unit * unit;
+}
 
 enum class Element : int { kFloat32 = 0, kBfloat16 = 1 };
 
@@ -43,11 +49,30 @@ struct Run {
     const std::int32_t* table = nullptr;  // [tiles, batch]: logical to stored; null: the same
 
     std::int64_t tiles() const { return (tokens + tile_rows - 1) / tile_rows; }
-    // Blocks that a tile's tokens may touch, wherever it begins.
-    std::int64_t tile_blocks() const { return tile_rows / kBlock + 2; }
+    // Pieces of a tile that lanes take in turn, at most, wherever it begins.
+    std::int64_t tile_stretches() const { return tile_rows / kLaneTokens + 2; }
+    std::int64_t row_weights() const { return round_up(tokens, kLineFloats); }
+    std::int64_t row_corrections() const { return tiles() * tile_stretches() * kLineFloats; }
 };
 
-// What the kernels of one instruction set work on; rows are group x tokens of one KV head.
+// Floats in whole cache lines.
+template <typename T>
+struct LineAllocator {
+    using value_type = T;
+    LineAllocator() = default;
+    template <typename U>
+    LineAllocator(const LineAllocator<U>&) {}
+    T* allocate(std::size_t count) {
+        return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64}));
+    }
+    void deallocate(T* memory, std::size_t) { ::operator delete(memory, std::align_val_t{64}); }
+    bool operator==(const LineAllocator&) const { return true; }
+};
+using LineFloats = std::vector<float, LineAllocator<float>>;
+
+// What the kernels of one instruction set work on; rows are group x tokens of one KV head. Lanes of
+// a head are taken by several threads at a time: what each writes at every stretch has cache lines
+// of its own.
 struct Work {
     Query query;
     std::int64_t lanes = 1;
@@ -56,18 +81,19 @@ struct Work {
 
     std::int64_t items() const { return query.heads() / span * lanes; }
 
-    std::vector<float> packed;       // [heads, rows, key_stride], scaled, base 2
-    std::vector<float> maximum;      // [heads, lanes, rows]
-    std::vector<float> totals;       // [heads, lanes, rows, width], partial sums
-    std::vector<float> sums;         // [heads, lanes, rows, value_stride]
-    std::vector<float> weights;      // [heads, rows, tokens of the run]
-    std::vector<float> corrections;  // [heads, rows, blocks of the run]
+    LineFloats packed;       // [heads, rows, key_stride], scaled, base 2
+    LineFloats maximum;      // [heads, lanes, rows]
+    LineFloats totals;       // [heads, lanes, rows, width], partial sums
+    LineFloats sums;         // [heads, lanes, Kernel::sums]
+    LineFloats weights;      // [heads, rows, Run::row_weights]
+    LineFloats corrections;  // [heads, rows, Run::row_corrections]: of each block of a stretch
 };
 
 // One instruction set's way of doing it. `item` is span * lanes + lane.
 struct Kernel {
     const char* name;
-    std::int64_t width;  // floats in a vector
+    std::int64_t width;                 // floats in a vector
+    std::int64_t (*sums)(const Work&);  // floats for the sums of values of one state
     void (*pack)(Work&, std::int64_t head);
     void (*keys)(Work&, const Run&, std::int64_t item);
     void (*values)(Work&, const Run&, std::int64_t item);

@@ -271,13 +271,14 @@ void in_fours(std::int64_t rows, Each each) {
     if (rows - row == 1) each(std::integral_constant<int, 1>{}, row);
 }
 
-// Up to kLaneTokens of one head; `state` is its lane's, `block` its first block's number in the
-// run. The stretch that comes next lies `ahead` elements behind this one; 0: none does.
+// Up to kLaneTokens of one head; `state` is its lane's, `number` its own in the run. The stretch
+// that comes next lies `ahead` elements behind this one; 0: none does.
+// that comes next lies `ahead` elements behind this one; 0: none does.
 template <typename T>
 struct Stretch {
     std::int64_t head, state;
     const T* data;
-    std::int64_t token, count, block, ahead = 0;
+    std::int64_t token, count, number, ahead = 0;
 };
 
 // Calls each(stretch) for the stretches of at most kLaneTokens of the run that the item's sequence
@@ -310,7 +311,7 @@ void for_stretches(const Work& work, const Run& run, std::int64_t item, Each eac
                         data + (token - first) * run.row_stride,
                         token,
                         next - token,
-                        tile * run.tile_blocks() + token / kBlock - first / kBlock};
+                        tile * run.tile_stretches() + token / kLaneTokens - first / kLaneTokens};
                     if (last) {
                         last->ahead = one.data - last->data;
                         each(*last);
@@ -411,7 +412,7 @@ void dot_stretch(const Work& work, const Run& run, const Stretch<T>& stretch, fl
 // `dot` fills in the scores of a stretch.
 template <typename T, typename Dot>
 void keys_of(Work& work, const Run& run, std::int64_t item, Dot dot) {
-    const std::int64_t rows = work.query.rows(), blocks = run.tiles() * run.tile_blocks();
+    const std::int64_t rows = work.query.rows(), corrections = run.row_corrections();
     thread_local std::vector<float> scores;
     scores.resize(static_cast<std::size_t>((rows + 3) * kLaneTokens));
     for_stretches<T>(work, run, item, [&](const Stretch<T>& stretch) {
@@ -422,45 +423,62 @@ void keys_of(Work& work, const Run& run, std::int64_t item, Dot dot) {
             float* weights = scores.data() + row * kLaneTokens;
             update_row(weights, (stretch.count + kBlock - 1) / kBlock, work.maximum[state],
                        work.totals.data() + state * kWidth,
-                       work.corrections.data() + at * blocks + stretch.block);
-            std::memcpy(work.weights.data() + at * run.tokens + stretch.token - run.first_token,
-                        weights, static_cast<std::size_t>(stretch.count) * sizeof(float));
+                       work.corrections.data() + at * corrections + stretch.number * kLineFloats);
+            std::memcpy(
+                work.weights.data() + at * run.row_weights() + stretch.token - run.first_token,
+                weights, static_cast<std::size_t>(stretch.count) * sizeof(float));
         }
     });
 }
 
-// Adds the block of a stretch that begins at row `at` to the sums.
+// The sums of values: [rows, value_stride] for each state.
 template <typename T>
-void add_block(Work& work, const Run& run, const Stretch<T>& stretch, std::int64_t at) {
-    const std::int64_t rows = work.query.rows();
-    in_fours(rows, [&](auto some, std::int64_t row) {
-        const float* weights = work.weights.data() + (stretch.head * rows + row) * run.tokens +
-                               stretch.token + at - run.first_token;
-        add_values<some>(weights, run.tokens, stretch.data + at * run.row_stride, run.row_stride,
-                         std::min(kBlock, stretch.count - at), work.query.value_dim,
-                         row == 0 ? stretch.ahead : 0,
-                         work.sums.data() + (stretch.state * rows + row) * work.value_stride,
-                         work.value_stride);
-    });
-}
+struct RowSums {
+    // Floats of one state.
+    static std::int64_t size(const Work& work) { return work.query.rows() * work.value_stride; }
 
-// `add` does as `add_block`.
-template <typename T, typename Add>
-void values_of(Work& work, const Run& run, std::int64_t item, Add add) {
-    const std::int64_t rows = work.query.rows(), blocks = run.tiles() * run.tile_blocks();
-    for_stretches<T>(work, run, item, [&](const Stretch<T>& stretch) {
-        for (std::int64_t at = 0; at < stretch.count; at += kBlock) {
-            const float* by = work.corrections.data() + stretch.head * rows * blocks +
-                              stretch.block + at / kBlock;
-            float* sums = work.sums.data() + stretch.state * rows * work.value_stride;
-            for (std::int64_t row = 0; row < rows; ++row) {
-                const float factor = by[row * blocks];
-                float* row_sums = sums + row * work.value_stride;
-                if (factor == 1.0f) continue;
-                for (std::int64_t i = 0; i < work.value_stride; ++i) row_sums[i] *= factor;
-            }
-            add(work, run, stretch, at);
+    static void multiply(Work& work, std::int64_t state, std::int64_t row, float factor) {
+        float* sums = work.sums.data() + state * size(work) + row * work.value_stride;
+        for (std::int64_t i = 0; i < work.value_stride; ++i) sums[i] *= factor;
+    }
+
+    // Adds rows `at` ... `end` of a stretch, whole blocks but for the last.
+    static void add(Work& work, const Run& run, const Stretch<T>& stretch, std::int64_t at,
+                    std::int64_t end) {
+        const std::int64_t rows = work.query.rows();
+        for (; at < end; at += kBlock) {
+            in_fours(rows, [&](auto some, std::int64_t row) {
+                const float* weights = work.weights.data() +
+                                       (stretch.head * rows + row) * run.row_weights() +
+                                       stretch.token + at - run.first_token;
+                add_values<some>(
+                    weights, run.row_weights(), stretch.data + at * run.row_stride, run.row_stride,
+                    std::min(kBlock, stretch.count - at), work.query.value_dim,
+                    row == 0 ? stretch.ahead : 0,
+                    work.sums.data() + stretch.state * size(work) + row * work.value_stride,
+                    work.value_stride);
+            });
         }
+    }
+};
+
+// Blocks are added several at a time, up to the next one that a correction comes before.
+template <typename T, typename Sums>
+void values_of(Work& work, const Run& run, std::int64_t item) {
+    const std::int64_t rows = work.query.rows(), corrections = run.row_corrections();
+    for_stretches<T>(work, run, item, [&](const Stretch<T>& stretch) {
+        std::int64_t added = 0;
+        for (std::int64_t at = 0; at < stretch.count; at += kBlock) {
+            const float* by = work.corrections.data() + stretch.head * rows * corrections +
+                              stretch.number * kLineFloats + at / kBlock;
+            for (std::int64_t row = 0; row < rows; ++row) {
+                if (by[row * corrections] == 1.0f) continue;
+                if (added < at) Sums::add(work, run, stretch, added, at);
+                added = at;
+                Sums::multiply(work, stretch.state, row, by[row * corrections]);
+            }
+        }
+        Sums::add(work, run, stretch, added, stretch.count);
     });
 }
 
@@ -487,8 +505,9 @@ void pack_of(Work& work, std::int64_t head) {
 }
 
 // Merges the lanes, in order, and writes the rows out. A row that sees nothing becomes zeros.
+// `sums` [lanes, rows, value_stride].
 template <typename T>
-void finish_of(Work& work, const float* sinks, void* out, std::int64_t head) {
+void finish_of(const Work& work, float* sums, const float* sinks, void* out, std::int64_t head) {
     const Query& query = work.query;
     const std::int64_t rows = query.rows(), kv_head = head % query.kv_heads;
     for (std::int64_t row = 0; row < rows; ++row) {
@@ -500,7 +519,7 @@ void finish_of(Work& work, const float* sinks, void* out, std::int64_t head) {
             largest = std::max(largest, work.maximum[state + lane * rows]);
         }
         float total = sinks ? exp2(sink - largest) : 0.0f;
-        float* merged = work.sums.data() + state * work.value_stride;
+        float* merged = sums + row * work.value_stride;
         for (std::int64_t lane = 0; lane < work.lanes; ++lane) {
             const float share =
                 largest == kNothing ? 0.0f : exp2(work.maximum[state + lane * rows] - largest);
@@ -528,6 +547,10 @@ void with_element(Element element, Call call) {
     element == Element::kFloat32 ? call(float{}) : call(Bfloat16{});
 }
 
+std::int64_t row_sums(const Work& work) {
+    return RowSums<float>::size(work);
+}
+
 void pack(Work& work, std::int64_t head) {
     with_element(work.query.element, [&](auto zero) { pack_of<decltype(zero)>(work, head); });
 }
@@ -540,13 +563,14 @@ void keys(Work& work, const Run& run, std::int64_t item) {
 
 void values(Work& work, const Run& run, std::int64_t item) {
     with_element(work.query.element, [&](auto zero) {
-        values_of<decltype(zero)>(work, run, item, add_block<decltype(zero)>);
+        values_of<decltype(zero), RowSums<decltype(zero)>>(work, run, item);
     });
 }
 
 void finish(Work& work, const float* sinks, void* out, std::int64_t head) {
+    float* sums = work.sums.data() + head * work.lanes * row_sums(work);
     with_element(work.query.element,
-                 [&](auto zero) { finish_of<decltype(zero)>(work, sinks, out, head); });
+                 [&](auto zero) { finish_of<decltype(zero)>(work, sums, sinks, out, head); });
 }
 
 }  // namespace

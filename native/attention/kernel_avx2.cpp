@@ -6,5 +6,5 @@ constexpr int kWidth = 8;
 
 namespace dualblade {
 extern const Kernel kernel_avx2;
-const Kernel kernel_avx2{"avx2", kWidth, pack, keys, values, finish};
+const Kernel kernel_avx2{"avx2", kWidth, row_sums, pack, keys, values, finish};
 }  // namespace dualblade

@@ -6,5 +6,5 @@ constexpr int kWidth = 16;
 
 namespace dualblade {
 extern const Kernel kernel_avx512;
-const Kernel kernel_avx512{"avx512", kWidth, pack, keys, values, finish};
+const Kernel kernel_avx512{"avx512", kWidth, row_sums, pack, keys, values, finish};
 }  // namespace dualblade

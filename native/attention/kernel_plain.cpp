@@ -7,5 +7,5 @@ constexpr int kWidth = 4;
 
 namespace dualblade {
 extern const Kernel kernel_plain;
-const Kernel kernel_plain{"plain", kWidth, pack, keys, values, finish};
+const Kernel kernel_plain{"plain", kWidth, row_sums, pack, keys, values, finish};
 }  // namespace dualblade

@@ -22,8 +22,10 @@ bool spin_until(Done done) {
 
 }  // namespace
 
-Pool::Pool(int threads) : helpers_(threads - 1) {
-    for (int i = 0; i < helpers_; ++i) threads_.start("db-attend", [this] { work(); });
+Pool::Pool(int threads) : parts_(static_cast<std::size_t>(threads)) {
+    for (std::size_t part = 1; part < parts_.size(); ++part) {
+        threads_.start("db-attend", [this, part] { work(part); });
+    }
 }
 
 Pool::~Pool() {
@@ -36,19 +38,23 @@ Pool::~Pool() {
 }
 
 void Pool::run(std::int64_t items, const std::function<void(std::int64_t)>& body) {
-    if (helpers_ == 0 || items < 2) {
+    if (parts_.size() < 2 || items < 2) {
         for (std::int64_t item = 0; item < items; ++item) body(item);
         return;
     }
     {
         std::lock_guard lock(mutex_);
         body_ = &body;
-        items_ = items;
-        next_ = 0;
+        const auto count = static_cast<std::int64_t>(parts_.size());
+        for (std::int64_t i = 0; i < count; ++i) {
+            Part& part = parts_[static_cast<std::size_t>(i)];
+            part.next = i * items / count;
+            part.end = (i + 1) * items / count;
+        }
         ++job_;
     }
     wake_.notify_all();
-    take();
+    take(0);
     {
         std::lock_guard lock(mutex_);
         ++job_;  // closed: a helper that wakes from here on finds nothing to do
@@ -57,12 +63,15 @@ void Pool::run(std::int64_t items, const std::function<void(std::int64_t)>& body
     while (active_ != 0) std::this_thread::yield();
 }
 
-void Pool::take() {
-    std::int64_t item;
-    while ((item = next_.fetch_add(1)) < items_) (*body_)(item);
+void Pool::take(std::size_t first) {
+    for (std::size_t i = 0; i < parts_.size(); ++i) {
+        Part& part = parts_[(first + i) % parts_.size()];
+        std::int64_t item;
+        while ((item = part.next.fetch_add(1)) < part.end) (*body_)(item);
+    }
 }
 
-void Pool::work() {
+void Pool::work(std::size_t part) {
     std::uint64_t seen = 0;
     while (true) {
         spin_until([&] { return ending_ || (job_ != seen && job_ % 2 == 1); });
@@ -73,7 +82,7 @@ void Pool::work() {
             seen = job_;
             ++active_;  // under the lock that closes the job: the caller waits for us
         }
-        take();
+        take(part);
         --active_;
     }
 }
