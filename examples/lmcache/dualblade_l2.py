@@ -22,7 +22,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from dualblade_slots import Slot, Slots
@@ -275,6 +275,7 @@ class DualBladeL2Adapter(L2AdapterInterface):
                 "pinned_objects": sum(stored.pinned for stored in self._objects.values()),
                 "store_used_bytes": self._store.used_bytes,
                 "store_capacity_bytes": self._store.capacity_bytes,
+                **asdict(self._store.counters),
             }
 
     def close(self) -> None:
