@@ -2,10 +2,9 @@
 
     python compare.py FOLDER --output results.json
 
-FOLDER is on the drive. Each run is a process of its own on a new or a written file, with direct I/O
-and L1 memory in huge pages (root; without it in ordinary pages, and the result says so); repeats
-are interleaved because drives change speed. fio reads a file beside it before each repeat. LMCache
-verifies what was loaded after each run; one that loses a key or a byte ends the comparison.
+FOLDER is on the drive. Each run is a process of its own on new files, with direct I/O; repeats are
+interleaved because drives change speed, and fio reads a file beside it before each. LMCache verifies
+what was loaded after each run; one that loses a key or a byte ends the comparison.
 """
 
 # ruff: noqa: T201 - an example prints
@@ -15,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dualblade.bench.fio import FioYardstick, huge_pages
+from dualblade.bench.fio import FioYardstick
 from dualblade.host.machine import command_line, machine_facts, package_version
 from dualblade.units import GIB, KIB, MIB
 
@@ -35,13 +33,12 @@ FILE_BYTES = 2 * GIB
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """128 objects of 1 MiB a round, in four batches at once: a round is well above a drive's own
-    latencies, and what five rounds write is far above its cache."""
+    """128 objects of 1 MiB a round, in four batches at once; new objects at each round."""
 
     num_keys: int = 32
     in_flight: int = 4
     data_size_kb: int = 1024
-    rounds: int = 5
+    rounds: int = 8
 
     @property
     def round_bytes(self) -> int:
@@ -51,57 +48,49 @@ class Workload:
 
 @dataclass(frozen=True)
 class Contender:
-    """An adapter at its settings: LMCache's JSON, with FOLDER for a folder of its own.
-
-    written: it writes to blocks that hold data already; else to a new file or files.
-    """
+    """An adapter at its settings: LMCache's JSON, with FOLDER for a folder of its own."""
 
     name: str
     settings: str
     spec: dict[str, Any]
-    written: bool = False
 
     def prepare(self, folder: Path) -> str:
         """What LMCache is told; the file that raw_block takes for a device is made."""
-        if "device_path" in self.spec and not (folder / "device").exists():
+        if "device_path" in self.spec:
             with (folder / "device").open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, FILE_BYTES)
         return json.dumps(self.spec).replace("FOLDER", str(folder))
 
 
-def dualblade(**parameters: Any) -> dict[str, Any]:
-    return {
-        "type": "plugin",
-        "module_path": "dualblade_l2",
-        "class_name": "DualBladeL2Adapter",
-        "adapter_params": {"store": "FOLDER/store", "capacity_bytes": FILE_BYTES, **parameters},
-    }
-
-
 def raw_block(**settings: Any) -> dict[str, Any]:
-    # A run does not begin with the objects of the last one: all of them are to be written.
-    shape = {"slot_bytes": MIB + 4 * KIB, "load_checkpoint_on_init": False}
-    return {"type": "raw_block", "device_path": "FOLDER/device", **shape, **settings}
+    place = {"device_path": "FOLDER/device", "slot_bytes": MIB + 4 * KIB}
+    return {"type": "raw_block", **place, **settings}
 
 
 def files(kind: str, **settings: Any) -> dict[str, Any]:
     return {"type": kind, "base_path": "FOLDER/objects", "use_odirect": True, **settings}
 
 
-URING = {"io_engine": "io_uring"}
-THREADS = {"num_store_workers": 8, "num_load_workers": 8}
+DUALBLADE = {
+    "type": "plugin",
+    "module_path": "dualblade_l2",
+    "class_name": "DualBladeL2Adapter",
+    "adapter_params": {"store": "FOLDER", "capacity_bytes": FILE_BYTES},
+}
 CONTENDERS = (
-    Contender("dualblade", "io_uring", dualblade()),
-    Contender("raw_block", "io_uring", raw_block(**URING)),
-    Contender("raw_block", "posix, 8 + 8 threads", raw_block(**THREADS)),
+    Contender("dualblade", "io_uring, 8 in flight", DUALBLADE),
+    Contender("raw_block", "io_uring", raw_block(io_engine="io_uring")),
+    Contender("raw_block", "8 + 8 threads", raw_block(num_store_workers=8, num_load_workers=8)),
     Contender("fs_native", "16 threads", files("fs_native", num_workers=16)),
     Contender("fs", "asyncio", files("fs")),
-    Contender("dualblade", "io_uring", dualblade(keep_blocks=True), written=True),
-    Contender("raw_block", "io_uring", raw_block(**URING), written=True),
 )
 
+# LMCache has huge pages for its L1 memory only where it has CUDA. This has glibc ask for them: a
+# device pays for each page of a transfer, and with ordinary ones that is all that is measured.
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
-def run(program: str, spec: str, load: Workload, *, huge: bool) -> dict[str, Any]:
+
+def run(program: str, spec: str, load: Workload) -> dict[str, Any]:
     """One `lmcache bench l2`: its metrics by operation. Raises: RuntimeError when it failed."""
     sizes = {f"--{name.replace('_', '-')}": str(value) for name, value in asdict(load).items()}
     with tempfile.NamedTemporaryFile(suffix=".json") as metrics:
@@ -110,7 +99,6 @@ def run(program: str, spec: str, load: Workload, *, huge: bool) -> dict[str, Any
                 *(program, "bench", "l2", "--l2-adapter", spec),
                 *(word for option in sizes.items() for word in option),
                 *("--l1-align-bytes", "4096", "--lookup-max-hit-rate", "1"),
-                *(["--l1-use-hugepages"] if huge else []),
                 *("--no-skip-verify", "--format", "json", "--output", metrics.name),
             ],
             capture_output=True,
@@ -118,6 +106,7 @@ def run(program: str, spec: str, load: Workload, *, huge: bool) -> dict[str, Any
             check=False,
             env={
                 **os.environ,
+                **HUGE_PAGES,
                 "PYTHONPATH": str(PLUGIN),
                 "LMCACHE_TRACK_USAGE": "false",  # it would report to its makers
                 "LMCACHE_LOG_LEVEL": "WARNING",
@@ -141,44 +130,34 @@ def compare(folder: Path, program: str, load: Workload, repeats: int) -> dict[st
     """All contenders, interleaved."""
     runs: list[dict[str, Any]] = []
     fio: list[dict[str, Any]] = []
-    with (
-        tempfile.TemporaryDirectory(prefix=".dualblade-lmcache-", dir=folder) as scratch,
-        FioYardstick(folder, size_bytes=GIB, chunk_bytes=MIB, queue_depth=8) as yardstick,
-        huge_pages(2 * load.round_bytes) as huge,  # LMCache's L1: to store from, to load into
-    ):
+    with FioYardstick(folder, size_bytes=GIB, chunk_bytes=MIB, queue_depth=8) as yardstick:
         for repeat in range(repeats):
             fio.append(yardstick.measure())
             turn = repeat % len(CONTENDERS)
             for each in CONTENDERS[turn:] + CONTENDERS[:turn]:
-                place = Path(scratch) / str(CONTENDERS.index(each))
-                if each.written and not place.exists():
-                    place.mkdir()
-                    run(program, each.prepare(place), load, huge=huge)  # writes its blocks
-                place.mkdir(exist_ok=True)
-                operations = run(program, each.prepare(place), load, huge=huge)
-                shown = {
+                with tempfile.TemporaryDirectory(prefix=".lmcache-", dir=folder) as place:
+                    operations = run(program, each.prepare(Path(place)), load)
+                rates = {
                     name: load.round_bytes / (operations[name]["duration_p50_ms"] / 1000)
                     for name in ("store", "load")
                 }
-                speeds = ", ".join(f"{name} {rate / MIB:.0f}" for name, rate in shown.items())
-                print(f"{repeat + 1}/{repeats} {each.name}: {speeds} MiB/s", file=sys.stderr)
+                shown = ", ".join(f"{name} {rate / MIB:.0f}" for name, rate in rates.items())
+                print(f"{repeat + 1}/{repeats} {each.name}: {shown} MiB/s", file=sys.stderr)
                 runs.append(
                     {
                         "contender": CONTENDERS.index(each),
                         "repeat": repeat,
-                        "bytes_per_second": shown,
+                        "bytes_per_second": rates,
                         "operations": operations,
                     }
                 )
-                if not each.written:
-                    shutil.rmtree(place)
     machine = machine_facts(folder)
     machine["versions"] |= {name: package_version(name) for name in PACKAGES}
     return {
         "command": command_line(),
         "machine": machine,
         "workload": asdict(load),
-        "huge_pages": huge,
+        "environment": HUGE_PAGES,
         "contenders": [asdict(each) for each in CONTENDERS],
         "runs": runs,
         "fio": fio,
@@ -189,7 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="on the drive; 6 GiB free")
+    parser.add_argument("folder", type=Path, help="on the drive; 4 GiB free")
     beside = str(Path(sys.executable).parent / "lmcache")
     parser.add_argument("--lmcache", default=beside, help="the program (default: this Python's)")
     parser.add_argument("--repeats", type=int, default=4)

@@ -53,7 +53,6 @@ class DualBladeL2AdapterConfig(L2AdapterConfigBase):
     capacity_bytes  most that objects may take; none: all that is free there, less a reserve.
     path            direct, or page-cache.
     io_engine, queue_depth, chunk_bytes  as in dualblade.EngineConfig.
-    keep_blocks     a file keeps its blocks, and so its bytes, when it is closed.
     """
 
     store: str | Sequence[str] | None = None
@@ -62,7 +61,6 @@ class DualBladeL2AdapterConfig(L2AdapterConfigBase):
     io_engine: EngineChoice = "auto"
     queue_depth: int = 8
     chunk_bytes: int = MIB
-    keep_blocks: bool = False
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> DualBladeL2AdapterConfig:
@@ -175,7 +173,6 @@ class DualBladeL2Adapter(L2AdapterInterface):
                     self._engine,
                     direct=direct,
                     capacity_bytes=config.capacity_bytes,
-                    keep_blocks=config.keep_blocks,
                 )
             )
             super().__init__(max_capacity_bytes=self._store.capacity_bytes)
