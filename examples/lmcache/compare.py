@@ -3,8 +3,8 @@
     python compare.py FOLDER --output results.json
 
 FOLDER is on the drive. Each run is a process of its own on new files, with direct I/O; repeats are
-interleaved because drives change speed, and fio reads a file beside it before each. LMCache verifies
-what was loaded after each run; one that loses a key or a byte ends the comparison.
+interleaved because drives change speed, and fio reads a file beside it before each. LMCache
+verifies what was loaded after each run; one that loses a key or a byte ends the comparison.
 """
 
 # ruff: noqa: T201 - an example prints
