@@ -436,3 +436,29 @@ def test_lmcache_bench_verifies_it(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     assert "All 16 keys data verified OK" in run.stdout
     assert list(tmp_path.iterdir()) == [], "a private store leaves nothing"
+
+
+@pytest.mark.parametrize("plugin", ["lmcache"], indirect=True)
+def test_lmcache_evicts_from_it(open_driver: Callable[..., Driver]) -> None:
+    """LMCache's own controller, at its watermark, takes the least recently used that it may."""
+    controllers = "lmcache.v1.distributed.storage_controllers.eviction_controller"
+    eviction = pytest.importorskip(controllers, reason="no lmcache here")
+    config = importlib.import_module("lmcache.v1.distributed.config").EvictionConfig
+    driver = open_driver(capacity_bytes=8 * MIB)
+    settings = config(eviction_policy="LRU", trigger_watermark=0.9, eviction_ratio=0.5)
+    state = eviction.L2AdapterEvictionState(0, driver.adapter, settings)
+    controller = eviction.L2EvictionController([state])
+    keys = [Key(name) for name in range(8)]
+    driver.store({key: Memory(content(key.name, MIB)) for key in keys})
+    assert driver.lookup(keys[7]) == [True]
+    assert driver.load({keys[6]: Memory(bytes(MIB))}) == [True]
+    evicted = threading.Event()
+    driver.adapter.register_listener(
+        SimpleNamespace(on_l2_keys_deleted=lambda _keys: evicted.set())
+    )
+    controller.start()
+    assert evicted.wait(WAIT_MS / 1000)
+    controller.stop()
+    # Of one batch LMCache gives up the last first, so 7, 5, 4, 3: 6 was read since, 7 is locked.
+    assert [key.name for key in driver.deleted] == [5, 4, 3]
+    assert driver.used_bytes() == 5 * MIB
