@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the tables of README.md and docs/performance.md from the files in results/.
+"""Write the tables of the documents from the files of results.
 
     scripts/render_results.py            write them
     scripts/render_results.py --check    exit 1 when a document differs from its results
@@ -20,7 +20,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+LMCACHE = ROOT / "examples" / "lmcache"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", LMCACHE / "README.md")
 MIB, GIB = 1 << 20, 1 << 30
 
 
@@ -379,6 +380,45 @@ def control() -> str:
     )
 
 
+def lmcache() -> str:
+    data = json.loads((LMCACHE / "results.json").read_text())
+    rows = []
+    for index, contender in enumerate(data["contenders"]):
+        runs = [run for run in data["runs"] if run["contender"] == index]
+        row = [contender["name"], contender["settings"]]
+        for operation in ("load", "store"):
+            rates = [run["bytes_per_second"][operation] / MIB for run in runs]
+            row += [f"{statistics.median(rates):.0f}", f"{min(rates):.0f}-{max(rates):.0f}"]
+        lookups = [run["operations"]["lookup"]["duration_p50_ms"] for run in runs]
+        rows.append([*row, f"{statistics.median(lookups):.2f}"])
+    load = data["workload"]
+    fio = statistics.median(run["read_bytes_per_second"] for run in data["fio"]) / MIB
+    versions = data["machine"]["versions"]
+    return "\n\n".join(
+        [
+            table(
+                [
+                    "adapter",
+                    "settings",
+                    "load MiB/s",
+                    "spread",
+                    "store MiB/s",
+                    "spread",
+                    "lookup ms",
+                ],
+                rows,
+            ),
+            f"A round is {load['num_keys'] * load['in_flight']} objects of "
+            f"{load['data_size_kb'] // 1024} MiB in {load['in_flight']} batches at once; of "
+            f"{load['rounds']} rounds a run's figure is the median, and the table's that of "
+            f"{len(data['fio'])} runs. fio read {fio:.0f} MiB/s beside them. lmcache "
+            f"{versions['lmcache']}, lmcache-rust-raw-block-io "
+            f"{versions['lmcache-rust-raw-block-io']}; `{data['command']}` on "
+            f"{machine_line(data['machine'])}; file: `results.json`.",
+        ]
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "io": io,
@@ -392,6 +432,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "envelope": envelope,
     "checksums": checksums,
     "control": control,
+    "lmcache": lmcache,
 }
 
 
