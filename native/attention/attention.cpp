@@ -81,6 +81,7 @@ void Attention::begin(const Query& query) {
     work_.totals.assign(static_cast<std::size_t>(states * kernel_.width), 0.0f);
     const std::int64_t sums = query.heads() * work_.lanes * kernel_.sums(work_);
     work_.sums.assign(static_cast<std::size_t>(sums), 0.0f);
+    // Also wakes the threads: they are at hand when the first keys come.
     pool_.run(query.heads(), [&](std::int64_t head) { kernel_.pack(work_, head); });
 }
 

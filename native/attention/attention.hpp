@@ -75,7 +75,7 @@ using LineFloats = std::vector<float, LineAllocator<float>>;
 // of its own.
 struct Work {
     Query query;
-    std::int64_t lanes = 1;
+    std::int64_t lanes = 1;                         // a power of two
     std::int64_t span = 1;                          // KV heads of one sequence that an item takes
     std::int64_t key_stride = 0, value_stride = 0;  // floats of a packed row
 

@@ -298,27 +298,29 @@ void for_stretches(const Work& work, const Run& run, std::int64_t item, Each eac
         if (stored < 0 || stored >= run.sequences) continue;
         const std::int64_t first = run.first_token + tile * run.tile_rows;
         const std::int64_t end = first + std::min(run.tile_rows, run.tokens - tile * run.tile_rows);
+        // The lane's first turn from here on: most tiles are other lanes'.
+        const std::int64_t turn = first / kLaneTokens;
+        const std::int64_t own = turn + ((lane - turn) & (work.lanes - 1));
+        if (own * kLaneTokens >= end) continue;
         for (std::int64_t kv_head = first_head; kv_head < first_head + work.span; ++kv_head) {
             const T* data = static_cast<const T*>(run.data) + tile * run.tile_stride +
                             stored * run.sequence_stride + kv_head * run.head_stride;
             const std::int64_t head = sequence * query.kv_heads + kv_head;
-            for (std::int64_t token = first; token < end;) {
-                const std::int64_t next = std::min(end, (token / kLaneTokens + 1) * kLaneTokens);
-                if (token / kLaneTokens % work.lanes == lane && next > seen) {
-                    const Stretch<T> one{
-                        head,
-                        head * work.lanes + lane,
-                        data + (token - first) * run.row_stride,
-                        token,
-                        next - token,
-                        tile * run.tile_stretches() + token / kLaneTokens - first / kLaneTokens};
-                    if (last) {
-                        last->ahead = one.data - last->data;
-                        each(*last);
-                    }
-                    last = one;
+            for (std::int64_t at = own; at * kLaneTokens < end; at += work.lanes) {
+                const std::int64_t token = std::max(first, at * kLaneTokens);
+                const std::int64_t next = std::min(end, (at + 1) * kLaneTokens);
+                if (next <= seen) continue;
+                const Stretch<T> one{head,
+                                     head * work.lanes + lane,
+                                     data + (token - first) * run.row_stride,
+                                     token,
+                                     next - token,
+                                     tile * run.tile_stretches() + at - turn};
+                if (last) {
+                    last->ahead = one.data - last->data;
+                    each(*last);
                 }
-                token = next;
+                last = one;
             }
         }
     }
@@ -359,15 +361,15 @@ bool any_above(const float* scores, std::int64_t count, float maximum) {
 #endif
 }
 
-// The running softmax takes in one row's scores of a stretch, which become weights: block by block
-// the maximum so far is followed, and `corrections` says by what the sums before each block are to
-// be multiplied. `totals` are kWidth partial sums.
-void update_row(float* scores, std::int64_t blocks, float& maximum, float* totals,
-                float* corrections) {
+// The running softmax takes in one row's scores of a stretch and makes weights of them: block by
+// block the maximum so far is followed, and `corrections` says by what the sums before each block
+// are to be multiplied. `totals` are kWidth partial sums.
+void update_row(const float* scores, std::int64_t blocks, float& maximum, float* totals,
+                float* corrections, float* weights) {
     Floats sums = load(totals);
     const bool rises = any_above(scores, blocks * kBlock, maximum);  // rare after the first few
     for (std::int64_t block = 0; block < blocks; ++block) {
-        float* some = scores + block * kBlock;
+        const float* some = scores + block * kBlock;
         corrections[block] = 1;
         if (rises && any_above(some, kBlock, maximum)) {
             const float before = maximum;
@@ -379,7 +381,7 @@ void update_row(float* scores, std::int64_t blocks, float& maximum, float* total
         const float origin = maximum == kNothing ? 0.0f : maximum;
         for (std::int64_t i = 0; i < kBlock; i += kWidth) {
             const Floats weight = exp2(load(some + i) - origin);
-            store(some + i, weight);
+            store(weights + block * kBlock + i, weight);
             sums += weight;
         }
     }
@@ -420,13 +422,16 @@ void keys_of(Work& work, const Run& run, std::int64_t item, Dot dot) {
         hide(work.query, stretch.head, stretch.token, stretch.count, scores.data());
         for (std::int64_t row = 0; row < rows; ++row) {
             const std::int64_t state = stretch.state * rows + row, at = stretch.head * rows + row;
-            float* weights = scores.data() + row * kLaneTokens;
-            update_row(weights, (stretch.count + kBlock - 1) / kBlock, work.maximum[state],
+            float* from = scores.data() + row * kLaneTokens;
+            float* to =
+                work.weights.data() + at * run.row_weights() + stretch.token - run.first_token;
+            // The last block may be short, and what follows it another lane's.
+            const bool is_whole = stretch.count % kBlock == 0;
+            update_row(from, (stretch.count + kBlock - 1) / kBlock, work.maximum[state],
                        work.totals.data() + state * kWidth,
-                       work.corrections.data() + at * corrections + stretch.number * kLineFloats);
-            std::memcpy(
-                work.weights.data() + at * run.row_weights() + stretch.token - run.first_token,
-                weights, static_cast<std::size_t>(stretch.count) * sizeof(float));
+                       work.corrections.data() + at * corrections + stretch.number * kLineFloats,
+                       is_whole ? to : from);
+            if (!is_whole) std::copy(from, from + stretch.count, to);
         }
     });
 }

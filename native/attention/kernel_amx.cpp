@@ -91,10 +91,12 @@ template <int kTile>
 void load_rows(const Block& block, std::int64_t chunk) {
     tile_load<kTile>(block.rows + chunk * kChunk, block.stride * std::int64_t{sizeof(Bfloat16)});
     if (block.far == nullptr) return;
+    const Bfloat16 *far = block.far + chunk * kBlock * kChunk,
+                   *near = block.near + chunk * kBlock * kChunk;
 #pragma GCC unroll 16
-    for (std::int64_t line = chunk * kBlock; line < (chunk + 1) * kBlock; ++line) {
-        __builtin_prefetch(block.far + line * kChunk, 0, 2);
-        __builtin_prefetch(block.near + line * kChunk);
+    for (std::int64_t line = 0; line < kBlock; ++line) {
+        __builtin_prefetch(far + line * kChunk, 0, 2);
+        __builtin_prefetch(near + line * kChunk);
     }
 }
 
@@ -256,16 +258,21 @@ struct TileSums {
         float* sums = work.sums.data() + stretch.state * size(work);
         for (std::int64_t row = 0; row < rows; row += some) {
             const Blocks blocks(run, stretch, at, end, work.query.value_dim, row == 0);
-            alignas(64) Words parts[kTileRows];
+            // The next block's are made before this one's are loaded: a tile cannot be loaded from
+            // stores that are still on their way.
+            alignas(64) Words parts[2][kTileRows];
             for (std::int64_t first = 0; first < chunks; first += kFour) {
                 const std::int64_t count = std::min<std::int64_t>(kFour, chunks - first);
                 float* c = sums + first * kParts * some * kWidth;
+                split(work, run, stretch, row, at, parts[0]);
                 for_four(count, [&](auto chunk) {
                     tile_load<kC + chunk>(c + chunk * kParts * some * kWidth, size_bytes);
                 });
                 for (std::int64_t i = 0; i < blocks.count; ++i) {
-                    split(work, run, stretch, row, at + i * kBlock, parts);
-                    tile_load<kA>(parts, size_bytes);
+                    if (i + 1 < blocks.count) {
+                        split(work, run, stretch, row, at + (i + 1) * kBlock, parts[(i + 1) % 2]);
+                    }
+                    tile_load<kA>(parts[i % 2], size_bytes);
                     for_four(count, [&](auto chunk) {
                         load_rows<kB + chunk % 2>(blocks.all[i], first + chunk);
                         tile_multiply<kC + chunk, kA, kB + chunk % 2>();

@@ -31,7 +31,11 @@ class KernelAttention:
     """One attention call. Not for two at a time in one thread: they would share scratch memory."""
 
     def __init__(self, query: AttentionQuery, kv_heads: int, value_dim: int) -> None:
-        rows = query.query if query.query.stride(-1) == 1 else query.query.contiguous()
+        rows = query.query
+        sequence_stride, head_stride, token_stride, element_stride = rows.stride()
+        if element_stride != 1:
+            rows = rows.contiguous()
+            sequence_stride, head_stride, token_stride, _ = rows.stride()
         batch, heads, tokens, key_dim = rows.shape
         self._keep = (rows, query.first_visible)  # the kernel has their addresses
         self._sinks = None if query.sinks is None else query.sinks.float().contiguous()
@@ -41,9 +45,9 @@ class KernelAttention:
         assert starts is None or (starts.dtype == torch.int64 and starts.is_contiguous())
         self._native.begin(
             data=rows.data_ptr(),
-            sequence_stride=rows.stride(0),
-            head_stride=rows.stride(1),
-            token_stride=rows.stride(2),
+            sequence_stride=sequence_stride,
+            head_stride=head_stride,
+            token_stride=token_stride,
             batch=batch,
             kv_heads=kv_heads,
             group=heads // kv_heads,
@@ -87,20 +91,21 @@ def _native(process: int, caller: int, threads: int) -> _attention.Attention:  #
 
 
 def _run(rows: Rows) -> _attention.Run:
-    tiles = rows.tiles
-    assert tiles.stride(4) == 1, "elements of a row lie side by side"
-    table = rows.table
+    tiles, table = rows.tiles, rows.table
+    tile_stride, sequence_stride, head_stride, row_stride, element_stride = tiles.stride()
+    _, sequences, _, tile_rows, _ = tiles.shape
+    assert element_stride == 1, "elements of a row lie side by side"
     assert table is None or (table.dtype == "int32" and table.flags.c_contiguous)
     return _attention.Run(
         data=tiles.data_ptr(),
-        tile_stride=tiles.stride(0),
-        sequence_stride=tiles.stride(1),
-        head_stride=tiles.stride(2),
-        row_stride=tiles.stride(3),
+        tile_stride=tile_stride,
+        sequence_stride=sequence_stride,
+        head_stride=head_stride,
+        row_stride=row_stride,
         first_token=rows.first_token,
         tokens=rows.tokens,
-        tile_rows=tiles.shape[3],
+        tile_rows=tile_rows,
         first_sequence=rows.first_sequence,
-        sequences=tiles.shape[1],
+        sequences=sequences,
         table=0 if table is None else table.ctypes.data,
     )

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)  # frozen would cost 4 us a layer
 class AttentionQuery:
     """The query rows of one layer and what they may see.
 
@@ -62,7 +62,7 @@ class AttentionQuery:
         return seen
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Rows:
     """Keys or values of tokens in order: [tiles, sequences, kv_heads, tile_rows, dim], `tokens` of
     which count; elements of a row lie side by side.

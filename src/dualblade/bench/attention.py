@@ -188,15 +188,37 @@ class AttentionLayer:
             _in_huge_pages(rows.unflatten(2, (-1, TILE_ROWS_DEFAULT)).permute(2, 0, 1, 3, 4))
             for rows in self._together
         )
-        self._piece_tiles = max(1, _PIECE_BYTES // self._tiles[0][0].nbytes)
         elements = 2 * shape.batch * shape.kv_heads * shape.dim
         tokens = min(group_tokens(elements, TILE_ROWS_DEFAULT), shape.tokens)
         group = (shape.batch, shape.kv_heads, tokens, shape.dim)
         self._group = (torch.empty(group), torch.empty(group))
+        piece = max(1, _PIECE_BYTES // self._tiles[0][0].nbytes)
+        self._pieces = self._cut(piece)
+        self._places = [
+            (
+                place.unflatten(2, (-1, TILE_ROWS_DEFAULT))[:, :, some],
+                tiles[some].permute(1, 2, 0, 3, 4),
+            )
+            for place, tiles in zip(self._gathered, self._tiles, strict=True)
+            for some in (slice(first, first + piece) for first in range(0, len(tiles), piece))
+        ]
         self._copies = HostCopies()
         self._module = torch.nn.Module()
         groups: Any = shape.query_heads // shape.kv_heads
         self._module.num_key_value_groups = groups
+
+    def _cut(self, piece_tiles: int) -> list[tuple[Rows, Rows]]:
+        """Keys and values of pieces as they come from a store, at most so many tiles of each; none
+        reaches over the edge of a group."""
+        edge = self._group[0].shape[2] // TILE_ROWS_DEFAULT
+        pieces, tile = [], 0
+        while tile < len(self._tiles[0]):
+            last = min(tile + piece_tiles, (tile // edge + 1) * edge, len(self._tiles[0]))
+            first_token, tokens = tile * TILE_ROWS_DEFAULT, (last - tile) * TILE_ROWS_DEFAULT
+            keys, values = (Rows(tiles[tile:last], first_token, tokens) for tiles in self._tiles)
+            pieces.append((keys, values))
+            tile = last
+        return pieces
 
     def tiles(self) -> torch.Tensor:
         """Attention over tiles, in pieces as they come from a store."""
@@ -208,23 +230,15 @@ class AttentionLayer:
             running = KernelAttention(query, keys.shape[2], values.shape[4])
         else:
             running = GroupedAttention(query, *self._group)
-        edge = self._group[0].shape[2] // TILE_ROWS_DEFAULT
-        tile = 0
-        while tile < len(keys):
-            last = min(tile + self._piece_tiles, (tile // edge + 1) * edge, len(keys))
-            first_token, tokens = tile * TILE_ROWS_DEFAULT, (last - tile) * TILE_ROWS_DEFAULT
-            running.keys(Rows(keys[tile:last], first_token, tokens))
-            running.values(Rows(values[tile:last], first_token, tokens))
-            tile = last
+        for keys_piece, values_piece in self._pieces:
+            running.keys(keys_piece)
+            running.values(values_piece)
         return running.finish()
 
     def exact(self) -> torch.Tensor:
         """Gather, then the model's own attention."""
-        for place, tiles in zip(self._gathered, self._tiles, strict=True):
-            parts = place.unflatten(2, (-1, TILE_ROWS_DEFAULT))
-            for first in range(0, len(tiles), self._piece_tiles):
-                some = slice(first, first + self._piece_tiles)
-                self._copies.copy(parts[:, :, some], tiles[some].permute(1, 2, 0, 3, 4))
+        for place, source in self._places:
+            self._copies.copy(place, source)
         return self._sdpa(*self._gathered)
 
     def sdpa(self) -> torch.Tensor:
