@@ -21,8 +21,8 @@ test: venv
 	$(BIN)/python -m pytest
 
 check: venv
-	$(BIN)/ruff format --check src tests
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests scripts examples
+	$(BIN)/ruff check src tests scripts examples
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find native -name '*.cpp' -o -name '*.hpp')
 	$(BIN)/python -m pytest -q tests/test_tidy.py tests/unit tests/property tests/contract

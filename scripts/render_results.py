@@ -124,9 +124,9 @@ def striping() -> str:
     ]
     head = ["devices", "in flight on each", "read MB/s", "times one device", "write MB/s"]
     return (
-        f"{table(head, rows)}\n\nDevices throttled to {data['throttle_bytes_per_second'] / 1e6:.0f} "
-        f"MB/s each; `{data['command']}` on {machine_line(data['runs'][0]['machine'])}; "
-        "file: `results/striping.json`."
+        f"{table(head, rows)}\n\nDevices throttled to "
+        f"{data['throttle_bytes_per_second'] / 1e6:.0f} MB/s each; `{data['command']}` on "
+        f"{machine_line(data['runs'][0]['machine'])}; file: `results/striping.json`."
     )
 
 
@@ -374,8 +374,8 @@ def control() -> str:
     return (
         f"Following the memory takes {1000 * spent['mean']:.2f} ms a step, "
         f"{100 * data['share_of_a_10_ms_step']:.1f} % of one of 10 ms: "
-        f"{1000 * spent['median']:.2f} ms in most steps, {1000 * spent['p99']:.1f} where the memory "
-        f"is asked for (twice a second). {data['units']} units, all in the page cache; "
+        f"{1000 * spent['median']:.2f} ms in most steps, {1000 * spent['p99']:.1f} where the "
+        f"memory is asked for (twice a second). {data['units']} units, all in the page cache; "
         f"`{data['command']}` on {machine_line(data['machine'])}; file: `results/control.json`."
     )
 
@@ -419,6 +419,170 @@ def lmcache() -> str:
     )
 
 
+def drive_word(data: dict[str, Any]) -> str:
+    speed = data["scenario"]["device_bytes_per_second"]
+    return "as it is" if speed is None else f"{speed / 1e6:.0f} MB/s"
+
+
+def of_mode(data: dict[str, Any], mode: str) -> list[dict[str, Any]]:
+    return [run for run in data["runs"] if run["mode"] == mode]
+
+
+def budgets() -> str:
+    data = load("budgets/budgets")
+    modes = data["options"]["modes"]
+    by_limit: dict[str, dict[str, Any]] = {}
+    for item in data["summary"]:
+        by_limit.setdefault(item["memory_limit"], {})[item["mode"]] = item
+    rows = []
+    for limit, items in by_limit.items():
+        took = {mode: items[mode]["step_seconds_median"] for mode in modes}
+        best = min(seconds for mode, seconds in took.items() if seconds and mode != "dual")
+        rows.append(
+            [
+                limit.replace("%", " %"),
+                *("killed" if took[mode] is None else f"{1000 * took[mode]:.0f}" for mode in modes),
+                f"{took['dual'] / took['mmap']:.2f}" if took["mmap"] else "",
+                f"{took['dual'] / best:.2f}",
+            ]
+        )
+    fits = load("budgets/budgets-fits")
+    memory, dual = (item["step_seconds_median"] for item in fits["summary"])
+    head = ["memory", *(f"{mode} ms" for mode in modes), "dual / mmap", "dual / best of the others"]
+    return (
+        f"{table(head, rows)}\n\nMilliseconds a step; medians of {data['options']['repeats']} "
+        f"runs. Memory: of the KV's {data['runs'][0]['kv_bytes'] / GIB:.2f} GiB. Without a limit: "
+        f"memory {1000 * memory:.0f} ms, dual {1000 * dual:.0f} ({dual / memory:.2f} times). "
+        f"`dualblade bench paper budgets --output results/budgets` on "
+        f"{machine_line(data['machine'])}; files: `results/budgets/`."
+    )
+
+
+def growth() -> str:
+    rows = []
+    for name in ("1x4k", "1x16k", "1x64k", "1x128k", "4x16k", "64x1k"):
+        data = load(f"growth/growth-{name}")
+        run, item = data["runs"][0], data["summary"][0]
+        seconds, read = item["step_seconds_median"], run["device_read_bytes_per_step"]
+        runs = data["runs"]
+        cpu = statistics.median(each["cpu_seconds_per_step"] for each in runs)
+        beyond = max(each["peak_memory_bytes"] - each["base_memory_bytes"] for each in runs)
+        rows.append(
+            [
+                f"{run['batch']} x {run['context']}",
+                f"{run['kv_bytes'] / GIB:.2f}",
+                f"{1000 * seconds:.0f}",
+                f"{read / GIB / seconds:.2f}",
+                f"{cpu / (read / GIB):.2f}",
+                f"{beyond / MIB:.0f}",
+                f"{run['cache']['memory']['page_cache_bytes'] / MIB:.0f}",
+            ]
+        )
+    head = [
+        "sequences x tokens",
+        "KV GiB",
+        "ms/step",
+        "GiB read a second",
+        "CPU s per GiB",
+        "peak MiB beyond the model",
+        "page cache MiB",
+    ]
+    return (
+        f"{table(head, rows)}\n\nDirect path, budget {data['options']['memory_budget']}, medians "
+        f"of {data['options']['repeats']} runs; `dualblade bench paper growth --output "
+        f"results/growth` on {machine_line(data['machine'])}; files: `results/growth/`."
+    )
+
+
+def pipeline() -> str:
+    rows = []
+    for drive in ("200", "1000", "as-is"):
+        data, auto = load(f"pipeline/settings-{drive}"), load(f"pipeline/auto-{drive}")
+        fixed = sorted(data["summary"], key=lambda item: item["step_seconds_median"])
+        best, default = fixed[0], next(item for item in fixed if item["mode"] == "direct")
+        worst = fixed[-1]
+        beside = {item["mode"]: item["step_seconds_median"] for item in auto["summary"]}
+        used = [run["ssd_utilisation"] for run in of_mode(data, "direct")]
+        rows.append(
+            [
+                drive_word(data),
+                f"{1000 * default['step_seconds_median']:.0f}",
+                f"{best['mode'].removeprefix('direct').lstrip('+') or 'the default'}: "
+                f"{1000 * best['step_seconds_median']:.0f}",
+                f"{worst['mode'].removeprefix('direct').lstrip('+') or 'the default'}: "
+                f"{1000 * worst['step_seconds_median']:.0f}",
+                f"{default['step_seconds_median'] / best['step_seconds_median']:.2f}",
+                f"{beside['direct+pipeline=auto'] / beside['direct']:.2f}",
+                f"{statistics.median(used):.2f}",
+            ]
+        )
+    head = [
+        "drive",
+        "default ms",
+        "best of 10 settings",
+        "worst",
+        "default / best",
+        "auto / default",
+        "of fio's speed",
+    ]
+    roofs = []
+    for name in ("half", "equal", "double"):
+        data = load(f"pipeline/compute-{name}")
+        took = {item["mode"]: item["step_seconds_median"] for item in data["summary"]}
+        direct = of_mode(data, "direct")
+        reading = statistics.median(
+            run["device_read_bytes_per_step"] / run["fio"]["read_bytes_per_second"]
+            for run in direct
+        )
+        roofs.append(
+            [
+                f"{drive_word(data)}; {name}",
+                f"{1000 * took['memory']:.0f}",
+                f"{1000 * reading:.0f}",
+                f"{1000 * took['direct']:.0f}",
+                f"{took['direct'] / max(took['memory'], reading):.2f}",
+            ]
+        )
+    roof_head = ["drive; compute to reading", "compute alone ms", "reading alone ms", "step ms"]
+    return (
+        f"{table(head, rows)}\n\n{table([*roof_head, 'step / longer of the two'], roofs)}\n\n"
+        "Direct decoding, drives held by blkio; medians, fio under the same throttle beside each "
+        "run. `dualblade bench paper pipeline --output results/pipeline` on "
+        f"{machine_line(data['machine'])}; files: `results/pipeline/`."
+    )
+
+
+def prefill_paths() -> str:
+    rows = []
+    for name in ("writes", "chunks"):
+        data = load(f"prefill/prefill-{name}")
+        mmap = {
+            item["store_state"]: item["prefill_seconds"]
+            for item in data["summary"]
+            if item["mode"] == "mmap"
+        }
+        for item in data["summary"]:
+            seconds, other = item["prefill_seconds"], mmap[item["store_state"]]
+            low, high = item["prefill_seconds_spread"] or (0, 0)
+            rows.append(
+                [
+                    f"{name}, {item['store_state']}: {item['mode']}",
+                    "killed" if seconds is None else f"{seconds:.2f} ({low:.2f}-{high:.2f})",
+                    f"{seconds / other:.2f}" if seconds and other else "",
+                    percent(item["stall_fraction"]),
+                    f"{item['device_written_bytes'] / GIB:.2f}",
+                    f"{item['device_read_bytes'] / GIB:.2f}",
+                ]
+            )
+    head = ["prompt, store: mode", "seconds", "/ mmap", "stalled", "GiB written", "GiB read"]
+    return (
+        f"{table(head, rows)}\n\nHalf of the KV in memory; writes: 12 prompts of 512 tokens in one "
+        "pass; chunks: 2048 tokens in chunks of 32, the drive held to 1 GB/s. Fresh: a new store, "
+        "as a first prompt finds it. `dualblade bench paper prefill --output results/prefill` on "
+        f"{machine_line(data['machine'])}; files: `results/prefill/`."
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "io": io,
@@ -433,6 +597,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "checksums": checksums,
     "control": control,
     "lmcache": lmcache,
+    "budgets": budgets,
+    "growth": growth,
+    "pipeline": pipeline,
+    "prefill-paths": prefill_paths,
 }
 
 
