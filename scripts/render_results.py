@@ -534,16 +534,19 @@ def pipeline() -> str:
             run["device_read_bytes_per_step"] / run["fio"]["read_bytes_per_second"]
             for run in direct
         )
+        first, options = direct[0], data["options"]
         roofs.append(
             [
-                f"{drive_word(data)}; {name}",
+                f"{options['model'].removeprefix('random:')}, {options['dtype']}, "
+                f"{first['batch']} x {first['context']}, {first['kv_bytes'] / GIB:.2f} GiB",
+                drive_word(data),
                 f"{1000 * took['memory']:.0f}",
                 f"{1000 * reading:.0f}",
                 f"{1000 * took['direct']:.0f}",
                 f"{took['direct'] / max(took['memory'], reading):.2f}",
             ]
         )
-    roof_head = ["drive; compute to reading", "compute alone ms", "reading alone ms", "step ms"]
+    roof_head = ["model, KV", "drive", "compute alone ms", "reading alone ms", "step ms"]
     return (
         f"{table(head, rows)}\n\n{table([*roof_head, 'step / longer of the two'], roofs)}\n\n"
         "Direct decoding, drives held by blkio; medians, fio under the same throttle beside each "
