@@ -526,7 +526,7 @@ def pipeline() -> str:
         "of fio's speed",
     ]
     roofs = []
-    for name in ("half", "equal", "double"):
+    for name in ("half", "half-slow", "equal", "double"):
         data = load(f"pipeline/compute-{name}")
         took = {item["mode"]: item["step_seconds_median"] for item in data["summary"]}
         direct = of_mode(data, "direct")
