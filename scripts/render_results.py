@@ -581,7 +581,8 @@ def prefill_paths() -> str:
     return (
         f"{table(head, rows)}\n\nWrites: 12 prompts of 512 tokens in one pass, 1.1 GiB of KV, a "
         "budget of half of it, no memory limit. Chunks: 2048 tokens in chunks of 32, half of the "
-        "KV in memory, the drive held to 1 GB/s. Fresh: a new store, as a first prompt finds it. `dualblade bench paper prefill --output results/prefill` on "
+        "KV in memory, the drive held to 1 GB/s. Fresh: a new store, "
+        "as a first prompt finds it. `dualblade bench paper prefill --output results/prefill` on "
         f"{machine_line(data['machine'])}; files: `results/prefill/`."
     )
 
