@@ -20,6 +20,7 @@ from dualblade.bench.report_section import (
     number_text,
     percent_text,
     ratio_spread,
+    title_text,
     workload_text,
 )
 from dualblade.bench.workload import is_stored
@@ -103,7 +104,7 @@ def decode_section(group: list[Named]) -> Made:
     first = done[0]
     engines = sorted({run["engine"] for run in done if run["engine"]})
     section = Section(
-        title=f"Decoding {options['model']}",
+        title=title_text("Decoding", result),
         file=name,
         about=(
             f"{workload_text(options)}, attention {first['attention']}, KV "

@@ -17,6 +17,7 @@ from dualblade.bench.report_section import (
     number_text,
     percent_text,
     seconds_spread,
+    title_text,
     workload_text,
 )
 from dualblade.bench.workload import is_stored
@@ -46,7 +47,7 @@ def prefill_section(group: list[Named]) -> Made:
         for entry in summary
     ]
     section = Section(
-        title=f"Prefill of {options['model']}",
+        title=title_text("Prefill of", result),
         file=name,
         about=(
             f"{workload_text(options)} in chunks of {options['prefill_chunk']}, attention "

@@ -44,6 +44,12 @@ def workload_text(options: Mapping[str, Any]) -> str:
     )
 
 
+def title_text(what: str, result: Mapping[str, Any]) -> str:
+    """`what` of which model; and which run of a scenario, since they share models."""
+    run = result.get("scenario", {}).get("run")
+    return f"{what} {result['options']['model']}" + ("" if run is None else f" ({run})")
+
+
 def drive_text(result: Mapping[str, Any]) -> str:
     """The speed that a scenario held the drive to, if it did."""
     speed = result.get("scenario", {}).get("device_bytes_per_second")
