@@ -71,7 +71,9 @@ def test_beside_fio(options: IoBenchOptions) -> None:
         pytest.skip("needs fio, and root for its huge pages")
     reserved = Path("/proc/sys/vm/nr_hugepages").read_text()
     fio = run_io_bench(replace(options, compare_fio=True))["fio"]
-    assert len(fio["throughput_ratios"]) == len(fio["cpu_ratios"]) == 2
+    assert len(fio["throughput_ratios"]) == 2
+    # Of passes this short fio may count no CPU.
+    assert (fio["cpu_ratio_median"] is None) == (fio["cpu_ratios"] == [])
     assert fio["throughput_ratio_median"] > 0
     assert "--iomem=mmaphuge" in fio["command"]
     assert Path("/proc/sys/vm/nr_hugepages").read_text() == reserved

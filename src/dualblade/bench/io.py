@@ -375,13 +375,16 @@ def _fio_read(options: IoBenchOptions) -> Pass:
 def _compare(ours: list[Pass], theirs: list[Pass], options: IoBenchOptions) -> dict[str, Any]:
     pairs = list(zip(ours, theirs, strict=True))
     throughput = [own.bytes_per_second / fio.bytes_per_second for own, fio in pairs]
-    cpu = [own.cpu_seconds_per_gib / fio.cpu_seconds_per_gib for own, fio in pairs]
+    # fio counts CPU in whole percent: of a pass of a few milliseconds it may see none.
+    cpu = [
+        own.cpu_seconds_per_gib / fio.cpu_seconds_per_gib for own, fio in pairs if fio.cpu_seconds
+    ]
     version = subprocess.run([find_fio(), "--version"], capture_output=True, text=True, check=False)
     return {
         "version": version.stdout.strip(),
         "command": " ".join(_fio(options).command(huge=True)),
         "throughput_ratio_median": statistics.median(throughput),
-        "cpu_ratio_median": statistics.median(cpu),
+        "cpu_ratio_median": statistics.median(cpu) if cpu else None,
         "throughput_ratios": throughput,
         "cpu_ratios": cpu,
         "reads": [_describe(fio) for fio in theirs],

@@ -45,9 +45,10 @@ def workload_text(options: Mapping[str, Any]) -> str:
 
 
 def title_text(what: str, result: Mapping[str, Any]) -> str:
-    """`what` of which model; and which run of a scenario, since they share models."""
+    """`what` of which model; first of all which run of a scenario, since they share models."""
+    title = f"{what} {result['options']['model']}"
     run = result.get("scenario", {}).get("run")
-    return f"{what} {result['options']['model']}" + ("" if run is None else f" ({run})")
+    return title if run is None else f"{run}: {title[0].lower()}{title[1:]}"
 
 
 def drive_text(result: Mapping[str, Any]) -> str:

@@ -154,9 +154,10 @@ def _show_io(result: dict[str, Any]) -> None:
     console.print(f"memory    {'huge' if result['huge_pages'] else 'ordinary'} pages")
     if "fio" in result:
         fio = result["fio"]
+        cpu = fio["cpu_ratio_median"]
         console.print(
             f"fio       {fio['throughput_ratio_median']:.3f} of its throughput, "
-            f"{fio['cpu_ratio_median']:.3f} of its CPU (medians of pairs)"
+            f"{'too little to see' if cpu is None else f'{cpu:.3f}'} of its CPU (medians of pairs)"
         )
 
 
