@@ -446,12 +446,13 @@ def budgets() -> str:
                 f"{took['dual'] / best:.2f}",
             ]
         )
+    kv = next(run["kv_bytes"] for run in data["runs"] if run["kv_bytes"])
     fits = load("budgets/budgets-fits")
     memory, dual = (item["step_seconds_median"] for item in fits["summary"])
     head = ["memory", *(f"{mode} ms" for mode in modes), "dual / mmap", "dual / best of the others"]
     return (
         f"{table(head, rows)}\n\nMilliseconds a step; medians of {data['options']['repeats']} "
-        f"runs. Memory: of the KV's {data['runs'][0]['kv_bytes'] / GIB:.2f} GiB. Without a limit: "
+        f"runs. Memory: of the KV's {kv / GIB:.2f} GiB. Without a limit: "
         f"memory {1000 * memory:.0f} ms, dual {1000 * dual:.0f} ({dual / memory:.2f} times). "
         f"`dualblade bench paper budgets --output results/budgets` on "
         f"{machine_line(data['machine'])}; files: `results/budgets/`."
