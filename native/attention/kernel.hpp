@@ -273,7 +273,6 @@ void in_fours(std::int64_t rows, Each each) {
 
 // Up to kLaneTokens of one head; `state` is its lane's, `number` its own in the run. The stretch
 // that comes next lies `ahead` elements behind this one; 0: none does.
-// that comes next lies `ahead` elements behind this one; 0: none does.
 template <typename T>
 struct Stretch {
     std::int64_t head, state;

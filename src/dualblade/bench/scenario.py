@@ -59,7 +59,8 @@ _TYPES: dict[str, tuple[type, str]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One benchmark of a scenario. Its result is NAME.json. None: the drive as it is."""
+    """One benchmark of a scenario. Its result is NAME.json. `device_bytes_per_second` None:
+    the drive as it is."""
 
     name: str
     benchmark: str
