@@ -72,6 +72,10 @@ def run_paper(
         output.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise ConfigError(f"cannot make {output}: {exc.strerror}") from exc
+    held = [entry.device_bytes_per_second for entry in scenario.entries]
+    if fastest := max(filter(None, held), default=None):
+        with throttled(folder, fastest):
+            pass  # refused now, not after the runs before the first that is held
     told = []
     for number, entry in enumerate(scenario.entries):
         following = sum(later.run_count for later in scenario.entries[number + 1 :])
