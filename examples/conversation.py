@@ -25,7 +25,7 @@ with dualblade.DualBladeCache.for_model(model, memory_budget="64MiB", path="dire
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         known = cache.get_seq_length()
-        output = model.generate(**inputs, past_key_values=cache, max_new_tokens=30, do_sample=False)
+        output = model.generate(**inputs, cache=cache, max_new_tokens=30, do_sample=False)
         answer = tokenizer.decode(
             output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )

@@ -21,7 +21,7 @@ with open(file, encoding="utf-8") as text:
 with dualblade.DualBladeCache.for_model(model, memory_budget="256MiB") as cache:
     model.generate(
         **inputs,
-        past_key_values=cache,
+        cache=cache,
         max_new_tokens=40,
         do_sample=False,
         prefill_chunk_size=1024,

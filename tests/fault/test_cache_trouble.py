@@ -202,7 +202,7 @@ def test_an_interrupt_in_the_middle_of_a_step_spoils_the_cache(
 def test_nothing_is_left_behind(own_cache_directory: Path) -> None:
     model = tiny_model()
     with DualBladeCache.for_model(model, memory_budget="16MiB") as cache:
-        model.generate(**prompt(), past_key_values=cache, max_new_tokens=5)
+        model.generate(**prompt(), cache=cache, max_new_tokens=5)
     assert list(own_cache_directory.iterdir()) == []
 
 
@@ -218,16 +218,14 @@ def test_a_cache_cannot_be_copied() -> None:
 
 def test_two_caches_on_one_model() -> None:
     model, inputs = tiny_model(), prompt()
-    want = model.generate(
-        **inputs, past_key_values=DynamicCache(config=model.config), max_new_tokens=80
-    )
+    want = model.generate(**inputs, cache=DynamicCache(config=model.config), max_new_tokens=80)
     with (
         DualBladeCache.for_model(model, memory_budget="16MiB") as first,
         DualBladeCache.for_model(model, memory_budget="16MiB", path="direct") as second,
     ):
         for cache in (first, second, first):
             cache.reset()
-            got = model.generate(**inputs, past_key_values=cache, max_new_tokens=80)
+            got = model.generate(**inputs, cache=cache, max_new_tokens=80)
             assert torch.equal(got, want)
 
 

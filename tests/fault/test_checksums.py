@@ -301,7 +301,7 @@ def test_beams_and_another_prompt_raise_nothing(path: str) -> None:
         for _ in range(2):
             model.generate(
                 **prompt(2, 200),
-                past_key_values=cache,
+                cache=cache,
                 max_new_tokens=70,
                 num_beams=3,
                 do_sample=False,

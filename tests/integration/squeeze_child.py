@@ -59,7 +59,7 @@ class Decode:
 
     def step(self) -> None:
         with torch.inference_mode():
-            out = self.model(torch.tensor([self.tokens[-1:]]), past_key_values=self.cache)
+            out = self.model(torch.tensor([self.tokens[-1:]]), cache=self.cache)
         self.tokens.append(int(out.logits[0, -1].argmax()))
         memory = self.cache.stats().memory
         planned = memory.used_bytes - memory.page_cache_bytes + memory.page_cache_planned_bytes

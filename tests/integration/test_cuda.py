@@ -23,9 +23,9 @@ def test_greedy_is_bit_equal_on_cuda(path: str, dtype: torch.dtype) -> None:
         "return_dict_in_generate": True,
         "output_logits": True,
     }
-    want = model.generate(**inputs, past_key_values=DynamicCache(config=model.config), **settings)
+    want = model.generate(**inputs, cache=DynamicCache(config=model.config), **settings)
     with DualBladeCache.for_model(model, memory_budget="16MiB", path=path) as cache:
-        got = model.generate(**inputs, past_key_values=cache, **settings)
+        got = model.generate(**inputs, cache=cache, **settings)
     assert torch.equal(got.sequences, want.sequences)
     for ours, theirs in zip(got.logits, want.logits, strict=True):
         assert torch.equal(ours, theirs)
@@ -36,9 +36,7 @@ def test_beams_and_crops_on_cuda() -> None:
     inputs = {name: tensor.to("cuda") for name, tensor in prompt(batch=2, pad=5).items()}
     for options in ({"num_beams": 3}, {"num_beams": 1, "prefill_chunk_size": 30}):
         settings = {"max_new_tokens": 100, "do_sample": False, **options}
-        want = model.generate(
-            **inputs, past_key_values=DynamicCache(config=model.config), **settings
-        )
+        want = model.generate(**inputs, cache=DynamicCache(config=model.config), **settings)
         with DualBladeCache.for_model(model, memory_budget="16MiB") as cache:
-            got = model.generate(**inputs, past_key_values=cache, **settings)
+            got = model.generate(**inputs, cache=cache, **settings)
         assert torch.equal(got, want)

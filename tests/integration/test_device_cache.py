@@ -50,7 +50,7 @@ def check_tokens(store: Any, path: str) -> None:
     prompt = torch.randint(3, 128, (2, 200), generator=torch.Generator().manual_seed(1))
     inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     options = {"max_new_tokens": 8, "do_sample": False}
-    expected = model.generate(**inputs, **options, past_key_values=DynamicCache())
+    expected = model.generate(**inputs, **options, cache=DynamicCache())
     with DualBladeCache.for_model(
         model,
         store=store,
@@ -58,7 +58,7 @@ def check_tokens(store: Any, path: str) -> None:
         memory_budget="16MiB",
         config=EngineConfig(disk_capacity_bytes=32 * MIB),
     ) as cache:
-        assert torch.equal(model.generate(**inputs, **options, past_key_values=cache), expected)
+        assert torch.equal(model.generate(**inputs, **options, cache=cache), expected)
         stats = cache.stats()
         assert stats.stored_bytes > 0
         assert (stats.io.direct_write_bytes > 0) == (path == "direct")

@@ -21,7 +21,7 @@ def generate(model: PreTrainedModel, cache: Any, inputs: dict[str, Any], **optio
     settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **options}
     return model.generate(
         **inputs,
-        past_key_values=cache,
+        cache=cache,
         return_dict_in_generate=True,
         output_logits=True,
         **settings,

@@ -21,7 +21,7 @@ def generate(model: PreTrainedModel, cache: Any, inputs: dict[str, Any], **optio
     settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **options}
     return model.generate(
         **inputs,
-        past_key_values=cache,
+        cache=cache,
         return_dict_in_generate=True,
         output_logits=True,
         **settings,
@@ -69,10 +69,10 @@ def test_bfloat16_is_as_close_as_sdpa(family: str, attention: str) -> None:
 
     def step(one: PreTrainedModel, cache: Any) -> torch.Tensor:
         with torch.no_grad():
-            one(**inputs, past_key_values=cache)
+            one(**inputs, cache=cache)
             ones = torch.ones((2, 1), dtype=torch.int64)
             mask = torch.cat([inputs["attention_mask"], ones], dim=1)
-            out = one(input_ids=5 * ones, attention_mask=mask, past_key_values=cache)
+            out = one(input_ids=5 * ones, attention_mask=mask, cache=cache)
         return out.logits[:, -1].float()
 
     true = step(wide, DynamicCache(config=wide.config))
@@ -214,7 +214,7 @@ def test_auto_says_what_it_took_and_why(
 def test_rows_that_nobody_attends_to_are_taken_in_all_the_same() -> None:
     model = tiny_model()
     with tiles(model) as cache, torch.no_grad():
-        model(**prompt(tokens=80), past_key_values=cache)
+        model(**prompt(tokens=80), cache=cache)
         for index in range(3):
             cache.update(torch.ones(1, 2, 1, 16), torch.ones(1, 2, 1, 16), index)
         assert cache.get_seq_length() == 81

@@ -165,7 +165,7 @@ def test_reset_begins_anew(pair: Pair) -> None:
 def generated(model: PreTrainedModel, cache: Cache | None, **options: Any) -> Any:
     torch.manual_seed(0)
     settings = {"max_new_tokens": 20, "do_sample": False, **options}
-    return model.generate(past_key_values=cache, return_dict_in_generate=True, **settings)
+    return model.generate(cache=cache, return_dict_in_generate=True, **settings)
 
 
 def ours_and_theirs(model: PreTrainedModel, length: int | None, **options: Any) -> tuple[Any, Any]:
@@ -175,7 +175,7 @@ def ours_and_theirs(model: PreTrainedModel, length: int | None, **options: Any) 
         model, path="direct", attention="exact", memory_budget="16MiB", max_tokens=length
     ) as cache:
         actual = generated(model, cache, **options)
-        assert actual.past_key_values is cache
+        assert actual.cache is cache
         assert cache.stats().io.written_bytes > 0
     assert torch.equal(actual.sequences, expected.sequences)
     return actual, expected
@@ -239,7 +239,7 @@ def test_a_prefix_that_is_cached_once_serves_several_prompts(length: int | None)
         model, path="direct", attention="exact", memory_budget="16MiB", max_tokens=length
     ) as cache:
         with torch.no_grad():
-            model(input_ids=prefix, past_key_values=cache)
+            model(input_ids=prefix, cache=cache)
         written = cache.stats().io.written_bytes
         for seed in range(3):
             draw = torch.Generator().manual_seed(seed)
@@ -265,8 +265,8 @@ def test_a_pass_over_a_whole_conversation_is_one_step_at_a_time() -> None:
     ):
         theirs = DynamicCache(config=model.config)
         for part in ids.split([64, 1, 40, 45], dim=1):
-            ours = model(input_ids=part, past_key_values=cache).logits
-            assert torch.equal(ours, model(input_ids=part, past_key_values=theirs).logits)
+            ours = model(input_ids=part, cache=cache).logits
+            assert torch.equal(ours, model(input_ids=part, cache=theirs).logits)
 
 
 _SIZES = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -224,7 +224,7 @@ def test_the_plan_is_what_a_cache_does(path: str, attention: Any) -> None:
         model, memory_budget=budget, path=path, max_tokens=tokens, attention=attention
     ) as cache:
         with torch.inference_mode():
-            model(torch.ones(batch, tokens, dtype=torch.long), past_key_values=cache)
+            model(torch.ones(batch, tokens, dtype=torch.long), cache=cache)
         stats = cache.stats()
     assert plan.placements == stats.plan
     assert plan.kv_bytes == stats.kv_bytes

@@ -226,7 +226,7 @@ def test_a_measured_device_gives_plan_and_cache_the_same_units(tmp_path: Path) -
         model, store=store, memory_budget=8 * MIB, max_tokens=512, config=copied
     ) as cache:
         with torch.inference_mode():
-            model(torch.ones(1, 512, dtype=torch.long), past_key_values=cache)
+            model(torch.ones(1, 512, dtype=torch.long), cache=cache)
         assert cache.stats().plan == plan.placements
     assert {unit.path for unit in plan.placements} == {"direct"}
     assert "as fast as" in plan.placements[0].reason

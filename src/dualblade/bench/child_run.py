@@ -85,7 +85,7 @@ def calibrate(options: ChildOptions) -> dict[str, Any]:
     with positions_checked(), torch.inference_mode():
         for _ in range(2):
             if count == 1:
-                model(input_ids=prompt[:, -1:], past_key_values=cache, use_cache=True)
+                model(input_ids=prompt[:, -1:], cache=cache, use_cache=True)
             else:  # with the masks that generate makes
                 first_token(model, prompt, cache, count)
     step = max(0, process_memory().peak_resident_bytes - before)
@@ -216,7 +216,7 @@ def first_token(model: Any, prompt: torch.Tensor, cache: Any, chunk: int) -> tor
     output = model.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
+        cache=cache,
         max_new_tokens=1,
         prefill_chunk_size=min(chunk, prompt.shape[1]),
         do_sample=False,

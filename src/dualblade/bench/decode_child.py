@@ -51,7 +51,7 @@ class Decoder:
 
     def step(self) -> None:
         """One greedy token for each sequence."""
-        output = self._model(input_ids=self._next, past_key_values=self._cache, use_cache=True)
+        output = self._model(input_ids=self._next, cache=self._cache, use_cache=True)
         self._next = output.logits[:, -1:].argmax(dim=-1)
         if self._next.is_cuda:  # else the clock stops before the work is done
             torch.cuda.synchronize()

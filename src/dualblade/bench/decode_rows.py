@@ -101,7 +101,7 @@ def probe_layers(model: Any) -> list[LayerShape]:
     cache = DynamicCache(config=model.config)
     token = torch.ones(1, 1, dtype=torch.long, device=model.device)
     with torch.inference_mode():
-        model(input_ids=token, past_key_values=cache, use_cache=True)
+        model(input_ids=token, cache=cache, use_cache=True)
     shapes = []
     layers: list[Any] = list(cache.layers)
     for index, layer in enumerate(layers):

@@ -199,7 +199,7 @@ def generate_text(
         model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            cache=cache,
             max_new_tokens=sampling.max_new_tokens,
             prefill_chunk_size=chunk,
             streamer=stream,

@@ -85,7 +85,7 @@ class DualBladeCache(Cache):
         max_tokens: int | None = None,
         config: EngineConfig | None = None,
     ) -> DualBladeCache:
-        """A cache for `model`, to pass as `past_key_values`.
+        """A cache for `model`, to pass as `cache`.
 
         store          a folder (for a private file, gone at close), a file (made 0600 when
                        missing) or a formatted device, or several: striped. What is no dualblade

@@ -20,7 +20,7 @@ def generate(model: PreTrainedModel, cache: Any, **options: Any) -> torch.Tensor
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
         do_sample=False,
-        past_key_values=cache,
+        cache=cache,
         **{"max_new_tokens": 8, **options},
     )
 

@@ -156,7 +156,7 @@ def test_a_group_generates(path: str) -> None:
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 do_sample=False,
-                past_key_values=cache,
+                cache=cache,
                 max_new_tokens=4,
             )
             assert made.shape == (1, 204)
