@@ -85,15 +85,27 @@ void Attention::begin(const Query& query) {
     pool_.run(query.heads(), [&](std::int64_t head) { kernel_.pack(work_, head); });
 }
 
-void Attention::keys(const Run& run) {
+void Attention::make_room(const Run& keys) {
     const std::int64_t rows = work_.query.heads() * work_.query.rows();
-    ensure(work_.weights, rows * run.row_weights());
-    ensure(work_.corrections, rows * run.row_corrections());
+    ensure(work_.weights, rows * keys.row_weights());
+    ensure(work_.corrections, rows * keys.row_corrections());
+}
+
+void Attention::keys(const Run& run) {
+    make_room(run);
     pool_.run(work_.items(), [&](std::int64_t item) { kernel_.keys(work_, run, item); });
 }
 
 void Attention::values(const Run& run) {
     pool_.run(work_.items(), [&](std::int64_t item) { kernel_.values(work_, run, item); });
+}
+
+void Attention::both(const Run& keys, const Run& values) {
+    make_room(keys);
+    pool_.run(work_.items(), [&](std::int64_t item) {
+        kernel_.keys(work_, keys, item);
+        kernel_.values(work_, values, item);
+    });
 }
 
 void Attention::finish(const float* sinks, void* out) {

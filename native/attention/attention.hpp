@@ -112,12 +112,16 @@ class Attention {
     void begin(const Query& query);
     void keys(const Run& run);
     void values(const Run& run);  // of the same tokens as the last keys()
+    // Both at once: a thread goes on to an item's values without a wait for the other items.
+    void both(const Run& keys, const Run& values);
     // out [batch, tokens, kv_heads * group, value_dim]; sinks [kv_heads * group] or null.
     void finish(const float* sinks, void* out);
 
     const char* kernel_name() const { return kernel_.name; }
 
   private:
+    void make_room(const Run& keys);
+
     Pool pool_;
     const Kernel& kernel_;
     Work work_;

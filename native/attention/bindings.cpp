@@ -86,6 +86,8 @@ NB_MODULE(_attention, m) {
             nb::arg("first_visible"), nb::arg("scale"), nb::arg("bfloat16"))
         .def("keys", &Attention::keys, nb::arg("run"), nb::call_guard<nb::gil_scoped_release>())
         .def("values", &Attention::values, nb::arg("run"), nb::call_guard<nb::gil_scoped_release>())
+        .def("both", &Attention::both, nb::arg("keys"), nb::arg("values"),
+             nb::call_guard<nb::gil_scoped_release>())
         .def(
             "finish",
             [](Attention& self, std::uintptr_t sinks, std::uintptr_t out) {

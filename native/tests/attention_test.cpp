@@ -157,8 +157,14 @@ struct Case {
         attention.begin(asked);
         for (std::int64_t tile = 0; tile < tiles(); tile += step) {
             const std::int64_t count = std::min(step, tiles() - tile);
-            attention.keys(run(all_keys, shape.key_dim, tile, count));
-            attention.values(run(all_values, shape.value_dim, tile, count));
+            const Run some_keys = run(all_keys, shape.key_dim, tile, count);
+            const Run some_values = run(all_values, shape.value_dim, tile, count);
+            if (tile / step % 2 == 1) {
+                attention.both(some_keys, some_values);
+                continue;
+            }
+            attention.keys(some_keys);
+            attention.values(some_values);
         }
         if (element == Element::kFloat32) {
             attention.finish(nullptr, out.data());

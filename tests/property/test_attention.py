@@ -90,7 +90,7 @@ class Case:
         )
         return GroupedAttention(self.query, *group)
 
-    def run(self, running: Running, piece_tiles: int) -> torch.Tensor:
+    def run(self, running: Running, piece_tiles: int, *, both: bool = False) -> torch.Tensor:
         at = 0
         while at < self.keys.shape[2]:
             edge = (at // GROUP_TOKENS + 1) * GROUP_TOKENS
@@ -98,11 +98,18 @@ class Case:
                 last = min(at + piece_tiles * self.rows, self.stored, edge)
             else:
                 last = min(self.keys.shape[2], edge)
-            for take, whole in ((running.keys, self.keys), (running.values, self.values)):
-                some = whole[:, :, at:last]
-                tile = self.rows if at < self.stored else last - at
-                tiles = some.unflatten(2, (-1, tile)).permute(2, 0, 1, 3, 4)
-                take(Rows(tiles.contiguous(), at, last - at))
+            tile = self.rows if at < self.stored else last - at
+            keys, values = (
+                Rows(
+                    some.unflatten(2, (-1, tile)).permute(2, 0, 1, 3, 4).contiguous(), at, last - at
+                )
+                for some in (self.keys[:, :, at:last], self.values[:, :, at:last])
+            )
+            if both:
+                running.both(keys, values)
+            else:
+                running.keys(keys)
+                running.values(values)
             at = last
         return running.finish()
 
@@ -124,6 +131,7 @@ def test_the_kernel_is_as_close_as_sdpa(problem: dict[str, object]) -> None:
     assert_close(case, out)
     # Not one bit depends on the cuts, nor on how many threads there are.
     assert torch.equal(case.run(case.kernel(), 100), out)
+    assert torch.equal(case.run(case.kernel(), case.piece_tiles, both=True), out)
 
 
 @given(problems())
@@ -132,7 +140,7 @@ def test_groups_are_as_close_as_sdpa(problem: dict[str, object]) -> None:
     case = Case(problem)
     out = case.run(case.grouped(), case.piece_tiles)
     assert_close(case, out)
-    assert torch.equal(case.run(case.grouped(), 100), out)
+    assert torch.equal(case.run(case.grouped(), 100, both=True), out)
 
 
 @pytest.mark.parametrize("name", ["amx", "avx512", "avx2", "plain"])

@@ -58,6 +58,11 @@ class GroupedAttention:
         """See `Running`."""
         self._place(rows, self._values)
 
+    def both(self, keys: Rows, values: Rows) -> None:
+        """See `Running`."""
+        self.keys(keys)
+        self.values(values)
+
     def finish(self) -> torch.Tensor:
         """See `Running`."""
         self._attend()

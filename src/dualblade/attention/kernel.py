@@ -76,6 +76,10 @@ class KernelAttention:
         """See `Running`."""
         self._native.values(_run(rows))
 
+    def both(self, keys: Rows, values: Rows) -> None:
+        """See `Running`."""
+        self._native.both(_run(keys), _run(values))
+
     def finish(self) -> torch.Tensor:
         """See `Running`."""
         sinks = 0 if self._sinks is None else self._sinks.data_ptr()

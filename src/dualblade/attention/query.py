@@ -92,5 +92,8 @@ class Running(Protocol):
     def values(self, rows: Rows) -> None:
         """The same tokens' values."""
 
+    def both(self, keys: Rows, values: Rows) -> None:
+        """Keys and values of the same tokens; faster than one after the other."""
+
     def finish(self) -> torch.Tensor:
         """[batch, tokens, heads, value_dim], contiguous, in the query's dtype."""

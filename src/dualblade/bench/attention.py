@@ -208,8 +208,8 @@ class AttentionLayer:
         self._module.num_key_value_groups = groups
 
     def _cut(self, piece_tiles: int) -> list[tuple[Rows, Rows]]:
-        """Keys and values of pieces as they come from a store, at most so many tiles of each; none
-        reaches over the edge of a group."""
+        """Keys and values of pieces as large as they come from a store, at most so many tiles of
+        each; none reaches over the edge of a group."""
         edge = self._group[0].shape[2] // TILE_ROWS_DEFAULT
         pieces, tile = [], 0
         while tile < len(self._tiles[0]):
@@ -221,7 +221,7 @@ class AttentionLayer:
         return pieces
 
     def tiles(self) -> torch.Tensor:
-        """Attention over tiles, in pieces as they come from a store."""
+        """Attention over tiles, in pieces that are at hand, keys and values."""
         keys, values = self._tiles
         past = keys.shape[0] * TILE_ROWS_DEFAULT  # the query sees all
         query = AttentionQuery(query=self.query, past=past, scaling=self.query.shape[-1] ** -0.5)
@@ -231,8 +231,7 @@ class AttentionLayer:
         else:
             running = GroupedAttention(query, *self._group)
         for keys_piece, values_piece in self._pieces:
-            running.keys(keys_piece)
-            running.values(values_piece)
+            running.both(keys_piece, values_piece)
         return running.finish()
 
     def exact(self) -> torch.Tensor:

@@ -112,12 +112,13 @@ class MmapKV(MemoryKV):
         slot = self._take(layer, whole=False)
         units = (layer.keys.unit, layer.values.unit)
         for pair in paired_pieces(*units, layer.stored_tiles, _WHOLE, layer.group_tiles):
+            tiles = []
             for part, (half, piece) in enumerate(zip(layer.halves, pair, strict=True)):
                 geometry = half.unit.geometry
                 at, size = piece.offset(geometry), piece.size_bytes(geometry)
                 memory = self._slot(slot, part, half, layer)[at : at + size]
-                tiles = tile_view(memory, geometry, layer.dtype, piece.tiles, piece.sequences)
-                yield Arrived(half, tiles, piece.tile, piece.sequence)
+                tiles.append(tile_view(memory, geometry, layer.dtype, piece.tiles, piece.sequences))
+            yield Arrived(layer.keys, tiles[0], pair[0].tile, pair[0].sequence, tiles[1])
 
     def gather_all(self, layer: Layer, new: NewRows) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Offer.gather`."""

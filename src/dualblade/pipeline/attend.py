@@ -37,12 +37,27 @@ class NewRows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Arrived:
-    """Stored tiles of `half` from `tile` on, at hand: [tiles, sequences, kv_heads, rows, dim]."""
+    """Stored tiles of `half` from `tile` on, at hand: [tiles, sequences, kv_heads, rows, dim].
+
+    `values`, with keys only: those of the same tiles, when they are at hand too. They do not come
+    again.
+    """
 
     half: HalfLayer
     tiles: torch.Tensor
     tile: int
     first_sequence: int
+    values: torch.Tensor | None = None
+
+    @property
+    def words(self) -> str:
+        """What it is, in a trace."""
+        return self.half.unit.id.part.value if self.values is None else "keys and values"
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all that is here."""
+        return self.tiles.nbytes + (0 if self.values is None else self.values.nbytes)
 
 
 def attend(
@@ -59,14 +74,12 @@ def attend(
     """
     running = _running(layer, layer.tokens + new.count, query, buffers)
     for some in arriving:
-        rows = Rows(
-            some.tiles,
-            some.tile * layer.rows,
-            some.tiles.shape[0] * layer.rows,
-            some.first_sequence,
-            layer.table.rows_of(some.tile, some.tile + some.tiles.shape[0]),
-        )
-        if some.half is layer.keys:
+        first, tokens = some.tile * layer.rows, some.tiles.shape[0] * layer.rows
+        order = layer.table.rows_of(some.tile, some.tile + some.tiles.shape[0])
+        rows = Rows(some.tiles, first, tokens, some.first_sequence, order)
+        if some.values is not None:
+            running.both(rows, Rows(some.values, first, tokens, some.first_sequence, order))
+        elif some.half is layer.keys:
             running.keys(rows)
         else:
             running.values(rows)
@@ -79,8 +92,10 @@ def attend(
         while at < first + keys.shape[2]:
             last = min(first + keys.shape[2], (at // edge + 1) * edge)
             cut = slice(at - first, last - first)
-            running.keys(Rows(keys[None, :, :, cut], at, last - at))
-            running.values(Rows(values[None, :, :, cut], at, last - at))
+            running.both(
+                Rows(keys[None, :, :, cut], at, last - at),
+                Rows(values[None, :, :, cut], at, last - at),
+            )
             at = last
     return running.finish()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -118,14 +118,24 @@ class KVPipeline(LayeredKV):
             return
         machinery, sweep = self._require_machinery(), self._sweep()
         copies, copied = machinery.copies, deque[tuple[Arrived, CopyEvent | None]]()
+        keys: Arrived | None = None  # in the page cache, where their values may be too
         for landing in sweep.take(layer.index):
             piece = landing.piece
             with copies.issuing():
                 tiles = machinery.landed_tiles(landing, layer.dtype)
             copies.landed(landing.slot)
             arrived = Arrived(landing.half, tiles, piece.tile, piece.sequence)
-            copied.append((arrived, landing.slot.busy))
             self._count_dead(layer, landing)
+            if keys is not None:
+                if landing.in_place:
+                    arrived = replace(keys, values=tiles)
+                else:
+                    yield keys
+                keys = None
+            elif landing.in_place and landing.half is layer.keys and sweep.has_landed():
+                keys = arrived
+                continue
+            copied.append((arrived, landing.slot.busy))
             # Copies run ahead of attention, but no read is waited for while tiles are at hand.
             while copied and (len(copied) > copies.ahead or not sweep.has_landed()):
                 arrived, event = copied.popleft()

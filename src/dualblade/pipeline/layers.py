@@ -86,8 +86,9 @@ class LayeredKV(ABC):
                 began = now_ns()
                 yield some
                 computed = now_ns()
-                part = some.half.unit.id.part.value
-                timeline.span(Lane.COMPUTE, part, began, computed, layer.index, some.tiles.nbytes)
+                timeline.span(
+                    Lane.COMPUTE, some.words, began, computed, layer.index, some.size_bytes
+                )
 
         out = attend(layer, new, query, arriving(), partial(self._group_buffers, layer))
         ended = now_ns()

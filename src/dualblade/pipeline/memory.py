@@ -133,9 +133,11 @@ class MemoryKV(LayeredKV):
     def _arriving(self, layer: Layer) -> Iterator[Arrived]:
         units = (layer.keys.unit, layer.values.unit)
         for pair in paired_pieces(*units, layer.stored_tiles, _NO_LIMIT, layer.group_tiles):
-            for half, piece in zip(layer.halves, pair, strict=True):
-                tiles = self._memory.view(half.unit, piece, layer.dtype)
-                yield Arrived(half, tiles, piece.tile, piece.sequence)
+            keys, values = (
+                self._memory.view(half.unit, piece, layer.dtype)
+                for half, piece in zip(layer.halves, pair, strict=True)
+            )
+            yield Arrived(layer.keys, keys, pair[0].tile, pair[0].sequence, values)
 
     def _drop_tokens(self, layer: Layer, count: int) -> None:
         def fetch(half: HalfLayer, piece: Piece) -> None:
