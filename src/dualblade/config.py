@@ -72,11 +72,11 @@ class EngineConfig:
                          whether it fits memory or not. None: the plan follows the memory there is.
     checksums            verify what is read: `sample`, a sixteenth at each step and so all of it in
                          16 steps; `all`, before it is used; or `off`.
-    pipeline             how reads and compute share a step. `layers`: across layers, with as much
-                         read ahead as there is room for; `auto`: as much as steps are the faster
-                         for, which no benchmark has judged yet; `tiled`: within a layer;
-                         `key-value`: values while their keys are attended to; `serial`: one after
-                         another. Results are the same.
+    pipeline             how reads and compute share a step. `auto`: across layers, with as much
+                         read ahead as makes steps shorter, found while running; `layers`: with as
+                         much as there is room for; `tiled`: within a layer; `key-value`: values
+                         while their keys are attended to; `serial`: one after another. Results are
+                         the same.
     in_place             attend on the CPU to what is in the page cache where it lies there, without
                          copying it to staging. Needs Linux 5.14 and a store of one member; else,
                          and off, it is read.
@@ -102,7 +102,7 @@ class EngineConfig:
     checksums: ChecksumMode = "sample"
     discard: bool = False
     keep_store_blocks: bool = False
-    pipeline: PipelineMode = "layers"
+    pipeline: PipelineMode = "auto"
     in_place: bool = True
     trace_events: int = 0
 

@@ -41,7 +41,7 @@ from dualblade.pipeline.read_ahead import Landing, ReadAhead
 from dualblade.pipeline.residence import MemorySource, MemoryWatch, Placements
 from dualblade.pipeline.staging import CopyEvent, staging_shape
 from dualblade.pipeline.timeline import Lane, now_ns
-from dualblade.pipeline.tuner import Mode, Tuner
+from dualblade.pipeline.tuner import Mode, StepTimes, Tuner
 from dualblade.pipeline.unit import Unit
 from dualblade.residency import DoorSpeeds
 from dualblade.store import Store
@@ -68,6 +68,17 @@ class KVSettings:
     memory: MemorySource | None = None
     speeds: DoorSpeeds | None = None
     copies: MakeCopies = copies_for
+
+
+@dataclass(frozen=True, slots=True)
+class _StepEnd:
+    """When a step ended, in seconds; how long the engine had been busy and the model had waited for
+    reads until then; and the rows that were new in it."""
+
+    at: float = 0.0
+    busy_seconds: float = 0.0
+    stalled_seconds: float = 0.0
+    rows: int = 0
 
 
 class KVPipeline(LayeredKV):
@@ -108,7 +119,7 @@ class KVPipeline(LayeredKV):
         self._gather_ns = 0
         self._tuner: Tuner | None = None
         self._tuned: deque[TuningEvent] = deque(maxlen=_EVENTS_MAX)
-        self._step = 0, 0  # when the last one ended, and its new rows
+        self._last_step = _StepEnd()
         self._dead_read_bytes = 0
 
     # -- one step ----------------------------------------------------------------------------
@@ -192,11 +203,20 @@ class KVPipeline(LayeredKV):
 
     def _end_step(self, new_rows: int) -> None:
         """Learn from what the step took, for the reads of those to come."""
-        now, (began, rows) = now_ns(), self._step
-        if self._tuner is not None and rows == new_rows:  # else it is no step like the last one
-            self._tuner.step((now - began) / 1e9)
+        last = self._last_step
+        busy, stalled = self._engine.counters().busy_seconds, self._timeline.stalled_seconds
+        end = _StepEnd(now_ns() / 1e9, busy, stalled(Lane.READS), new_rows)
+        if self._tuner is not None and last.rows == new_rows:  # else no step like the last one
+            seconds = end.at - last.at
+            self._tuner.step(
+                StepTimes(
+                    seconds=seconds,
+                    idle_seconds=seconds - (end.busy_seconds - last.busy_seconds),
+                    stalled_seconds=end.stalled_seconds - last.stalled_seconds,
+                )
+            )
             self._sweep().setting = self._tuner.setting
-        self._step = now, new_rows
+        self._last_step = end
 
     def _note_tuning(self, before: int, after: int, reason: str) -> None:
         at = self._timeline.seconds_at(now_ns())
@@ -273,6 +293,7 @@ class KVPipeline(LayeredKV):
             self._tuner = Tuner(
                 Mode(self._settings.config.pipeline),
                 slots=shape.read_slots,
+                slots_first=shape.slots_first(self._engine.queue_depth * self._engine.chunk_bytes),
                 lookahead=self._settings.config.lookahead,
                 tell=self._note_tuning,
             )

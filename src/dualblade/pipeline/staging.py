@@ -24,6 +24,7 @@ _SLOT_BYTES_MAX = 4 * MIB
 _SLOT_BYTES_MIN = 64 * KIB
 _SLOTS_MIN = 8
 _WRITE_SLOTS_SHARE = 4
+_QUEUES_HELD = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,11 @@ class StagingShape:
     def total_bytes(self) -> int:
         """Memory of all slots, in whole huge pages."""
         return round_up(self.slot_bytes * (self.read_slots + self.write_slots), EXTENT_ALIGN_BYTES)
+
+    def slots_first(self, queue_bytes: int) -> int:
+        """Read slots to begin with, for a drive with `queue_bytes` in flight: three times as much,
+        so that its queue stays full while as much has landed and as much is attended to."""
+        return min(self.read_slots, -(-_QUEUES_HELD * queue_bytes // self.slot_bytes))
 
 
 def staging_shape(config: EngineConfig, budget_bytes: int, slab_bytes_max: int) -> StagingShape:

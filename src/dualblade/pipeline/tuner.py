@@ -2,12 +2,13 @@
 in, once a step.
 
 More slots than the drive needs to stay busy only spread its transfers over more memory, which the
-caches then hold less of (on the development machine the drive itself delivers 10-20 % less into
-240 MiB than into 16). Too few, and it stands still while the model computes. So: begin with all,
-take a quarter away as long as steps stay as fast as they were, put it back when they do not. Each
-answer is a median of some steps, compared with the best and not with the last, so that small losses
-cannot add up. After a while, or when steps take another time than they did, begin anew; each time
-the while doubles.
+caches then hold less of: on the development machine a step with 18 slots of 4 MiB takes up to 40 %
+longer than one with 4. Too few, and the drive stands still while the model computes. So: begin with
+what keeps the device's queue full while a slot is attended to. Then one of two searches. If the
+drive stood still and the model waited for it all the same, half as many more, as long as steps get
+shorter; if not, a third fewer, as long as they get no longer. Each answer is a median of some
+steps, compared with the best and not with the last, so that small losses cannot add up. After a
+while, or when steps take another time than they did, look again; each time the while doubles.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Mode(StrEnum):
     LAYERS = "layers"
     """Reads go on across layers and steps, into all slots."""
     AUTO = "auto"
-    """Across layers, into as many slots as steps are the faster for."""
+    """Across layers, into as many slots as make steps shorter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,21 +45,39 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepTimes:
+    """Of one step. `idle_seconds`: nothing was in flight; `stalled_seconds`: the model waited for
+    reads."""
+
+    seconds: float
+    idle_seconds: float
+    stalled_seconds: float
+
+    @property
+    def starved_fraction(self) -> float:
+        """Of the step, what reading farther ahead could save at most: the drive stood still, and
+        the model waited for it at another time."""
+        return max(0.0, min(self.idle_seconds, self.stalled_seconds)) / self.seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TuningPolicy:
     """How eager the tuner is.
 
-    window_steps    medians are over so many steps; the first after a change is not counted, its
-                    reads were issued under the old setting.
-    loss_fraction   a step that is longer by more than this is worse. Steps of one setting differ by
-                    1-2 % from median to median here.
-    change_fraction at rest, steps that differ by more mean other work or another drive: begin anew.
-    slots_min       keys and values of some tiles, and the ones after them.
-    hold_steps      at rest, before all of it is measured anew; doubles each time, up to
-                    hold_steps_max: a search of at most 60 steps in 3,200.
+    window_steps      medians are over so many steps; the first after a change is not counted, its
+                      reads were issued under the old setting.
+    differ_fraction   medians that differ by more are different. Those of one setting differ by
+                      1-2 % here.
+    starved_fraction  of a step; more is worth a try with more slots.
+    change_fraction   at rest, steps that differ by more mean other work or another drive: look
+                      again.
+    slots_min         keys and values of some tiles, and the ones after them.
+    hold_steps        at rest, before another look; doubles each time, up to hold_steps_max.
     """
 
     window_steps: int = 5
-    loss_fraction: float = 0.02
+    differ_fraction: float = 0.02
+    starved_fraction: float = 0.02
     change_fraction: float = 0.25
     slots_min: int = 4
     hold_steps: int = 100
@@ -70,13 +89,15 @@ Tell = Callable[[int, int, str], None]
 
 
 class Tuner:
-    """Of one cache. `tell` hears of every change."""
+    """Of one cache. `slots`: as many as there are; `AUTO` begins with `slots_first` of them. `tell`
+    hears of every change."""
 
     def __init__(
         self,
         mode: Mode,
         *,
         slots: int,
+        slots_first: int,
         lookahead: int,
         tell: Tell,
         policy: TuningPolicy | None = None,
@@ -84,75 +105,89 @@ class Tuner:
         assert slots >= 2, "keys and values of some tiles"
         self._policy = policy or TuningPolicy()
         self._most = slots
+        self._least = min(slots, self._policy.slots_min)
         self._tell = tell
         self._is_fixed = mode is not Mode.AUTO
+        first = min(slots, max(self._least, slots_first))
         self.setting = {
             Mode.SERIAL: Setting(slots=1, lookahead=0),
             Mode.KEY_VALUE: Setting(slots=2, lookahead=0),
             Mode.TILED: Setting(slots=slots, lookahead=0),
+            Mode.AUTO: Setting(slots=first, lookahead=lookahead),
         }.get(mode, Setting(slots=slots, lookahead=lookahead))
         self._hold = self._policy.hold_steps
         self._steps_at_rest = 0
         self._reference: float | None = None
         self._before_try: int | None = None
         self._is_at_rest = False
-        self._seen: deque[float] = deque(maxlen=self._policy.window_steps)
+        self._seen: deque[StepTimes] = deque(maxlen=self._policy.window_steps)
         self._to_skip = 1
 
-    def step(self, seconds: float) -> None:
-        """A step with the setting in force took `seconds`."""
+    def step(self, times: StepTimes) -> None:
+        """What a step took with the setting in force."""
         if self._is_fixed:
             return
         if self._to_skip:
             self._to_skip -= 1
             return
-        self._seen.append(seconds)
+        self._seen.append(times)
         self._steps_at_rest += self._is_at_rest
         if len(self._seen) < self._policy.window_steps:
             return
-        took = statistics.median(self._seen)
+        took = statistics.median(times.seconds for times in self._seen)
         if self._reference is None:
             self._reference = took
-            self._try_fewer()
+            self._try(is_more=self._is_starved())
         elif self._before_try is not None:
             self._judge(took, self._reference, self._before_try)
         else:
             self._rest(took, self._reference)
 
-    def _try_fewer(self) -> None:
-        fewer = max(self._policy.slots_min, self.setting.slots * 3 // 4)
-        if fewer < self.setting.slots:
-            self._before_try = self.setting.slots
-            self._change(fewer, "steps may be as fast with fewer")
+    def _is_starved(self) -> bool:
+        fractions = (times.starved_fraction for times in self._seen)
+        return statistics.median(fractions) > self._policy.starved_fraction
+
+    def _try(self, *, is_more: bool) -> None:
+        """Go on in one direction, if there is any way to go."""
+        slots = self.setting.slots
+        if is_more:
+            to, why = min(self._most, slots + (slots + 1) // 2), "the drive stood still"
         else:
+            to, why = max(self._least, slots * 2 // 3), "steps may be as short with fewer"
+        if to == slots:
             self._come_to_rest()
+        else:
+            self._before_try = slots
+            self._change(to, why)
 
     def _judge(self, took: float, reference: float, before: int) -> None:
-        """Fewer slots were tried: keep them, or go back."""
+        """Another number of slots was tried: keep it, or go back."""
         self._before_try = None
-        longer = took / reference - 1
-        if longer <= self._policy.loss_fraction:
-            self._reference = min(reference, took)
-            self._try_fewer()
-        else:
-            self._change(before, f"steps were {longer:.0%} longer with fewer")
+        longer, differ = took / reference - 1, self._policy.differ_fraction
+        is_more = self.setting.slots > before
+        if longer > (-differ if is_more else differ):
+            found = "no shorter" if is_more else f"{longer:.0%} longer"
+            self._change(before, f"steps were {found} with {self.setting.slots}")
             self._come_to_rest()
+            return
+        self._reference = min(reference, took)
+        if is_more and not self._is_starved():
+            self._come_to_rest()
+        else:
+            self._try(is_more=is_more)
 
     def _come_to_rest(self) -> None:
         self._is_at_rest, self._steps_at_rest = True, 0
         self._seen.clear()
 
     def _rest(self, took: float, reference: float) -> None:
-        """Begin anew when it was long enough, or when steps are not what they were."""
+        """Look again when it was long enough, or when steps are not what they were."""
         is_other = abs(took / reference - 1) > self._policy.change_fraction
         if not is_other and self._steps_at_rest < self._hold:
             return
         self._hold = min(2 * self._hold, self._policy.hold_steps_max)
         self._is_at_rest, self._reference = False, None
         self._seen.clear()
-        if self.setting.slots < self._most:
-            why = "steps take another time than they did" if is_other else "time to look again"
-            self._change(self._most, why)
 
     def _change(self, slots: int, reason: str) -> None:
         before = self.setting.slots
