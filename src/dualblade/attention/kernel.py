@@ -39,7 +39,7 @@ class KernelAttention:
         batch, heads, tokens, key_dim = rows.shape
         self._keep = (rows, query.first_visible)  # the kernel has their addresses
         self._sinks = None if query.sinks is None else query.sinks.float().contiguous()
-        self._out = rows.new_empty((batch, tokens, heads, value_dim))
+        self._out = torch.empty(batch, tokens, heads, value_dim, dtype=rows.dtype)
         self._native = _native(os.getpid(), threading.get_ident(), torch.get_num_threads())
         starts = query.first_visible
         assert starts is None or (starts.dtype == torch.int64 and starts.is_contiguous())
@@ -65,7 +65,7 @@ class KernelAttention:
         """Whether the kernel can do it, and is the faster way."""
         tensor = query.query
         plain = query.mask is None and query.bias is None and query.softcap is None
-        fits = tensor.dtype in _DTYPES and tensor.device.type == "cpu"
+        fits = tensor.is_cpu and tensor.dtype in _DTYPES
         return plain and fits and query.rows(kv_heads) <= ROWS_MAX
 
     def keys(self, rows: Rows) -> None:
