@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from dualblade.attention import AttentionQuery
 from dualblade.config import EngineConfig
 from dualblade.host import mapped
 from dualblade.host.groups import FilePages
@@ -21,9 +22,17 @@ from dualblade.store.formatting import carry_out_format, plan_format
 from dualblade.store.store import Extent
 from dualblade.testing import FaultyEngine
 from dualblade.testing.contract import pattern
-from dualblade.units import BLOCK_BYTES, MIB
+from dualblade.units import BLOCK_BYTES, KIB, MIB
 from tests.devices import loop_device, needs_root
-from tests.integration.test_residence_io import KV_BYTES, TOKENS, Cache
+from tests.integration.test_residence_io import (
+    DIM,
+    HEADS,
+    KV_BYTES,
+    LAYERS,
+    TOKENS,
+    UNIT_BYTES,
+    Cache,
+)
 
 SIZE = 4 * MIB
 PART = (MIB, 2 * MIB)  # offset and size
@@ -72,6 +81,8 @@ def test_cached_bytes_are_seen_where_they_lie(store: Store, engine: Engine) -> N
     assert there is not None
     assert store.mapped_bytes == 0  # nothing before it is held
     assert there.hold() == data[MIB : 3 * MIB]
+    assert store.counters.in_place_read_bytes == 0
+    there.count()
     assert store.counters.in_place_read_bytes == store.counters.page_cache_read_bytes == 2 * MIB
     assert store.mapped_bytes == 3 * MIB
     assert engine.counters().read_ops == reads
@@ -200,6 +211,52 @@ def test_steps_copy_nothing_that_is_cached(cache: Cache, copied: Cache) -> None:
     assert copied.engine.counters().read_bytes >= KV_BYTES
 
 
+def attending(cache: Cache, rows: int = 1) -> torch.Tensor:
+    """A step as `Cache.step`, with attention over tiles, of `rows` new tokens."""
+    seen = []
+    for layer in range(LAYERS):
+        generator = torch.Generator().manual_seed(100 + layer)
+        new = [torch.randn(1, HEADS, rows, DIM, generator=generator) for _ in range(2)]
+        asked = torch.randn(1, 2 * HEADS, rows, DIM, generator=generator)
+        query = AttentionQuery(query=asked, past=cache.pipeline.tokens(layer), scaling=DIM**-0.5)
+        seen.append(cache.pipeline.offer(layer, *new).attend(query))
+    return torch.stack(seen)
+
+
+def test_what_lies_side_by_side_is_attended_to_as_one(
+    cache: Cache, copied: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, held = InPlace.hold, []
+
+    def hold(self: InPlace) -> memoryview | None:
+        held.append(self.size_bytes)
+        return plain(self)
+
+    monkeypatch.setattr(InPlace, "hold", hold)
+    assert torch.equal(attending(cache), attending(copied))
+    assert held == [UNIT_BYTES] * 2 * LAYERS, "slots have 64 KiB"
+    # Many rows go through groups, and these are not larger than slots.
+    held.clear()
+    assert torch.equal(attending(cache, rows=40), attending(copied, rows=40))
+    assert sum(held) == KV_BYTES
+    assert max(held) <= 64 * KIB
+
+
+def test_of_what_is_cached_in_part_the_rest_is_read(cache: Cache, copied: Cache) -> None:
+    second = extents(cache)[2]
+    cache.store._drop(second)
+    with Arena(64 * KIB) as arena:
+        cache.store.read(second, 256 * KIB, arena.address, 64 * KIB).wait()
+    cache.pipeline._sweep().cancel()
+    before, reads = cache.pipeline.transfers(), cache.engine.counters().read_bytes
+    assert torch.equal(attending(cache), attending(copied))
+    cache.engine.drain()
+    after = cache.pipeline.transfers()
+    assert 0 < cache.engine.counters().read_bytes - reads <= UNIT_BYTES
+    assert after.page_cache_read_bytes - before.page_cache_read_bytes == KV_BYTES
+    assert torch.equal(attending(cache), attending(copied))
+
+
 def test_pages_that_went_after_their_turn_came_are_read(cache: Cache, copied: Cache) -> None:
     """The read-ahead has passed into the next step, and holds nothing yet."""
     coming = [some for visit in cache.pipeline._sweep()._visits for some in visit.coming]
@@ -233,8 +290,12 @@ def test_the_farthest_read_ahead_gives_its_slot_up(cache: Cache, copied: Cache) 
     assert torch.equal(cache.step(), copied.step())
 
 
+@pytest.mark.parametrize("step", [Cache.step, attending])
 def test_damage_in_the_page_cache_is_read_past(
-    tmp_path: Path, copied: Cache, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    copied: Cache,
+    monkeypatch: pytest.MonkeyPatch,
+    step: Callable[[Cache], torch.Tensor],
 ) -> None:
     """The cached copy differs from the drive's, which is sound."""
     cache = decoding(tmp_path / "kv.store", checksums="all")
@@ -252,10 +313,10 @@ def test_damage_in_the_page_cache_is_read_past(
 
     monkeypatch.setattr(InPlace, "hold", damaged)
     try:
-        assert torch.equal(cache.step(), copied.step())
+        assert torch.equal(step(cache), step(copied))
         totals = cache.pipeline.checksums.totals()
         assert (totals.mismatches, totals.healed_reads, struck) == (1, 1, 1)
-        assert torch.equal(cache.step(), copied.step())
+        assert torch.equal(step(cache), step(copied))
     finally:
         cache.close()
 

@@ -108,10 +108,11 @@ class MmapKV(MemoryKV):
 
     # -- one layer's turn --------------------------------------------------------------------
 
-    def _arriving(self, layer: Layer) -> Iterator[Arrived]:
+    def _arriving(self, layer: Layer, *, any_size: bool) -> Iterator[Arrived]:
         slot = self._take(layer, whole=False)
         units = (layer.keys.unit, layer.values.unit)
-        for pair in paired_pieces(*units, layer.stored_tiles, _WHOLE, layer.group_tiles):
+        edge_tiles = layer.stored_tiles if any_size else layer.group_tiles
+        for pair in paired_pieces(*units, layer.stored_tiles, _WHOLE, edge_tiles):
             tiles = []
             for part, (half, piece) in enumerate(zip(layer.halves, pair, strict=True)):
                 geometry = half.unit.geometry

@@ -65,12 +65,13 @@ def attend(
     new: NewRows,
     query: AttentionQuery,
     arriving: Iterator[Arrived],
-    buffers: Buffers,
+    buffers: Buffers | None,
 ) -> torch.Tensor:
     """Attention of `query` to all of `layer` and `new`: [batch, tokens, heads, value_dim].
 
     `arriving` brings all stored tiles, keys before the values of the same tiles. `buffers(dtype)`
-    are the two that hold a group of many-row attention: [batch, kv_heads, group tokens, dim].
+    are the two that hold a group of many-row attention: [batch, kv_heads, group tokens, dim]. None
+    of them: the kernel serves the query.
     """
     running = _running(layer, layer.tokens + new.count, query, buffers)
     for some in arriving:
@@ -100,10 +101,10 @@ def attend(
     return running.finish()
 
 
-def _running(layer: Layer, tokens: int, query: AttentionQuery, buffers: Buffers) -> Running:
-    heads = layer.keys.unit.geometry.kv_heads
-    if KernelAttention.serves(query, heads):
-        return KernelAttention(query, heads, layer.values.unit.geometry.dim)
+def _running(layer: Layer, tokens: int, query: AttentionQuery, buffers: Buffers | None) -> Running:
+    if buffers is None:
+        keys, values = layer.keys.unit.geometry, layer.values.unit.geometry
+        return KernelAttention(query, keys.kv_heads, values.dim)
     is_one_group = tokens <= layer.group_tiles * layer.rows
     return GroupedAttention(query, *buffers(layer.dtype if is_one_group else torch.float32))
 

@@ -124,28 +124,24 @@ class KVPipeline(LayeredKV):
 
     # -- one step ----------------------------------------------------------------------------
 
-    def _arriving(self, layer: Layer) -> Iterator[Arrived]:
+    def _arriving(self, layer: Layer, *, any_size: bool) -> Iterator[Arrived]:
         if not layer.tokens:
             return
         machinery, sweep = self._require_machinery(), self._sweep()
         copies, copied = machinery.copies, deque[tuple[Arrived, CopyEvent | None]]()
-        keys: Arrived | None = None  # in the page cache, where their values may be too
-        for landing in sweep.take(layer.index):
+        keys: Arrived | None = None  # whose values follow
+        for landing in sweep.take(layer.index, any_size=any_size):
             piece = landing.piece
             with copies.issuing():
                 tiles = machinery.landed_tiles(landing, layer.dtype)
             copies.landed(landing.slot)
             arrived = Arrived(landing.half, tiles, piece.tile, piece.sequence)
             self._count_dead(layer, landing)
-            if keys is not None:
-                if landing.in_place:
-                    arrived = replace(keys, values=tiles)
-                else:
-                    yield keys
-                keys = None
-            elif landing.in_place and landing.half is layer.keys and sweep.has_landed():
+            if landing.values_follow:
                 keys = arrived
                 continue
+            if keys is not None:
+                arrived, keys = replace(keys, values=tiles), None
             copied.append((arrived, landing.slot.busy))
             # Copies run ahead of attention, but no read is waited for while tiles are at hand.
             while copied and (len(copied) > copies.ahead or not sweep.has_landed()):
@@ -170,7 +166,7 @@ class KVPipeline(LayeredKV):
             )
         }
         machinery.copies.begin()
-        for landing in self._sweep().take(layer.index):
+        for landing in self._sweep().take(layer.index, any_size=True):
             copying = now_ns()
             with machinery.copies.issuing():
                 tiles = machinery.landed_tiles(landing, layer.dtype)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from dualblade.attention import AttentionQuery
+from dualblade.attention import AttentionQuery, KernelAttention
 from dualblade.errors import Closed, ConfigError
 from dualblade.pipeline.attend import Arrived, NewRows, attend
 from dualblade.pipeline.layer import Layer
@@ -79,10 +79,11 @@ class LayeredKV(ABC):
         self._check_whole(layer, new)
         began, stalled = now_ns(), timeline.stalled_ns
         computed = began
+        by_kernel = KernelAttention.serves(query, layer.keys.unit.geometry.kv_heads)
 
         def arriving() -> Iterator[Arrived]:
             nonlocal computed
-            for some in self._arriving(layer):
+            for some in self._arriving(layer, any_size=by_kernel):
                 began = now_ns()
                 yield some
                 computed = now_ns()
@@ -90,15 +91,19 @@ class LayeredKV(ABC):
                     Lane.COMPUTE, some.words, began, computed, layer.index, some.size_bytes
                 )
 
-        out = attend(layer, new, query, arriving(), partial(self._group_buffers, layer))
+        buffers = None if by_kernel else partial(self._group_buffers, layer)
+        out = attend(layer, new, query, arriving(), buffers)
         ended = now_ns()
         timeline.span(Lane.COMPUTE, "newest rows", computed, ended, layer.index)
         self._attention_ns += ended - began - (timeline.stalled_ns - stalled)
         return out
 
     @abstractmethod
-    def _arriving(self, layer: Layer) -> Iterator[Arrived]:
-        """The layer's stored tiles as they come to hand, keys before the values of the same."""
+    def _arriving(self, layer: Layer, *, any_size: bool) -> Iterator[Arrived]:
+        """The layer's stored tiles as they come to hand, keys before the values of the same.
+
+        Without `any_size` none reach over the edge of a group (`Layer.group_tiles`).
+        """
 
     @abstractmethod
     def _group_buffers(self, layer: Layer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

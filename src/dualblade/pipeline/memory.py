@@ -130,9 +130,10 @@ class MemoryKV(LayeredKV):
             low = piece.tile - first_tile
             self._memory.view(unit, piece, layer.dtype).copy_(tiles[low : low + piece.tiles])
 
-    def _arriving(self, layer: Layer) -> Iterator[Arrived]:
+    def _arriving(self, layer: Layer, *, any_size: bool) -> Iterator[Arrived]:
         units = (layer.keys.unit, layer.values.unit)
-        for pair in paired_pieces(*units, layer.stored_tiles, _NO_LIMIT, layer.group_tiles):
+        edge_tiles = layer.stored_tiles if any_size else layer.group_tiles
+        for pair in paired_pieces(*units, layer.stored_tiles, _NO_LIMIT, edge_tiles):
             keys, values = (
                 self._memory.view(half.unit, piece, layer.dtype)
                 for half, piece in zip(layer.halves, pair, strict=True)

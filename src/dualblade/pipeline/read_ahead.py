@@ -12,9 +12,10 @@ the copy stage takes any memory for a slot's (Store.in_place).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import reduce
 
 import torch
 
@@ -27,17 +28,24 @@ from dualblade.pipeline.timeline import Lane, Timeline, now_ns
 from dualblade.pipeline.tuner import Setting
 from dualblade.pipeline.unit import Piece, Unit, paired_pieces
 from dualblade.store import InPlace, Store
+from dualblade.units import MIB
+
+_TOGETHER_BYTES = 32 * MIB
+"""Of keys that are handed out together, at least, where so many lie side by side: what is spent on
+each is then nothing beside attention to them."""
 
 
 @dataclass(slots=True)
 class Landing:
     """A piece of `half` at hand: in a slot of staging, or `in_place`, in memory that the page cache
-    has and `slot` stands for."""
+    has and `slot` stands for. `values_follow`: of the same tiles, in place too, and keys stay at
+    hand meanwhile."""
 
     half: HalfLayer
     piece: Piece
     slot: Slot
     in_place: bool = False
+    values_follow: bool = False
 
 
 @dataclass(slots=True)
@@ -59,11 +67,19 @@ class _Read:
 
 @dataclass(slots=True)
 class _Lying:
-    """A piece that was in the page cache when its turn came."""
+    """A piece that was in the page cache when its turn came; `is_damaged`: and is known not to be
+    what was written."""
 
     wanted: tuple[HalfLayer, Piece]
     place: InPlace
+    is_damaged: bool = False
     is_at_hand: bool = True
+
+    def joined(self, after: _Lying) -> _Lying:
+        """This and `after`, which lie side by side, as one."""
+        (half, piece), (_, other) = self.wanted, after.wanted
+        whole = replace(piece, tiles=piece.tiles + other.tiles)
+        return _Lying((half, whole), self.place.joined(after.place))
 
 
 @dataclass(slots=True, eq=False)
@@ -73,6 +89,31 @@ class _Visit:
     index: int
     waiting: deque[tuple[HalfLayer, Piece]]
     coming: deque[_Read | _Lying] = field(default_factory=deque)
+
+
+def _side_by_side(coming: Iterable[_Read | _Lying]) -> list[tuple[_Lying, _Lying]]:
+    """Pairs at the head of `coming` that are in the page cache one behind the other."""
+    pairs: list[tuple[_Lying, _Lying]] = []
+    size_bytes, pieces = 0, iter(coming)
+    for pair in zip(pieces, pieces, strict=False):
+        one, other = pair
+        if not isinstance(one, _Lying) or not isinstance(other, _Lying):
+            break
+        if pairs and not all(
+            before.wanted[1].goes_on_in(after.wanted[1])
+            for before, after in zip(pairs[-1], pair, strict=True)
+        ):
+            break
+        pairs.append((one, other))
+        size_bytes += one.place.size_bytes
+        if size_bytes >= _TOGETHER_BYTES:
+            break
+    return pairs
+
+
+def _landing(lying: _Lying, memory: memoryview) -> Landing:
+    slot = Slot(torch.frombuffer(memory, dtype=torch.uint8), lying.place.address, memory)
+    return Landing(*lying.wanted, slot, in_place=True)
 
 
 class ReadAhead:
@@ -107,10 +148,11 @@ class ReadAhead:
         self._closed_to_cursor: set[int] = set()
         self._cursor = 0
 
-    def take(self, index: int) -> Iterator[Landing]:
+    def take(self, index: int, *, any_size: bool = False) -> Iterator[Landing]:
         """All stored pieces of layer `index`, each at hand until the next is asked for. Keys come
         before the values of the same tiles.
 
+        `any_size`: in place they may be larger than slots, and reach over the edges of groups.
         A layer out of the order of the sweep restarts it there. Raises: DeviceError,
         CorruptExtent.
         """
@@ -123,6 +165,10 @@ class ReadAhead:
             if not visit.coming:
                 self._issue(visit, wait=True)  # all slots are still read by copies
                 assert visit.coming, "a free slot always serves the head of the sweep first"
+            if any_size and (together := self._hold_together(visit)):
+                yield from together
+                self.advance()
+                continue
             landing, coming = None, visit.coming.popleft()
             if isinstance(coming, _Lying):
                 landing = self._hold(index, coming)
@@ -174,7 +220,8 @@ class ReadAhead:
         memory = place.hold()
         if memory is None:
             return None
-        if not self._checksums.are_sound(half.unit, piece, memory):
+        place.count()
+        if lying.is_damaged or not self._checksums.are_sound(half.unit, piece, memory):
             slot = self._spare_slot()
             try:
                 self._checksums.heal(half.unit, piece, slot)
@@ -183,8 +230,39 @@ class ReadAhead:
                 raise
             return Landing(half, piece, slot)
         self._timeline.span(Lane.CONTROL, "in place", began, now_ns(), layer)
-        slot = Slot(torch.frombuffer(memory, dtype=torch.uint8), place.address, memory)
-        return Landing(half, piece, slot, in_place=True)
+        return _landing(lying, memory)
+
+    def _hold_together(self, visit: _Visit) -> list[Landing]:
+        """Keys and values at the head of what comes, as far as they lie side by side in the page
+        cache; nothing when they do not, or not all are sound: each is then taken by itself."""
+        began, landings = now_ns(), []
+        pairs = _side_by_side(visit.coming)
+        if not pairs or pairs[0][0].wanted[0] is not self._layers[visit.index].keys:
+            return []
+        columns = list(zip(*pairs, strict=True))
+        both = [reduce(_Lying.joined, column) for column in columns]
+        for lying, column in zip(both, columns, strict=True):
+            memory = lying.place.hold()
+            if memory is None or not self._are_sound(column, memory):
+                return []
+            landings.append(_landing(lying, memory))
+        landings[0].values_follow = True
+        for lying in both:
+            lying.place.count()
+        for _ in range(2 * len(pairs)):
+            visit.coming.popleft()
+        self._timeline.span(Lane.CONTROL, "in place", began, now_ns(), visit.index)
+        return landings
+
+    def _are_sound(self, column: Iterable[_Lying], memory: memoryview) -> bool:
+        """Whether pieces that lie one behind the other in `memory` are; who is not knows it."""
+        at, are_sound = 0, True
+        for lying in column:
+            (half, piece), end = lying.wanted, at + lying.place.size_bytes
+            if not self._checksums.are_sound(half.unit, piece, memory[at:end]):
+                lying.is_damaged, are_sound = True, False
+            at = end
+        return are_sound
 
     def _spare_slot(self) -> Slot:
         """A slot for what was to need none: the farthest that is read ahead gives its own up."""

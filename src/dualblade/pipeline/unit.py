@@ -58,6 +58,11 @@ class Piece:
         """Bytes of the transfer; whole blocks."""
         return self.tiles * self.sequences * geometry.slab_bytes
 
+    def goes_on_in(self, after: Piece) -> bool:
+        """Whether both are whole tiles that lie side by side."""
+        are_whole = self.sequences == after.sequences == self.segment.batch
+        return are_whole and after.segment is self.segment and after.tile == self.tile + self.tiles
+
 
 def tile_view(
     memory: torch.Tensor, geometry: TileGeometry, dtype: torch.dtype, tiles: int, sequences: int

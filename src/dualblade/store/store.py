@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dualblade.errors import Closed, NoSpace, StorageError
 from dualblade.host.mapped import FileMemory
@@ -51,9 +51,18 @@ class InPlace:
         """Its bytes, at hand; None when they cannot be had so any more: `read` them."""
         if not self.memory.hold(self.offset, self.size_bytes):
             return None
+        return self.memory.buffer[self.offset : self.offset + self.size_bytes]
+
+    def count(self) -> None:
+        """It was read."""
         self.counters.page_cache_read_bytes += self.size_bytes
         self.counters.in_place_read_bytes += self.size_bytes
-        return self.memory.buffer[self.offset : self.offset + self.size_bytes]
+
+    def joined(self, after: InPlace) -> InPlace:
+        """This and what begins where it ends, as one."""
+        assert self.memory is after.memory
+        assert self.offset + self.size_bytes == after.offset
+        return replace(self, size_bytes=self.size_bytes + after.size_bytes)
 
     @property
     def address(self) -> int:
