@@ -181,7 +181,7 @@ def test_use_after_close_and_closing_twice() -> None:
     ("attention", "inner"),
     [
         ("exact", "dualblade.pipeline.kv.scatter"),
-        ("tiles", "dualblade.attention.kernel.KernelAttention.values"),
+        ("tiles", "dualblade.attention.kernel.KernelAttention.both"),
     ],
 )
 def test_an_interrupt_in_the_middle_of_a_step_spoils_the_cache(

@@ -191,7 +191,10 @@ class KVPipeline(LayeredKV):
     def _append(self, layer: Layer, new: NewRows, *, is_sweeping: bool) -> None:
         if self._reads is not None and not (is_sweeping and layer.tokens):
             self._reads.cancel()  # what was read ahead would miss the tiles that are stored now
-        layer.append(new.keys, new.values, self._require_machinery().store_tiles)
+        machinery = self._require_machinery()
+        if self._reads is None or self._reads.is_idle:
+            machinery.writes.spare = machinery.read_slots
+        layer.append(new.keys, new.values, machinery.store_tiles)
         if is_sweeping and len(self._layers) == self._settings.layer_count:
             if layer.index == self._settings.layer_count - 1:
                 self._end_step(new.count)
@@ -323,7 +326,9 @@ class KVPipeline(LayeredKV):
             raise
 
     def _before_visit(self, unit: Unit) -> None:
-        self._require_machinery().writes.wait(unit.id)
+        writes = self._require_machinery().writes
+        writes.give_back()
+        writes.wait(unit.id)
         if unit.id.layer == 0 or self._placements.hits.is_counting:
             self._placements.visit(unit)
 

@@ -70,6 +70,7 @@ class Machinery:
     def fetch(self, layer: Layer, half: HalfLayer, piece: Piece) -> None:
         """Read sequences of one stored tile back into the tail."""
         geometry = half.unit.geometry
+        self.writes.give_back()
         slot = self.read_slots.acquire()
         assert slot is not None, "nothing is read ahead"
         size = piece.size_bytes(geometry)

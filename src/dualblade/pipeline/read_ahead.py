@@ -189,6 +189,11 @@ class ReadAhead:
         self._visits.popleft()
         self._checksums.swept(self._layers[index])
 
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is read ahead, and all slots are free."""
+        return not self._visits
+
     def has_landed(self) -> bool:
         """Whether the next piece that `take` hands out is there already."""
         coming = self._visits[0].coming

@@ -17,11 +17,13 @@ from dualblade.store import Store
 
 @dataclass(slots=True, eq=False)
 class _Write:
-    """A piece filled into its slot; `ticket` is None until the device copy into it has ended."""
+    """A piece filled into its slot, one of `slots`; `ticket` is None until the device copy into it
+    has ended."""
 
     unit: Unit
     piece: Piece
     slot: Slot
+    slots: Slots
     ticket: Ticket | None = None
     submitted_ns: int = 0
 
@@ -31,14 +33,20 @@ class WriteBehind:
 
     A slot is held until its bytes are stored (through the page cache: written back), so the
     trusted copy is never a page that could still fail.
+
+    `spare` are the slots of reads while nothing is read, as in a prompt's first pass: a layer's
+    tiles come all at once, and with twice the room they leave while the next layer computes. They
+    are borrowed after its own, until `give_back`.
     """
+
+    spare: Slots | None = None
 
     def __init__(
         self, store: Store, slots: Slots, checksums: Checksums, timeline: Timeline
     ) -> None:
         self._store = store
         self._checksums = checksums
-        self._slots = slots
+        self._slots = self._filling = slots
         self._timeline = timeline
         self._writes: deque[_Write] = deque()
 
@@ -48,16 +56,26 @@ class WriteBehind:
         Raises: DeviceError of that write.
         """
         self._submit_ready()
-        slot = self._slots.acquire()
-        while slot is None:
+        while True:
+            for slots in (self._slots, self.spare):
+                slot = None if slots is None else slots.acquire()
+                if slots is not None and slot is not None:
+                    self._filling = slots
+                    return slot
             self._finish_oldest()
-            slot = self._slots.acquire()
-        return slot
 
     def write(self, unit: Unit, piece: Piece, slot: Slot) -> None:
-        """Write `slot` to `piece`; `slot.busy` set means a device copy still fills it."""
-        self._writes.append(_Write(unit, piece, slot))
+        """Write `slot`, the last that was asked for, to `piece`; `slot.busy` set means a device
+        copy still fills it."""
+        self._writes.append(_Write(unit, piece, slot, self._filling))
         self._submit_ready()
+
+    def give_back(self) -> None:
+        """Return when no slot is borrowed any more; none is until `spare` is set again. Raises:
+        DeviceError."""
+        self.spare = None
+        while any(write.slots is not self._slots for write in self._writes):
+            self._finish_oldest()
 
     def wait(self, unit_id: UnitId) -> None:
         """Return when all writes of the unit so far are stored. Raises: DeviceError."""
@@ -109,7 +127,7 @@ class WriteBehind:
         # Without this wait a failed write would be noticed by nobody.
         write.ticket.wait()
         self._writes.popleft()
-        self._slots.release(write.slot)
+        write.slots.release(write.slot)
         timeline, piece, unit = self._timeline, write.piece, write.unit
         timeline.stall(Lane.WRITES, began, now_ns())
         timeline.span(
