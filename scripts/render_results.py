@@ -555,7 +555,7 @@ def pipeline() -> str:
     roof_head = ["model, KV", "drive", "compute alone ms", "reading alone ms", "step ms"]
     return (
         f"{table(head, rows)}\n\n{table([*roof_head, 'step / longer of the two'], roofs)}\n\n"
-        "Ten fixed settings, five for Llama-3.2-1B; the default tunes itself, in the 14 steps before "
+        "Ten fixed settings, five for Llama-3.2-1B; the default tunes itself, in 14 steps before "
         "those that are timed. Direct decoding, drives held by blkio; medians, fio under the same "
         "throttle beside each run. `dualblade bench paper pipeline --output results/pipeline` on "
         f"{machine_line(data['machine'])}; files: `results/pipeline/`."
