@@ -36,6 +36,7 @@ from dualblade.host.profile import (
 )
 from dualblade.io import open_engine
 from dualblade.metrics import TransferTotals
+from dualblade.residency.speeds import worth_caching
 from dualblade.store import Store
 from dualblade.store.formatting import carry_out_format, plan_format
 from dualblade.store.inspect import inspect_store
@@ -202,6 +203,15 @@ def test_the_tune_command_saves_what_plan_then_uses(tmp_path: Path) -> None:
     assert "with a drive twice as fast" in shown
     on_a_gpu = runner.invoke(app, [*plan, "--store", str(tmp_path / "kv"), "--device", "cuda"])
     assert json.loads(on_a_gpu.stdout)["step"]["compute_seconds"] == 0
+
+
+@pytest.mark.parametrize("direct_gib_per_s", [0.1, 3.0, 12.0])
+def test_in_place_all_that_fits_is_cached(tmp_path: Path, direct_gib_per_s: float) -> None:
+    """No drive takes a part that the model's thread has at hand; copies leave one to it."""
+    profile = replace(profile_of(tmp_path), direct_bytes_per_s=direct_gib_per_s * GIB)
+    assert worth_caching(GIB, GIB, door_speeds(profile, in_place=True)).cache_bytes == GIB
+    copied = worth_caching(GIB, GIB, door_speeds(profile, in_place=False)).cache_bytes
+    assert (copied < GIB) == (direct_gib_per_s > 1)
 
 
 def test_a_measured_device_gives_plan_and_cache_the_same_units(tmp_path: Path) -> None:
