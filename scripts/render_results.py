@@ -428,6 +428,16 @@ def of_mode(data: dict[str, Any], mode: str) -> list[dict[str, Any]]:
     return [run for run in data["runs"] if run["mode"] == mode]
 
 
+def drive_speed(data: dict[str, Any], mode: str, limit: str) -> str:
+    """Median GiB that the runs of `mode` under `limit` read of the drive in a second."""
+    speeds = [
+        run["device_read_bytes_per_step"] / GIB / run["step_seconds_median"]
+        for run in of_mode(data, mode)
+        if run["memory_limit"] == limit and run["step_seconds_median"]
+    ]
+    return f"{statistics.median(speeds):.2f}" if speeds else ""
+
+
 def budgets() -> str:
     data = load("budgets/budgets")
     modes = data["options"]["modes"]
@@ -444,15 +454,24 @@ def budgets() -> str:
                 *("killed" if took[mode] is None else f"{1000 * took[mode]:.0f}" for mode in modes),
                 f"{took['dual'] / took['mmap']:.2f}" if took["mmap"] else "",
                 f"{took['dual'] / best:.2f}",
+                *(drive_speed(data, mode, limit) for mode in ("mmap", "dual")),
             ]
         )
     kv = next(run["kv_bytes"] for run in data["runs"] if run["kv_bytes"])
     fits = load("budgets/budgets-fits")
     memory, dual = (item["step_seconds_median"] for item in fits["summary"])
-    head = ["memory", *(f"{mode} ms" for mode in modes), "dual / mmap", "dual / best of the others"]
+    head = [
+        "memory",
+        *(f"{mode} ms" for mode in modes),
+        "dual / mmap",
+        "dual / best of the others",
+        "mmap reads GiB/s",
+        "dual reads GiB/s",
+    ]
     return (
         f"{table(head, rows)}\n\nMilliseconds a step; medians of {data['options']['repeats']} "
-        f"runs. Memory: of the KV's {kv / GIB:.2f} GiB. Without a limit: "
+        f"runs. Memory: of the KV's {kv / GIB:.2f} GiB. Reads: of the drive, over the whole step. "
+        "Without a limit: "
         f"memory {1000 * memory:.0f} ms, dual {1000 * dual:.0f} ({dual / memory:.2f} times). "
         f"`dualblade bench paper budgets --output results/budgets` on "
         f"{machine_line(data['machine'])}; files: `results/budgets/`."
@@ -594,6 +613,30 @@ def prefill_paths() -> str:
     )
 
 
+def ablation() -> str:
+    columns = {"tiles, 50 %": "tiles-50", "exact, 50 %": "exact-50", "tiles, 25 %": "tiles-25"}
+    cells: dict[str, dict[str, str]] = {}
+    for column, name in columns.items():
+        data = load(f"ablation/ablation-{name}")
+        took = {item["mode"]: item["step_seconds_median"] for item in data["summary"]}
+        options = data["options"]
+        for mode, step in zip(options["modes"], options["ablation"], strict=True):
+            part = step.partition(" (")[0]
+            seconds = took[mode]
+            cell = "killed" if seconds is None else f"{1000 * seconds:.0f}"
+            cells.setdefault(part, {})[column] = cell
+    rows = [[part, *(row.get(column, "") for column in columns)] for part, row in cells.items()]
+    kv = next(run["kv_bytes"] for run in data["runs"] if run["kv_bytes"])
+    return (
+        f"{table(['part', *(f'{column}: ms' for column in columns)], rows)}\n\n"
+        f"Milliseconds a step; medians of {data['options']['repeats']} runs. Memory: of the KV's "
+        f"{kv / GIB:.2f} GiB. Fixed residency: 40 % of the KV, 15 % under the tighter limit. All "
+        "before `+ pipeline` read one tile after another, but for mapped files, which are copied "
+        "a layer ahead. `dualblade bench paper ablation --output results/ablation` on "
+        f"{machine_line(data['machine'])}; files: `results/ablation/`."
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "io": io,
@@ -612,6 +655,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "growth": growth,
     "pipeline": pipeline,
     "prefill-paths": prefill_paths,
+    "ablation": ablation,
 }
 
 
