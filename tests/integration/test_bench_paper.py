@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -20,6 +21,7 @@ from dualblade.cli.app import app
 from dualblade.errors import BudgetError, ConfigError, DualBladeError, NoSpace, Unsupported
 from dualblade.host import throttle
 from dualblade.host.memory import MemoryBudget
+from dualblade.host.profile import profiles_file
 from dualblade.units import GIB, MIB
 
 GOOD = """
@@ -257,6 +259,22 @@ def test_a_throttle_holds_this_process_and_lets_it_go(tmp_path: Path) -> None:
         pytest.skip(str(exc))
     assert throttle._blkio_group()[1] != inside
     assert not rule.exists()
+
+
+def test_a_drive_that_is_held_has_no_profile_of_its_own_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paper, "throttled", lambda *_: contextlib.nullcontext())
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    own = profiles_file()
+    with paper._held_to(None, tmp_path):
+        assert profiles_file() == own
+    with paper._held_to(1_000_000_000, tmp_path):
+        inside = profiles_file()
+        assert inside != own
+        assert inside.parent.parent.exists()
+    assert profiles_file() == own
+    assert not inside.parent.parent.exists()
 
 
 def test_results_of_a_scenario_are_found_by_the_report_alone(tmp_path: Path) -> None:

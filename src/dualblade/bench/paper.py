@@ -9,8 +9,10 @@ first run, with the numbers.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,8 +86,7 @@ def run_paper(
             log_path=output / f"{entry.name}.jsonl",
             following=following,
         )
-        speed = entry.device_bytes_per_second
-        with contextlib.nullcontext() if speed is None else throttled(folder, speed):
+        with _held_to(entry.device_bytes_per_second, folder):
             told.append(_one(scenario, entry, output / f"{entry.name}.json", keep, watch))
     if all(each["error"] is not None for each in told):
         raise DualBladeError(f"no run of {scenario.name} got through: {told[0]['error']}")
@@ -96,6 +97,28 @@ def run_paper(
         "output": str(output),
         "entries": told,
     }
+
+
+@contextlib.contextmanager
+def _held_to(speed: int | None, folder: Path) -> Iterator[None]:
+    """The drive below `folder` held to `speed`; None: as it is.
+
+    Held, it is another drive, and what was measured of its own speed would mislead every plan:
+    children find no profile, and save theirs where it goes with the throttle.
+    """
+    if speed is None:
+        yield
+        return
+    before = os.environ.get("XDG_CONFIG_HOME")
+    with throttled(folder, speed), tempfile.TemporaryDirectory(prefix="dualblade-") as profiles:
+        os.environ["XDG_CONFIG_HOME"] = profiles
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["XDG_CONFIG_HOME"]
+            else:
+                os.environ["XDG_CONFIG_HOME"] = before
 
 
 def _prefixed(head: str, progress: Progress) -> Progress:
