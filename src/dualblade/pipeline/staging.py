@@ -30,7 +30,7 @@ _QUEUES_HELD = 3
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagingShape:
     """How many slots of how many bytes; reads and writes have their own, so that neither starves
-    the other."""
+    the other. While nothing is read, writes borrow (`WriteBehind.spare`)."""
 
     slot_bytes: int
     read_slots: int
