@@ -35,8 +35,8 @@ class WriteBehind:
     trusted copy is never a page that could still fail.
 
     `spare` are the slots of reads while nothing is read, as in a prompt's first pass: a layer's
-    tiles come all at once, and with twice the room they leave while the next layer computes. They
-    are borrowed after its own, until `give_back`.
+    tiles come all at once, and with more room they leave while the next layer computes. They are
+    borrowed after its own, until `give_back`.
     """
 
     spare: Slots | None = None
