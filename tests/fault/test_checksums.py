@@ -3,7 +3,8 @@
 Fault model, beyond `dualblade.testing.faulty`: a byte rots; half of a tile is old (a torn write); a
 tile holds another tile's bytes (misdirected), or those that it held before it was written again
 (lost); a cached page differs from the drive. With `all` none is attended to; with `sample` each is
-found within 16 sweeps. What is sound raises nothing.
+found within 16 sweeps, or within 64 where it has been in memory for 16. What is sound raises
+nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 
 from dualblade import Closed, CorruptExtent, DualBladeCache, EngineConfig
 from dualblade.io import Op
-from dualblade.pipeline.checksums import SAMPLE_SWEEPS
+from dualblade.pipeline.checksums import SAMPLE_SWEEPS, STEADY_SWEEPS
 from dualblade.testing import Fault, FaultyEngine
 from dualblade.units import KIB, MIB
 from tests.devices import loop_device, needs_root
@@ -138,12 +139,47 @@ def test_a_sample_is_everything_once_in_sixteen_sweeps() -> None:
         fill(cache)
         per_sweep = []
         for _ in range(SAMPLE_SWEEPS):
-            before = cache.stats().checksums.verified_bytes
-            step(cache)
-            per_sweep.append(cache.stats().checksums.verified_bytes - before)
+            per_sweep.append(verified_by_step(cache))
         stored = cache.stats().stored_bytes
         assert sum(per_sweep) == stored == LAYERS * 2 * TILES * SLAB
         assert max(per_sweep) - min(per_sweep) <= LAYERS * 2 * SLAB, "steps do not cost alike"
+
+
+def verified_by_step(cache: DualBladeCache) -> int:
+    before = cache.stats().checksums.verified_bytes
+    step(cache)
+    return cache.stats().checksums.verified_bytes - before
+
+
+def test_what_stays_in_memory_is_verified_in_sixteen_sweeps_then_in_sixty_four() -> None:
+    with cache_on(None, "page-cache", "sample") as cache:
+        fill(cache)
+        stored = cache.stats().stored_bytes
+        assert sum(verified_by_step(cache) for _ in range(SAMPLE_SWEEPS)) == stored
+        assert sum(verified_by_step(cache) for _ in range(STEADY_SWEEPS)) == stored
+        stored = cache.stats().stored_bytes  # a tile more in each unit
+        for layer in cache._pipeline._layers.values():
+            for half in layer.halves:
+                for segment in half.unit.segments:
+                    cache._pipeline._store._drop(segment.extent)
+        assert sum(verified_by_step(cache) for _ in range(SAMPLE_SWEEPS)) == stored
+        assert cache.stats().checksums.mismatches == 0
+
+
+@pytest.mark.parametrize("tile", [0, 13, TILES - 1])
+def test_a_page_that_changes_after_long_is_found(tmp_path: Path, tile: int) -> None:
+    store = tmp_path / "kv.store"
+    with cache_on(store, "page-cache", "sample") as cache:
+        fill(cache)
+        for _ in range(SAMPLE_SWEEPS):
+            step(cache)
+        with open(store, "r+b") as file:  # the page, and so in the end the drive
+            byte = os.pread(file.fileno(), 1, place(cache, 1, tile))
+            os.pwrite(file.fileno(), bytes([byte[0] ^ 4]), place(cache, 1, tile))
+        with pytest.raises(CorruptExtent) as caught:
+            for _ in range(STEADY_SWEEPS):
+                step(cache)
+        assert caught.value.offset == place(cache, 1, tile)
 
 
 @pytest.mark.parametrize(("mode", "part"), [("off", 0), ("all", 1)])

@@ -29,13 +29,17 @@ SAMPLE_SWEEPS = 16
 """A sample is one tile in so many, the next one at each sweep: in so many sweeps all are verified.
 At 11 GiB/s from memory that is 6 ms per GiB read, where a drive of 3 GiB/s takes 330."""
 
+STEADY_SWEEPS = 64
+"""The same, of a unit that was read from memory alone in the last SAMPLE_SWEEPS: all of it was
+verified there, and nothing was read from a drive since."""
+
 
 class Checksums:
     """Makes and verifies the checksums of all tiles of one cache, in the calling thread (XXH3
     leaves Python's lock to others meanwhile).
 
-    mode  off; sample: see SAMPLE_SWEEPS; all: whatever is read is verified before it is used.
-          The first mismatch makes `all` of a sample.
+    mode  off; sample: see SAMPLE_SWEEPS and STEADY_SWEEPS; all: whatever is read is verified
+          before it is used. The first mismatch makes `all` of a sample.
     """
 
     def __init__(self, store: Store, mode: ChecksumMode) -> None:
@@ -77,7 +81,11 @@ class Checksums:
         written; False only with a warning, and then everything is verified from here on."""
         if not self._every:
             return True
-        every = 1 if whole else self._every
+        every = self._every
+        if whole:
+            every = 1
+        elif every == SAMPLE_SWEEPS <= unit.sweeps_in_memory:
+            every = STEADY_SWEEPS
         turn = unit.sweeps + unit.id.layer  # layers take turns, so that steps cost alike
         first = piece.tile + -(piece.tile + turn) % every
         damaged = self._compare(unit, piece, memory, range(first, piece.tile + piece.tiles, every))
@@ -106,6 +114,7 @@ class Checksums:
         """All of the layer's tiles were read once more: the next sample has its turn."""
         for half in layer.halves:
             half.unit.sweeps += 1
+            half.unit.sweeps_in_memory += 1
 
     def totals(self) -> ChecksumTotals:
         """What was made, verified and found so far."""

@@ -362,6 +362,7 @@ class ReadAhead:
 
     def _read(self, half: HalfLayer, piece: Piece, slot: Slot) -> _Read:
         geometry, submitted = half.unit.geometry, now_ns()
+        half.unit.sweeps_in_memory = 0
         ticket = self._store.read(
             piece.segment.extent, piece.offset(geometry), slot.address, piece.size_bytes(geometry)
         )

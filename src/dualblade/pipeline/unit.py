@@ -92,7 +92,8 @@ class Unit:
     """The stored part of the keys or values of one layer. Knows places, holds no tensors.
 
     `tokens_max` None: segments grow; else the first segment holds that many tokens. `sweeps`
-    counts how often all its tiles were read.
+    counts how often all its tiles were read, `sweeps_in_memory` how often since one of them was
+    not in the page cache.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Unit:
         self.geometry = geometry
         self.stored_tiles = 0
         self.sweeps = 0
+        self.sweeps_in_memory = 0
         self.segments: list[Segment] = []
         self._space = space
         self._tiles_max = None if tokens_max is None else -(-tokens_max // geometry.rows)
@@ -162,6 +164,7 @@ class Unit:
 
     def move(self, door: Door) -> None:
         """Open all extents through `door`. Blocks; raises DeviceError (see Store.move)."""
+        self.sweeps_in_memory = 0
         for segment in self.segments:
             self._space.move(segment.extent, door)
 
