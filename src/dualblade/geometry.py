@@ -7,7 +7,7 @@ that every slab can be read on its own and n tiles are one contiguous range.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from dualblade.units import BLOCK_BYTES, round_up
@@ -39,22 +39,24 @@ class UnitId:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TileGeometry:
-    """The shape of one unit's tiles. `dim` counts elements; `*_bytes` are bytes."""
+    """The shape of one unit's tiles. `dim` counts elements; `*_bytes` are bytes. `slab_bytes`: one
+    sequence's part of one tile as stored, in whole blocks."""
 
     kv_heads: int
     rows: int
     dim: int
     item_bytes: int
+    slab_bytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Once, not at each of the hundreds of times that a step asks.
+        slab_bytes = round_up(self.slab_payload_bytes, BLOCK_BYTES)
+        object.__setattr__(self, "slab_bytes", slab_bytes)
 
     @property
     def slab_payload_bytes(self) -> int:
         """Bytes of one sequence's rows in one tile, without padding."""
         return self.kv_heads * self.rows * self.dim * self.item_bytes
-
-    @property
-    def slab_bytes(self) -> int:
-        """Bytes of one sequence's part of one tile as stored: whole blocks."""
-        return round_up(self.slab_payload_bytes, BLOCK_BYTES)
 
     def tile_bytes(self, batch: int) -> int:
         """Stored bytes of one tile of `batch` sequences."""
