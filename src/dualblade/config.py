@@ -71,7 +71,8 @@ class EngineConfig:
     cache_percent        `dual` path only: this part of the KV goes through the page cache for good,
                          whether it fits memory or not. None: the plan follows the memory there is.
     checksums            verify what is read: `sample`, a sixteenth at each step and so all of it in
-                         16 steps, a 64th of what stays in memory; `all`, before it is used; or `off`.
+                         16 steps (a 64th of what stays in memory); `all`, before it is used; or
+                         `off`.
     pipeline             how reads and compute share a step. `auto`: across layers, with as much
                          read ahead as makes steps shorter, found while running; `layers`: with as
                          much as there is room for; `tiled`: within a layer; `key-value`: values
