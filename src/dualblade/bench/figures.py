@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OURS, BEST, OTHERS = "#0072B2", "#D55E00", "#8A9199"
+_NAME_POINTS, _LINE_POINTS = 8, 9  # of names beside lines
 
 _STYLE: Any = {  # matplotlib types its 300 keys one by one
     "font.family": "sans-serif",
@@ -48,6 +50,7 @@ def envelope_figure(result: Mapping[str, Any]) -> Figure:
     with _figure() as (figure, axes):
         places = [_limit_place(entry) for entry in entries]
         percents = sorted({s["percent"] for entry in entries for s in entry["splits"]})
+        ends: list[tuple[float, float, str]] = []
         for percent in percents:
             points = [
                 (place, 1000 * split["step_seconds_median"])
@@ -57,15 +60,7 @@ def envelope_figure(result: Mapping[str, Any]) -> Figure:
             ]
             if len(points) == len(entries):
                 axes.plot(*zip(*points, strict=True), color=OTHERS, lw=0.8, marker=".", ms=4)
-                axes.annotate(
-                    f"{percent} %",
-                    points[-1],
-                    xytext=(7, 0),
-                    textcoords="offset points",
-                    color="#5B6268",
-                    fontsize=8,
-                    va="center",
-                )
+                ends.append((*points[-1], f"{percent} %"))
             elif points:  # tried near the best of some limits only
                 axes.plot(*zip(*points, strict=True), color=OTHERS, ls="", marker=".", ms=4)
         _plot_with_spread(axes, places, entries, "best_static", "best fixed split", BEST, lw=1.4)
@@ -74,11 +69,31 @@ def envelope_figure(result: Mapping[str, Any]) -> Figure:
         axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
         axes.set_xticks(places, [f"{place:g}" for place in places])
         axes.margins(x=0.09)
+        _name_lines(axes, ends)
         axes.set_xlabel(_limit_label(entries))
         axes.set_ylabel("ms per decode step")
         axes.set_title("The automatic split against every fixed one")
         axes.legend(loc="best")
     return figure
+
+
+def _name_lines(axes: Axes, ends: Sequence[tuple[float, float, str]]) -> None:
+    """Names at the right ends (x, y, name) of lines, moved up where they would overlap."""
+    height = axes.get_window_extent().height * 72 / axes.figure.dpi
+    points_per_unit = height / (axes.get_ylim()[1] - axes.get_ylim()[0])
+    below = -math.inf
+    for x, y, name in sorted(ends, key=lambda end: end[1]):
+        at = max(y * points_per_unit, below + _LINE_POINTS)
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(7, at - y * points_per_unit),
+            textcoords="offset points",
+            color="#5B6268",
+            fontsize=_NAME_POINTS,
+            va="center",
+        )
+        below = at
 
 
 def decode_figure(result: Mapping[str, Any]) -> Figure:
