@@ -10,6 +10,7 @@ A table stands between <!-- NAME --> and <!-- /NAME -->, and is never typed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import statistics
@@ -282,7 +283,27 @@ def lookup() -> str:
         f"{table(head, rows)}\n\nSmolLM2-135M in float32 copies the beginning of a text of "
         f"{data['prompt_tokens']} tokens, {data['new_tokens']} of them, on the direct path; "
         "`dualblade generate --model demo --dtype float32 --prompt-file FILE --max-new-tokens 100 "
-        "--path direct --prompt-lookup N --json`; files: `results/prompt-lookup-*.json`."
+        "--path direct --prompt-lookup N --json`, by `scripts/measure_prompts.py`; files: "
+        "`results/prompt-lookup-*.json`."
+    )
+
+
+def greedy() -> str:
+    words = []
+    for dtype in ("float32", "bfloat16"):
+        exact, tiles = (load(f"greedy-{dtype}-{way}") for way in ("exact", "tiles"))
+        count = exact["new_tokens"]
+        if exact["tokens_sha256"] == tiles["tokens_sha256"]:
+            words.append(f"in {dtype} all {count} equal those of `exact`")
+        else:
+            pairs = zip(exact["text"], tiles["text"], strict=False)
+            alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            words.append(f"in {dtype} the two texts part after {alike} characters")
+    return (
+        f"Greedy tokens of SmolLM2 over tiles, on a prompt of {exact['prompt_tokens']} tokens: "
+        f"{'; '.join(words)}. `dualblade generate --model demo --dtype DTYPE --prompt-file FILE "
+        "--max-new-tokens 100 --path memory --attention WAY --json`, by "
+        "`scripts/measure_prompts.py`; files: `results/greedy-*.json`."
     )
 
 
@@ -301,8 +322,8 @@ def prefill() -> str:
         f"{table(['chunk, attention', 'prefill s', 'peak resident MiB'], rows)}\n\n"
         f"{load('prefill-2048-tiles')['prompt_tokens']} tokens of prompt, {data['model']} in "
         f"{data['dtype']}, direct path; `dualblade generate --model MODEL --prompt-file FILE "
-        "--max-new-tokens 2 --path direct --prefill-chunk-size N --attention WAY --json`; files: "
-        "`results/prefill-*.json`."
+        "--max-new-tokens 2 --path direct --prefill-chunk-size N --attention WAY --json`, by "
+        "`scripts/measure_prompts.py`; files: `results/prefill-*.json`."
     )
 
 
@@ -438,8 +459,8 @@ def drive_speed(data: dict[str, Any], mode: str, limit: str) -> str:
     return f"{statistics.median(speeds):.2f}" if speeds else ""
 
 
-def budgets() -> str:
-    data = load("budgets/budgets")
+def against_limits(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a decode result under several limits, dual among its modes."""
     modes = data["options"]["modes"]
     by_limit: dict[str, dict[str, Any]] = {}
     for item in data["summary"]:
@@ -450,16 +471,13 @@ def budgets() -> str:
         best = min(seconds for mode, seconds in took.items() if seconds and mode != "dual")
         rows.append(
             [
-                limit.replace("%", " %"),
+                limit.removeprefix("+").replace("%", " %").replace("GiB", " GiB"),
                 *("killed" if took[mode] is None else f"{1000 * took[mode]:.0f}" for mode in modes),
                 f"{took['dual'] / took['mmap']:.2f}" if took["mmap"] else "",
                 f"{took['dual'] / best:.2f}",
                 *(drive_speed(data, mode, limit) for mode in ("mmap", "dual")),
             ]
         )
-    kv = next(run["kv_bytes"] for run in data["runs"] if run["kv_bytes"])
-    fits = load("budgets/budgets-fits")
-    memory, dual = (item["step_seconds_median"] for item in fits["summary"])
     head = [
         "memory",
         *(f"{mode} ms" for mode in modes),
@@ -468,13 +486,44 @@ def budgets() -> str:
         "mmap reads GiB/s",
         "dual reads GiB/s",
     ]
+    return head, rows
+
+
+def kv_bytes(data: dict[str, Any]) -> int:
+    return next(run["kv_bytes"] for run in data["runs"] if run["kv_bytes"])
+
+
+def budgets() -> str:
+    data, fits = load("budgets/budgets"), load("budgets/budgets-fits")
+    head, rows = against_limits(data)
+    memory, dual = (item["step_seconds_median"] for item in fits["summary"])
     return (
         f"{table(head, rows)}\n\nMilliseconds a step; medians of {data['options']['repeats']} "
-        f"runs. Memory: of the KV's {kv / GIB:.2f} GiB. Reads: of the drive, over the whole step. "
-        "Without a limit: "
-        f"memory {1000 * memory:.0f} ms, dual {1000 * dual:.0f} ({dual / memory:.2f} times). "
-        f"`dualblade bench paper budgets --output results/budgets` on "
+        f"runs. Memory: of the KV's {kv_bytes(data) / GIB:.2f} GiB. Reads: of the drive, over the "
+        f"whole step. Without a limit: memory {1000 * memory:.0f} ms, dual {1000 * dual:.0f} "
+        f"({dual / memory:.2f} times). `dualblade bench paper budgets --output results/budgets` on "
         f"{machine_line(data['machine'])}; files: `results/budgets/`."
+    )
+
+
+def paper() -> str:
+    shapes = {"OPT-2.7B": "paper-opt-2.7b", "Llama-3.2-1B": "paper-llama-3.2-1b"}
+    rows, of = [], []
+    for name, file in shapes.items():
+        data = load(f"paper-24gib/{file}")
+        head, its = against_limits(data)
+        rows += [[name, *row] for row in its]
+        options = data["options"]
+        of.append(
+            f"{name}: {options['batch']} x {options['context']} tokens, "
+            f"{kv_bytes(data) / GIB:.1f} GiB of KV"
+        )
+    return (
+        f"{table(['shape', *head], rows)}\n\nMilliseconds a step; medians of "
+        f"{data['options']['repeats']} runs in turn, bfloat16, attention tiles. {'; '.join(of)}. "
+        "Memory: left for the cache beside weights and activations. "
+        "`dualblade bench paper paper-24gib --output results/paper-24gib` on "
+        f"{machine_line(data['machine'])}; files: `results/paper-24gib/`."
     )
 
 
@@ -493,6 +542,7 @@ def growth() -> str:
                 f"{run['kv_bytes'] / GIB:.2f}",
                 f"{1000 * seconds:.0f}",
                 f"{read / GIB / seconds:.2f}",
+                f"{statistics.median(each['ssd_utilisation'] for each in runs):.2f}",
                 f"{cpu / (read / GIB):.2f}",
                 f"{beyond / MIB:.0f}",
                 f"{run['cache']['memory']['page_cache_bytes'] / MIB:.0f}",
@@ -503,6 +553,7 @@ def growth() -> str:
         "KV GiB",
         "ms/step",
         "GiB read a second",
+        "of fio's speed",
         "CPU s per GiB",
         "peak MiB beyond the model",
         "page cache MiB",
@@ -614,7 +665,7 @@ def prefill_paths() -> str:
 
 
 def ablation() -> str:
-    columns = {"tiles": "tiles-50", "exact": "exact-50"}
+    columns = {"tiles, half": "tiles-50", "exact, half": "exact-50", "tiles, quarter": "tiles-25"}
     cells: dict[str, dict[str, str]] = {}
     for column, name in columns.items():
         data = load(f"ablation/ablation-{name}")
@@ -626,12 +677,12 @@ def ablation() -> str:
             cell = "killed" if seconds is None else f"{1000 * seconds:.0f}"
             cells.setdefault(part, {})[column] = cell
     rows = [[part, *(row.get(column, "") for column in columns)] for part, row in cells.items()]
-    kv = next(run["kv_bytes"] for run in data["runs"] if run["kv_bytes"])
     return (
         f"{table(['part', *(f'{column}: ms' for column in columns)], rows)}\n\n"
-        f"Milliseconds a step; medians of {data['options']['repeats']} runs, with half of the KV's "
-        f"{kv / GIB:.2f} GiB in memory. Fixed residency: 40 % of the KV. All before `+ pipeline` "
-        "read one tile after another, but for mapped files, which are copied a layer ahead. "
+        f"Milliseconds a step; medians of {data['options']['repeats']} runs, with half or a "
+        f"quarter of the KV's {kv_bytes(data) / GIB:.2f} GiB in memory. Fixed residency: 40 or "
+        "15 % of the KV. All before `+ pipeline` read one tile after another, but for mapped "
+        "files, which are copied a layer ahead. "
         "`dualblade bench paper ablation --output results/ablation` on "
         f"{machine_line(data['machine'])}; files: `results/ablation/`."
     )
@@ -646,12 +697,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "smollm2": smollm2,
     "context": context,
     "lookup": lookup,
+    "greedy": greedy,
     "prefill": prefill,
     "envelope": envelope,
     "checksums": checksums,
     "control": control,
     "lmcache": lmcache,
     "budgets": budgets,
+    "paper": paper,
     "growth": growth,
     "pipeline": pipeline,
     "prefill-paths": prefill_paths,
