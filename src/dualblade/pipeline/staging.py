@@ -15,8 +15,9 @@ from dualblade.units import BLOCK_BYTES, EXTENT_ALIGN_BYTES, KIB, MIB, round_up
 
 _SHARE_OF_BUDGET = 8
 _TOTAL_BYTES_MIN = 2 * MIB
-_TOTAL_BYTES_MAX = 96 * MIB
-"""Enough to keep a 3 GiB/s drive busy through a layer's compute of 20 ms, and no more."""
+_TOTAL_BYTES_MAX = 64 * MIB
+"""Enough to keep a 3 GiB/s drive busy through a layer's compute of 20 ms, and no more: what is more
+is page cache."""
 
 _SLOT_BYTES_MAX = 4 * MIB
 """Four 1 MiB requests: the device's queue stays full while one slot is gathered."""
