@@ -63,23 +63,30 @@ def test_greedy_tokens_are_those_of_the_models_own_attention(family: str, attent
 
 @pytest.mark.parametrize(("family", "attention"), CASES)
 def test_bfloat16_is_as_close_as_sdpa(family: str, attention: str) -> None:
-    """One step after a prompt, against the same weights in fp32."""
-    model, inputs = tiny_model(family, torch.bfloat16, attention), prompt(batch=2, pad=9)
+    """A step after each of some prompts, against the same weights in fp32: root mean square errors
+    of all logits. The largest error of one step would be chance: it is up to 1.7 times sdpa's on
+    one processor and 0.9 times on the next."""
+    model = tiny_model(family, torch.bfloat16, attention)
     wide = tiny_model(family, torch.bfloat16, attention).float()
 
-    def step(one: PreTrainedModel, cache: Any) -> torch.Tensor:
+    def step(one: PreTrainedModel, cache: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         with torch.no_grad():
             one(**inputs, cache=cache)
             ones = torch.ones((2, 1), dtype=torch.int64)
             mask = torch.cat([inputs["attention_mask"], ones], dim=1)
             out = one(input_ids=5 * ones, attention_mask=mask, cache=cache)
-        return out.logits[:, -1].float()
+        return out.logits[:, -1].double()
 
-    true = step(wide, DynamicCache(config=wide.config))
-    theirs = (step(model, DynamicCache(config=model.config)) - true).abs().max()
-    with tiles(model) as cache:
-        ours = (step(model, cache) - true).abs().max()
-    assert ours <= 1.5 * theirs
+    ours = theirs = 0.0
+    for seed in range(4):
+        inputs = prompt(batch=2, pad=9, seed=seed)
+        true = step(wide, DynamicCache(config=wide.config), inputs)
+        theirs += float(
+            (step(model, DynamicCache(config=model.config), inputs) - true).square().mean()
+        )
+        with tiles(model) as cache:
+            ours += float((step(model, cache, inputs) - true).square().mean())
+    assert ours**0.5 <= 1.5 * theirs**0.5
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

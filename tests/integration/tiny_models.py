@@ -91,9 +91,11 @@ def tiny_model(
     return model.eval()
 
 
-def prompt(batch: int = 1, tokens: int = 100, pad: int = 0) -> dict[str, torch.Tensor]:
+def prompt(
+    batch: int = 1, tokens: int = 100, pad: int = 0, seed: int = 11
+) -> dict[str, torch.Tensor]:
     """Random token ids [batch, tokens]; row i is left-padded by i x `pad` tokens."""
-    ids = torch.randint(3, 128, (batch, tokens), generator=torch.Generator().manual_seed(11))
+    ids = torch.randint(3, 128, (batch, tokens), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(ids)
     for row in range(batch):
         ids[row, : row * pad] = 0
