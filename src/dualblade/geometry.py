@@ -7,16 +7,21 @@ that every slab can be read on its own and n tiles are one contiguous range.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from dualblade.units import BLOCK_BYTES, round_up
+from dualblade.units import BLOCK_BYTES, EXTENT_ALIGN_BYTES, MIB, round_up
 
 TILE_ROWS_DEFAULT = 64
 """Rows in a tile: small enough that tails stay small, large enough that a slab is tens of KiB."""
 
 _WIDER_ROWS = (128, 256, 512)
 _NARROWER_ROWS = (32, 16, 8, 4, 2, 1)
+
+
+GRAIN_BYTES_MIN = 4 * MIB
+"""Readings of the memory that there is swing by as much; less would be moved to and fro."""
 
 
 class Part(StrEnum):
@@ -28,7 +33,7 @@ class Part(StrEnum):
 
 @dataclass(frozen=True, slots=True, order=True)
 class UnitId:
-    """The keys or the values of one layer: the thing that is placed."""
+    """The keys or the values of one layer: the thing that is placed, whole or in two parts."""
 
     layer: int
     part: Part
@@ -61,6 +66,16 @@ class TileGeometry:
     def tile_bytes(self, batch: int) -> int:
         """Stored bytes of one tile of `batch` sequences."""
         return batch * self.slab_bytes
+
+    def cut_bytes(self, batch: int) -> int:
+        """A segment may be cut after whole tiles that fill pages of the page cache: at multiples of
+        this."""
+        return math.lcm(self.tile_bytes(batch), EXTENT_ALIGN_BYTES)
+
+    def grain_bytes(self, batch: int) -> int:
+        """What of a unit is worth being placed by itself: at least `GRAIN_BYTES_MIN`, where it may
+        be cut."""
+        return round_up(GRAIN_BYTES_MIN, self.cut_bytes(batch))
 
     def stored_bytes(self, batch: int, tokens: int) -> int:
         """Stored bytes of the whole tiles in `tokens` rows of `batch` sequences."""

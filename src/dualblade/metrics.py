@@ -151,12 +151,14 @@ class PipelineTuning:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitPlacement:
-    """One unit in the plan."""
+    """One unit in the plan. `cached_bytes` of its beginning go through the page cache; where that
+    is neither all nor nothing, the path is `dual`."""
 
     layer: int
     part: str
     path: str
     bytes: int
+    cached_bytes: int
     reason: str
 
 

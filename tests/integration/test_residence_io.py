@@ -57,6 +57,8 @@ class Memory:
 class Cache:
     """A pipeline, and one step over all its layers."""
 
+    layers, heads, dim = LAYERS, HEADS, DIM
+
     def __init__(self, store_path: Path, **settings: Any) -> None:
         self.memory = Memory()
         self.engine = open_engine("auto")
@@ -64,7 +66,7 @@ class Cache:
         kv = KVSettings(
             path=KVPath.DUAL,
             budget_bytes=256 * MIB,
-            layer_count=LAYERS,
+            layer_count=self.layers,
             tokens_max=TOKENS + 512,
             device=torch.device("cpu"),
             config=EngineConfig(staging_bytes=512 * KIB, **settings),
@@ -75,9 +77,10 @@ class Cache:
     def step(self, tokens: int = 1) -> torch.Tensor:
         """The sum over all keys and values: what a step saw."""
         seen = []
-        for layer in range(LAYERS):
+        for layer in range(self.layers):
             generator = torch.Generator().manual_seed(layer)
-            rows = [torch.randn(1, HEADS, tokens, DIM, generator=generator) for _ in range(2)]
+            shape = (1, self.heads, tokens, self.dim)
+            rows = [torch.randn(shape, generator=generator) for _ in range(2)]
             seen += [tensor.double().sum() for tensor in self.pipeline.update(layer, *rows)]
         return torch.stack(seen)
 
@@ -173,6 +176,73 @@ def test_part_of_the_memory_keeps_part_of_the_units(cache: Cache) -> None:
     direct = cache.pipeline.transfers().direct_read_bytes - io.direct_read_bytes
     assert direct == event.demoted_units * UNIT_BYTES
     assert cache.settle().read_bytes - before.read_bytes == direct, "a cached unit was read"
+
+
+class LargeUnits(Cache):
+    """Four units of 16 MiB, tiles of 256 KiB: a unit may be cut after every 4 MiB."""
+
+    layers, heads, dim = 2, 8, 128
+    unit_bytes = 8 * 128 * TOKENS * 4
+
+
+def stored_in_cache(cache: Cache) -> int:
+    """Of what is stored, what the plan has in the page cache."""
+    unit_bytes = cache.pipeline.stored_bytes // (2 * cache.layers)
+    return sum(min(part.cached_bytes, unit_bytes) for part in cache.pipeline.placements())
+
+
+def read_by_a_step(cache: Cache) -> tuple[int, int, int]:
+    """Bytes of one step: read directly, through the page cache, and by the device."""
+    before, io = cache.settle(), cache.pipeline.transfers()
+    cache.step()
+    after, now = cache.pipeline.transfers(), cache.settle()
+    return (
+        after.direct_read_bytes - io.direct_read_bytes,
+        after.page_cache_read_bytes - io.page_cache_read_bytes,
+        now.read_bytes - before.read_bytes,
+    )
+
+
+def test_what_is_left_of_the_memory_holds_the_beginning_of_a_unit(tmp_path: Path) -> None:
+    """As memory falls and rises, units are cut and joined; each step reads every tile once, what is
+    cached from memory, and sees the same as with all in the page cache."""
+    cache = LargeUnits(tmp_path / "kv.store")
+    cache.step(TOKENS)
+    cache.step()
+    whole = LargeUnits(tmp_path / "other.store")
+    whole.step(TOKENS)
+    whole.step()
+    for there in (64, 60, 44, 30, 52, 200, 41, 256):
+        cache.memory.there_bytes = there * MIB
+        for _ in range(12):  # up it goes by eight units at most, a second and three steps apart
+            assert torch.equal(cache.step(), whole.step())
+        use, parts = cache.pipeline.memory_use(), cache.pipeline.placements()
+        kv, fits = cache.pipeline.stored_bytes, stored_in_cache(cache)
+        assert use.used_bytes <= use.budget_bytes
+        assert use.page_cache_planned_bytes == sum(part.cached_bytes for part in parts)
+        assert sum(part.path == "dual" for part in parts) <= 1
+        assert read_by_a_step(cache) == (kv - fits, fits, kv - fits)
+        whole.step()
+    events = cache.pipeline.events()
+    assert {event.cause for event in events} == {"budget fell", "room rose"}
+    assert any(event.moved_bytes < LargeUnits.unit_bytes for event in events), "no part moved"
+    for one in (cache, whole):
+        one.close()
+
+
+def test_a_prompt_is_written_through_both_doors_of_a_unit_that_is_cut(tmp_path: Path) -> None:
+    cache, kv = LargeUnits(tmp_path / "kv.store"), 4 * LargeUnits.unit_bytes
+    cache.memory.there_bytes = 72 * MIB
+    cache.step(TOKENS)
+    io, parts = cache.pipeline.transfers(), cache.pipeline.placements()
+    fits = stored_in_cache(cache)
+    assert [part.path for part in parts if part.path == "dual"] == ["dual"]
+    assert (io.page_cache_write_bytes, io.direct_write_bytes) == (fits, kv - fits)
+    assert io.demotions == 0
+    cache.step()
+    assert read_by_a_step(cache) == (kv - fits, fits, kv - fits)
+    assert cache.pipeline.memory_use().page_cache_bytes == fits
+    cache.close()
 
 
 @pytest.mark.parametrize("percent", [0, 25, 100])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from dualblade.config import Path
 from dualblade.geometry import Part, UnitId
 from dualblade.residency import Controller, DoorSpeeds, Event, Observation, UnitDemand, plan_by_size
 
@@ -13,35 +12,45 @@ MARGIN = 0.95
 """What BudgetShares leaves of a room."""
 
 
-def units(sizes: Sequence[int]) -> tuple[UnitDemand, ...]:
+def units(sizes: Sequence[int], grain: int = 0) -> tuple[UnitDemand, ...]:
     """Demands of these sizes, keys and values in turn."""
     return tuple(
-        UnitDemand(unit=UnitId(i // 2, list(Part)[i % 2]), size_bytes=size)
+        UnitDemand(unit=UnitId(i // 2, list(Part)[i % 2]), size_bytes=size, grain_bytes=grain)
         for i, size in enumerate(sizes)
     )
 
 
 @dataclass
 class Cache:
-    """One dualblade process; `warm` are units whose pages were filled by a sweep."""
+    """One dualblade process; `warm` are the beginnings of units that a sweep filled pages with."""
 
     demands: tuple[UnitDemand, ...]
     controller: Controller
-    warm: frozenset[UnitId] = frozenset()
+    warm: dict[UnitId, int] = field(default_factory=dict)
     hits: float | None = None
     resident: int | None = None
     events: list[Event] = field(default_factory=list)
     missed_steps: int = 0
+    known: tuple[tuple[object, int] | None, dict[UnitId, int]] = (None, {})
 
     @classmethod
     def start(cls, demands: tuple[UnitDemand, ...], room: int) -> Cache:
         plan = plan_by_size(demands, room)
-        return cls(demands, Controller(plan.cached_units))
+        return cls(demands, Controller(plan.level))
 
     @property
     def planned(self) -> int:
-        cached = self.controller.cached_units
-        return sum(d.size_bytes for d in self.demands if d.unit in cached)
+        return sum(self.cached.values())
+
+    @property
+    def cached(self) -> dict[UnitId, int]:
+        """Made anew where it may have changed: a simulated hour asks a hundred thousand times."""
+        key = (self.demands, len(self.events))
+        if self.known[0] is None or self.known[0][1:] != key[1:] or self.known[0][0] is not key[0]:
+            shares = self.controller.shares
+            cached = {d.unit: min(d.size_bytes, shares.get(d.unit, 0)) for d in self.demands}
+            self.known = (key, cached)
+        return self.known[1]
 
 
 @dataclass
@@ -96,20 +105,22 @@ class Machine:
         if event is not None:
             cache.events.append(event)
             cache.hits = cache.resident = None
-            cache.warm -= set(event.demoted)
+            for move in event.moves:
+                cache.warm[move.unit] = min(cache.warm.get(move.unit, 0), move.to_bytes)
 
     @staticmethod
     def _sweep(cache: Cache, *, fits: bool, share: float) -> None:
-        cached = cache.controller.cached_units
-        if not cached:
+        cached = cache.cached
+        if not cache.planned:
             cache.hits = None
             return
-        cache.hits = len(cached & cache.warm) / len(cached) if fits else 0.0
-        cache.warm = cached if fits else frozenset()
+        hit = sum(min(size, cache.warm.get(unit, 0)) for unit, size in cached.items())
+        cache.hits = hit / cache.planned if fits else 0.0
+        cache.warm = cached if fits else {}
         cache.resident = int(cache.planned * share)
         cache.missed_steps += cache.hits < 0.8
 
 
 def fresh(demands: tuple[UnitDemand, ...], room: int) -> int:
     """Bytes that a plan made now would cache."""
-    return plan_by_size(demands, room).bytes_on(Path.PAGE_CACHE)
+    return plan_by_size(demands, room).cached_bytes

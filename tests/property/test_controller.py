@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualblade.config import Path
 from dualblade.residency import Cause, DoorSpeeds, after, plan_by_size
 from dualblade.units import GIB, MIB
 from tests.property.simulated_machine import Cache, Machine, fresh, units
 
 UNIT = 20 * MIB
-DEMANDS = units([UNIT] * 48)
+GRAIN = 4 * MIB
+DEMANDS = units([UNIT] * 48, GRAIN)
 KV = 48 * UNIT
 FAST_CACHE = DoorSpeeds(
     direct_bytes_per_s=3 * GIB, cache_hit_bytes_per_s=12 * GIB, cache_miss_bytes_per_s=2 * GIB
@@ -38,15 +38,16 @@ def alone(memory: int, demands: tuple = DEMANDS) -> tuple[Machine, Cache]:
 @settings(deadline=None)
 @given(
     sizes=unit_sizes,
+    grain=st.integers(0, 40),
     memory=st.integers(1, 3000),
     changes=st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 60)), max_size=8),
     step=step_seconds,
 )
 def test_never_above_the_room_that_is_told(
-    sizes: list[int], memory: int, changes: list[tuple[int, int]], step: float
+    sizes: list[int], grain: int, memory: int, changes: list[tuple[int, int]], step: float
 ) -> None:
     machine = Machine(memory=memory, caches=[])
-    cache = Cache.start(units(sizes), machine.told)
+    cache = Cache.start(units(sizes, grain), machine.told)
     machine.caches.append(cache)
     for hog, steps in changes:
         machine.hog = min(hog, memory)
@@ -55,7 +56,8 @@ def test_never_above_the_room_that_is_told(
             assert cache.planned <= machine.told + machine.slack
             assert cache.planned == cache.controller.planned_bytes
     for event in cache.events:
-        assert event.demoted or event.promoted
+        assert event.moves
+        assert all((m.to_bytes < m.from_bytes) == event.is_down for m in event.moves)
         assert event.moved_bytes == abs(event.to_bytes - event.from_bytes)
 
 
@@ -111,16 +113,17 @@ def test_a_plan_falls_only_when_the_slack_is_passed() -> None:
 @settings(deadline=None, max_examples=10)
 @given(
     size=st.integers(4, 100),
+    grain=st.sampled_from([0, 2, 5]),
     memory=st.integers(100, 4000),
     count=st.integers(2, 4),
     apart_seconds=st.integers(0, 30),
 )
 def test_caches_on_one_machine_come_to_rest(
-    size: int, memory: int, count: int, apart_seconds: int
+    size: int, grain: int, memory: int, count: int, apart_seconds: int
 ) -> None:
     """Each is told that all is its own. They may try for more, ever more seldom, and one try
     costs a few steps; at least three quarters of the memory that there is stay in use."""
-    demands = units([size] * 48)
+    demands = units([size] * 48, grain)
     machine = Machine(memory=memory, caches=[])
     for _ in range(count):
         machine.caches.append(Cache.start(demands, machine.told))
@@ -204,15 +207,15 @@ def test_a_growing_kv_only_demotes(growth: list[int]) -> None:
     size = UNIT
     for more in growth:
         size += more
-        cache.demands = units([size] * 48)
+        cache.demands = units([size] * 48, GRAIN)
         machine.step(0.1)
         assert cache.planned <= machine.told + machine.slack
-    assert all(event.cause is Cause.KV_GREW and not event.promoted for event in cache.events)
+    assert all(event.cause is Cause.KV_GREW and event.is_down for event in cache.events)
 
 
 def test_a_shrunken_kv_is_cached_again() -> None:
     machine, cache = alone(400 * MIB)
-    cache.demands = units([UNIT // 4] * 48)
+    cache.demands = units([UNIT // 4] * 48, GRAIN)
     machine.run(30, 0.1)
     assert cache.planned == KV // 4
 
@@ -236,7 +239,7 @@ def test_a_drive_found_to_be_as_fast_frees_the_memory_without_haste() -> None:
     machine.run(30, 0.1)
     assert cache.planned == 0
     assert {event.cause for event in cache.events} == {Cause.SPEEDS}
-    assert all(len(event.demoted) <= 8 for event in cache.events)
+    assert all(len(event.moves) <= 8 for event in cache.events)
     assert "as fast" in cache.events[0].reason
 
 
@@ -275,7 +278,7 @@ def test_compute_about_as_long_as_the_drive_moves_nothing_to_and_fro(
         machine.speeds = replace(FAST_CACHE, compute_seconds=lead * KEEPS_UP)
         for _ in range(steps):
             machine.step(0.1)
-    down = [event for event in cache.events[before:] if event.demoted]
+    down = [event for event in cache.events[before:] if event.is_down]
     assert down == []
 
 
@@ -299,7 +302,7 @@ def test_however_compute_swings_it_gives_memory_back_ever_more_seldom(
             for _ in range(steps):
                 machine.step(step)
     turns = sum(
-        bool(before.promoted) and bool(event.demoted) and event.cause is Cause.SPEEDS
+        not before.is_down and event.is_down and event.cause is Cause.SPEEDS
         for before, event in pairwise(cache.events)
     )
     assert turns <= 6 + 3600 / 300 + 1
@@ -312,9 +315,11 @@ def test_the_plan_after_an_event_tells_its_reason() -> None:
     machine.step(0.1)
     (event,) = cache.events
     moved = after(plan, event)
-    assert moved.cached_units == cache.controller.cached_units
-    assert moved.bytes_on(Path.PAGE_CACHE) == event.to_bytes
-    placement = next(p for p in moved.placements if p.unit in event.demoted)
+    assert {p.unit: p.cached_bytes for p in moved.placements} == cache.cached
+    assert moved.cached_bytes == event.to_bytes
+    assert moved.level == event.level
+    gone = {move.unit for move in event.moves}
+    placement = next(p for p in moved.placements if p.unit in gone)
     assert placement.reason == "budget fell: 760 MiB planned, room for 380 MiB"
 
 

@@ -14,30 +14,42 @@ from dualblade.residency import (
     BudgetShares,
     DoorSpeeds,
     PlanInputs,
+    ResidencyPlan,
     StepCompute,
     UnitDemand,
     decide,
     plan_by_size,
     plan_fixed,
-    resized,
 )
-from dualblade.residency.plan import spread_order
+from dualblade.residency.ladder import spread_order
 from dualblade.residency.speeds import GAIN_FRACTION, predict
 from dualblade.units import GIB, MIB
 
 sizes = st.lists(st.integers(1, 1 << 32), min_size=1, max_size=80)
 
 
-def demands(sizes: list[int]) -> list[UnitDemand]:
+grains = st.integers(0, 1 << 30)
+
+
+def demands(sizes: list[int], grain: int = 0) -> list[UnitDemand]:
     units = [UnitId(i // 2, list(Part)[i % 2]) for i in range(len(sizes))]
-    return [UnitDemand(unit=u, size_bytes=s) for u, s in zip(units, sizes, strict=True)]
+    return [
+        UnitDemand(unit=u, size_bytes=s, grain_bytes=grain)
+        for u, s in zip(units, sizes, strict=True)
+    ]
 
 
-@given(sizes, st.integers(0, 1 << 40))
-def test_the_share_is_never_passed(sizes: list[int], share: int) -> None:
-    plan = plan_by_size(demands(sizes), share)
-    assert plan.bytes_on(Path.PAGE_CACHE) <= share
-    assert plan.bytes_on(Path.PAGE_CACHE) + plan.bytes_on(Path.DIRECT) == sum(sizes)
+def is_part(small: ResidencyPlan, large: ResidencyPlan) -> bool:
+    """Whether all that `small` caches `large` does too."""
+    pairs = zip(small.placements, large.placements, strict=True)
+    return all(one.cached_bytes <= other.cached_bytes for one, other in pairs)
+
+
+@given(sizes, st.integers(0, 1 << 40), grains)
+def test_the_share_is_never_passed(sizes: list[int], share: int, grain: int) -> None:
+    plan = plan_by_size(demands(sizes, grain), share)
+    assert plan.cached_bytes <= share
+    assert plan.cached_bytes + plan.direct_bytes == sum(sizes)
     assert [p.unit for p in plan.placements] == [d.unit for d in demands(sizes)]
 
 
@@ -56,11 +68,25 @@ def test_equal_units_fill_the_share_and_are_spread_evenly(
         assert (after - before - 1) * fit <= 1.75 * count  # no long run without a cached unit
 
 
-@given(sizes, st.integers(0, 1 << 38), st.integers(0, 1 << 38))
-def test_more_memory_only_adds_to_a_plan(sizes: list[int], share: int, more: int) -> None:
-    small = plan_by_size(demands(sizes), share)
-    large = plan_by_size(demands(sizes), share + more)
-    assert small.cached_units <= large.cached_units
+@given(st.integers(1, 1 << 32), st.integers(1, 160), st.floats(0, 0.999), st.integers(1, 1 << 32))
+def test_what_is_left_of_the_share_holds_the_beginning_of_one_unit(
+    size: int, count: int, fraction: float, grain: int
+) -> None:
+    share = int(size * count * fraction)
+    plan = plan_by_size(demands([size] * count, grain), share)
+    parts = [p for p in plan.placements if p.path is Path.DUAL]
+    assert len(parts) <= 1
+    assert all(p.cached_bytes % grain == 0 for p in parts)
+    assert share - plan.cached_bytes < min(grain, size)
+
+
+@given(sizes, st.integers(0, 1 << 38), st.integers(0, 1 << 38), grains)
+def test_more_memory_only_adds_to_a_plan(
+    sizes: list[int], share: int, more: int, grain: int
+) -> None:
+    small = plan_by_size(demands(sizes, grain), share)
+    large = plan_by_size(demands(sizes, grain), share + more)
+    assert is_part(small, large)
 
 
 @given(st.integers(0, 300))
@@ -68,19 +94,10 @@ def test_the_order_names_each_unit_once(count: int) -> None:
     assert sorted(spread_order(count)) == list(range(count))
 
 
-@given(sizes, st.integers(0, 1 << 36), st.integers(0, 1 << 20))
-def test_other_sizes_leave_every_unit_on_its_path(sizes: list[int], share: int, more: int) -> None:
-    before = plan_by_size(demands(sizes), share)
-    after = resized(before, demands([size + more for size in sizes]))
-    assert after.cached_units == before.cached_units
-    cached = len(before.cached_units)
-    assert after.bytes_on(Path.PAGE_CACHE) == before.bytes_on(Path.PAGE_CACHE) + cached * more
-
-
 @given(sizes)
 def test_all_fits_when_the_share_is_enough(sizes: list[int]) -> None:
     plan = plan_by_size(demands(sizes), sum(sizes))
-    assert plan.bytes_on(Path.DIRECT) == 0
+    assert plan.direct_bytes == 0
 
 
 def test_a_fixed_path_is_for_every_unit() -> None:
@@ -102,14 +119,14 @@ LAB = DoorSpeeds(
 """Huge-page O_DIRECT, and buffered reads that hit and miss, on the machine of the benchmarks."""
 
 
-@given(sizes, st.integers(0, 1 << 38), st.integers(0, 1 << 38), speeds)
+@given(sizes, st.integers(0, 1 << 38), st.integers(0, 1 << 38), speeds, grains)
 def test_with_speeds_too_more_memory_only_adds(
-    sizes: list[int], share: int, more: int, speeds: DoorSpeeds
+    sizes: list[int], share: int, more: int, speeds: DoorSpeeds, grain: int
 ) -> None:
-    inputs = PlanInputs(demands=tuple(demands(sizes)), page_cache_bytes=share, speeds=speeds)
+    inputs = PlanInputs(demands=tuple(demands(sizes, grain)), page_cache_bytes=share, speeds=speeds)
     small, large = decide(inputs), decide(replace(inputs, page_cache_bytes=share + more))
-    assert small.bytes_on(Path.PAGE_CACHE) <= share
-    assert small.cached_units <= large.cached_units
+    assert small.cached_bytes <= share
+    assert is_part(small, large)
     assert small == decide(inputs)
 
 
@@ -134,7 +151,7 @@ def planned(share: int, speeds: DoorSpeeds, percent: int | None = None) -> PlanI
 
 def test_the_step_time_is_that_of_the_slowest_part() -> None:
     plan = decide(planned(768 * MIB, LAB))
-    assert plan.bytes_on(Path.PAGE_CACHE) == 768 * MIB
+    assert plan.cached_bytes == 768 * MIB
     assert plan.expected is not None
     assert plan.expected.seconds == pytest.approx(0.25)  # 768 MiB at 3 GiB/s
     assert plan.expected.bound == "the drive"
@@ -145,26 +162,26 @@ def test_the_step_time_is_that_of_the_slowest_part() -> None:
 
 def test_a_drive_as_fast_as_the_page_cache_gets_everything() -> None:
     plan = decide(planned(2 * GIB, replace(LAB, direct_bytes_per_s=11.9 * GIB)))
-    assert plan.bytes_on(Path.PAGE_CACHE) == 0
+    assert plan.cached_bytes == 0
     assert "as fast as the page cache (12.0 GiB/s)" in plan.placements[0].reason
 
 
 def test_memory_is_left_alone_where_the_drive_keeps_up() -> None:
     plan = decide(planned(2 * GIB, replace(LAB, compute_seconds=0.5)))
-    assert plan.bytes_on(Path.PAGE_CACHE) == 0
+    assert plan.cached_bytes == 0
     assert "keeps up with compute" in plan.placements[0].reason
 
 
 def test_so_little_memory_that_it_gains_nothing_is_left_alone() -> None:
     plan = decide(planned(20 * MIB, LAB))
-    assert plan.bytes_on(Path.PAGE_CACHE) == 0
+    assert plan.cached_bytes == 0
     assert "gain too little" in plan.placements[0].reason
 
 
 def test_no_more_is_cached_than_copies_can_serve() -> None:
     """With hits at 6 GiB/s and the drive at 3 two thirds are the best split, whatever fits."""
     plan = decide(planned(2 * GIB, replace(LAB, cache_hit_bytes_per_s=6 * GIB)))
-    assert plan.bytes_on(Path.PAGE_CACHE) == pytest.approx(1024 * MIB, rel=0.03)
+    assert plan.cached_bytes == pytest.approx(1024 * MIB, rel=0.03)
     direct = [p for p in plan.placements if p.path is Path.DIRECT]
     assert "would be slower" in direct[0].reason
 
@@ -172,7 +189,7 @@ def test_no_more_is_cached_than_copies_can_serve() -> None:
 @given(st.integers(0, 100), st.integers(0, 2 * GIB))
 def test_a_split_by_hand_is_kept_whether_it_fits_or_not(percent: int, share: int) -> None:
     plan = decide(planned(share, LAB, percent))
-    cached = plan.bytes_on(Path.PAGE_CACHE)
+    cached = plan.cached_bytes
     assert 0 <= 48 * 32 * MIB * percent / 100 - cached < 32 * MIB
     kept = [p.reason for p in plan.placements if p.path is Path.PAGE_CACHE]
     assert all(("fit" in reason) == (cached > share) for reason in kept)
@@ -190,7 +207,7 @@ def test_the_cliff_is_predicted() -> None:
 def test_growth_is_planned_for_and_both_times_are_told() -> None:
     grown = tuple(replace(d, stored_bytes=d.size_bytes // 2) for d in demands([32 * MIB] * 48))
     plan = decide(PlanInputs(demands=grown, page_cache_bytes=768 * MIB, speeds=LAB))
-    assert plan.bytes_on(Path.PAGE_CACHE) == 768 * MIB
+    assert plan.cached_bytes == 768 * MIB
     assert plan.now is not None
     assert plan.expected is not None
     assert plan.now.seconds == pytest.approx(plan.expected.seconds / 2)

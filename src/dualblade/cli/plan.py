@@ -230,7 +230,8 @@ def _runs(units: list[dict[str, Any]]) -> list[tuple[int, int, dict[str, Any]]]:
 def _merged(units: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Keys and values in one line when they go the same way."""
     if len(units) == 2 and {**units[0], "part": ""} == {**units[1], "part": ""}:
-        return [{**units[0], "part": "keys, values", "bytes": 2 * units[0]["bytes"]}]
+        both = {word: 2 * units[0][word] for word in ("bytes", "cached_bytes")}
+        return [{**units[0], **both, "part": "keys, values"}]
     return units
 
 

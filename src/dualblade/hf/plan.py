@@ -21,6 +21,7 @@ from dualblade.pipeline.budget import (
     TAIL_SHARE_OF_BUDGET,
 )
 from dualblade.pipeline.gather import GatherBuffers
+from dualblade.pipeline.residence import describe
 from dualblade.pipeline.staging import staging_shape
 from dualblade.residency import (
     BudgetShares,
@@ -79,6 +80,11 @@ class CachePlan:
 
     def bytes_on(self, path: Path) -> int:
         """Bytes of all units on `path`, as far as they are known."""
+        if path is Path.PAGE_CACHE:
+            return sum(p.cached_bytes for p in self.placements)
+        if path is Path.DIRECT:
+            stored = (p for p in self.placements if p.path != Path.MEMORY.value)
+            return sum(p.bytes - p.cached_bytes for p in stored)
         return sum(max(p.bytes, 0) for p in self.placements if p.path == path.value)
 
 
@@ -98,6 +104,7 @@ def plan_cache(config: PretrainedConfig, request: PlanRequest) -> CachePlan:
                 part=part.value,
                 path=Path.MEMORY.value,
                 bytes=request.tokens * request.batch * shape.kv_heads * dim * request.item_bytes,
+                cached_bytes=0,
                 reason="path memory",
             )
             for shape in stored
@@ -108,7 +115,7 @@ def plan_cache(config: PretrainedConfig, request: PlanRequest) -> CachePlan:
     shares = _shares(stored, rows, request)
     shares.require()
     placed = _residency(stored, rows, shares, request)
-    made = _plan([*_described(placed), *kept], shares, rows, token_bytes, request)
+    made = _plan([*map(describe, placed.placements), *kept], shares, rows, token_bytes, request)
     return replace(made, step=_step(placed, shares, made.kv_bytes, request))
 
 
@@ -202,6 +209,7 @@ def _residency(
         UnitDemand(
             unit=UnitId(shape.index, part),
             size_bytes=-(-request.tokens // tile) * geometry.tile_bytes(request.batch),
+            grain_bytes=geometry.grain_bytes(request.batch),
         )
         for shape, tile in zip(stored, rows, strict=True)
         for part, geometry in zip(Part, _geometries(shape, tile, request), strict=True)
@@ -229,22 +237,8 @@ def _step(
     if compute is not None:
         seconds = compute.seconds(request.weights_bytes, kv_bytes, over_tiles=request.over_tiles)
         speeds = replace(speeds, compute_seconds=seconds)
-    cached = plan.bytes_on(Path.PAGE_CACHE)
-    total = cached + plan.bytes_on(Path.DIRECT)
-    return predict(total, cached, shares.page_cache_bytes, speeds)
-
-
-def _described(plan: ResidencyPlan) -> list[UnitPlacement]:
-    return [
-        UnitPlacement(
-            layer=placement.unit.layer,
-            part=placement.unit.part.value,
-            path=placement.path.value,
-            bytes=placement.size_bytes,
-            reason=placement.reason,
-        )
-        for placement in plan.placements
-    ]
+    cached = plan.cached_bytes
+    return predict(cached + plan.direct_bytes, cached, shares.page_cache_bytes, speeds)
 
 
 def _kept(shape: LayerShape, config: PretrainedConfig, request: PlanRequest) -> UnitPlacement:
@@ -259,5 +253,6 @@ def _kept(shape: LayerShape, config: PretrainedConfig, request: PlanRequest) -> 
         part="all",
         path=Path.MEMORY.value,
         bytes=size,
+        cached_bytes=0,
         reason=f"{shape.kind} stays in memory",
     )

@@ -106,6 +106,7 @@ class KVPipeline(LayeredKV):
             settings.tokens_max,
             store,
             MemoryWatch(source, settings.budget_bytes),
+            before_cut=self._hold_nothing,
             clock=source.clock,
             speeds=settings.speeds,
             cache_percent=settings.config.cache_percent,
@@ -277,7 +278,8 @@ class KVPipeline(LayeredKV):
             tiles = other.full_tiles(new_rows)
             for half in other.halves:
                 if tiles:
-                    half.unit.make_room(tiles, other.batch, self._placements.door(half.unit.id))
+                    half.unit.cached_bytes = self._placements.cached_bytes(half.unit.id)
+                    half.unit.make_room(tiles, other.batch)
 
     def _claim(self, layer: Layer, tokens: int) -> None:
         if self._machinery is None:
@@ -324,6 +326,13 @@ class KVPipeline(LayeredKV):
         except BaseException as exc:
             self._failure = exc  # a unit may be between two doors
             raise
+
+    def _hold_nothing(self) -> None:
+        """Nobody reads, writes or keeps pieces of segments, which are to be cut."""
+        if self._reads is not None:
+            self._reads.cancel()
+        if self._machinery is not None:
+            self._machinery.writes.drain()
 
     def _before_visit(self, unit: Unit) -> None:
         writes = self._require_machinery().writes

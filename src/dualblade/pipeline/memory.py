@@ -57,6 +57,14 @@ class TileMemory:
     def move(self, extent: Extent, door: Door) -> None:
         """See `Space`; memory has one door."""
 
+    def split(self, extent: Extent, at_bytes: int) -> Extent:  # noqa: ARG002
+        """See `Space`."""
+        raise AssertionError("memory has one door")
+
+    def join(self, extent: Extent, rest: Extent) -> None:  # noqa: ARG002
+        """See `Space`."""
+        raise AssertionError("memory has one door")
+
     def view(self, unit: Unit, piece: Piece, dtype: torch.dtype) -> torch.Tensor:
         """The piece's tiles [tiles, sequences, kv_heads, rows, dim], where they lie."""
         at, size = piece.offset(unit.geometry), piece.size_bytes(unit.geometry)
@@ -119,7 +127,7 @@ class MemoryKV(LayeredKV):
     def _append(self, layer: Layer, new: NewRows, *, is_sweeping: bool) -> None:  # noqa: ARG002
         tiles = layer.full_tiles(new.count)
         for half in layer.halves:
-            half.unit.make_room(tiles, layer.batch, Door.DIRECT)
+            half.unit.make_room(tiles, layer.batch)
         layer.append(
             new.keys, new.values, lambda unit, tile, rows: self._store(layer, unit, tile, rows)
         )

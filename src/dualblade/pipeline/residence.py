@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -23,12 +23,15 @@ from dualblade.pipeline.budget import tokens_ahead
 from dualblade.pipeline.layer import Layer
 from dualblade.pipeline.unit import Unit
 from dualblade.residency import (
+    WHOLE,
     BudgetShares,
     Controller,
     ControlPolicy,
     DoorSpeeds,
     Event,
+    Ladder,
     Observation,
+    Placement,
     PlanInputs,
     ResidencyPlan,
     StepCompute,
@@ -36,7 +39,6 @@ from dualblade.residency import (
     after,
     decide,
     plan_fixed,
-    resized,
 )
 from dualblade.store import Door, Extent, Store
 from dualblade.units import format_size
@@ -131,14 +133,14 @@ class HitSweep:
         self.is_counting = now - self._measured_at >= HITS_SECONDS
         self._seen = self._cached = self._stored = 0
 
-    def visit(self, unit: Unit, door: Door, now: float) -> None:
+    def visit(self, unit: Unit, now: float) -> None:
         """`unit` is about to be read, in a sweep that counts."""
         self._seen += 1
-        if door is Door.PAGE_CACHE:
-            stored = unit.stored_bytes
-            cached = sum(self._cached_bytes(segment.extent) for segment in unit.segments)
-            self._stored += stored
-            self._cached += min(stored, cached)  # an extent may be cached beyond its last tile
+        for segment, stored in unit.stored_parts():
+            if segment.extent.door is Door.PAGE_CACHE:
+                self._stored += stored
+                # An extent may be cached beyond its last tile.
+                self._cached += min(stored, self._cached_bytes(segment.extent))
         if self._seen == self._unit_count:
             self.is_counting = False
             self._measured_at = now
@@ -163,7 +165,8 @@ class Placements:
     """The residency plan in force, the controller that changes it, and the doors that follow.
 
     A fixed path and a fixed split (`cache_percent`) have a plan and no controller. Only the `dual`
-    path looks at memory.
+    path looks at memory. `before_cut` is called before segments are cut or joined: nobody may hold
+    pieces of them, or write to them, when it has returned.
     """
 
     def __init__(
@@ -174,11 +177,13 @@ class Placements:
         store: Store,
         watch: MemoryWatch,
         *,
+        before_cut: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
         speeds: DoorSpeeds | None = None,
         cache_percent: int | None = None,
     ) -> None:
         self._path = path
+        self._before_cut = before_cut
         self._layer_count = layer_count
         self._tokens_max = tokens_max
         self._store = store
@@ -204,7 +209,7 @@ class Placements:
         """Plan afresh for the next prompt; the events stay."""
         self._plan: ResidencyPlan | None = None
         self._controller: Controller | None = None
-        self._cached: frozenset[UnitId] = frozenset()
+        self._shares_of_units: dict[UnitId, int] = {}
         self._demands: tuple[UnitDemand, ...] = ()
         self._planned_for: tuple[int, int, int] = (0, 0, 0)
         self.hits.restart()
@@ -263,8 +268,7 @@ class Placements:
         if self._plan is None:
             self._begin(room)
         elif self._controller is None:
-            if has_changed:
-                self._plan = resized(self._plan, self._demands)
+            return
         elif like.index == 0 or has_changed or room.most < self._controller.planned_bytes:
             self._steps_since += like.index == 0
             if has_changed or self._has_news():
@@ -281,7 +285,7 @@ class Placements:
         if self.hits.begins(unit):
             self.hits.begin(self._clock())
         if self.hits.is_counting:
-            self.hits.visit(unit, self.door(unit.id), self._clock())
+            self.hits.visit(unit, self._clock())
 
     def _renew_demands(self, like: Layer, layers: Mapping[int, Layer], tokens: int) -> bool:
         """Whether what the units will need has changed; the same tuple as long as it has not."""
@@ -309,8 +313,16 @@ class Placements:
             for part, half in zip(Part, layer.halves, strict=True):
                 stored = layer.stored_tiles if index in layers else 0
                 size = half.unit.stored_bytes if stored else 0
-                size += max(0, tiles - stored) * half.unit.geometry.tile_bytes(like.batch)
-                demands.append(UnitDemand(unit=UnitId(index, part), size_bytes=size))
+                geometry = half.unit.geometry
+                size += max(0, tiles - stored) * geometry.tile_bytes(like.batch)
+                is_even = all(s.batch == like.batch for s in half.unit.segments)
+                demands.append(
+                    UnitDemand(
+                        unit=UnitId(index, part),
+                        size_bytes=size,
+                        grain_bytes=geometry.grain_bytes(like.batch) if is_even else 0,
+                    )
+                )
         return tuple(demands)
 
     def _begin(self, room: _Room) -> None:
@@ -326,9 +338,9 @@ class Placements:
                 cache_percent=self._cache_percent,
             )
         )
-        self._cached = self._plan.cached_units
+        self._shares_of_units = Ladder(self._demands).shares(self._plan.level)
         if self._cache_percent is None:
-            self._controller = Controller(self._plan.cached_units, self._policy)
+            self._controller = Controller(self._plan.level, self._policy)
             # Told at once, so that it knows sizes and room before the next boundary.
             event = self._controller.decide(self._observation(room))
             assert event is None, "a plan just made needs no change"
@@ -370,26 +382,27 @@ class Placements:
             return
         assert self._plan is not None
         self._plan = replace(after(self._plan, event), page_cache_bytes_max=room.size_bytes)
-        self._cached = controller.cached_units
+        self._shares_of_units = controller.shares
         self._carry_out(event, layers)
         self.hits.restart()
 
     def _carry_out(self, event: Event, layers: Mapping[int, Layer]) -> None:
-        """Move the units of the event. Demotions first: their memory may be what the promotions
-        take."""
-        moved = [*event.demoted, *event.promoted]
-        stored = sum(_stored_bytes(layers, unit) for unit in moved)
-        for unit in moved:
-            if unit.layer in layers:
-                _unit(layers, unit).move(self.door(unit))
+        """Move the units of the event."""
+        stored = sum(m.moved_bytes(_stored_bytes(layers, m.unit)) for m in event.moves)
+        if any(0 < share < WHOLE for m in event.moves for share in (m.from_bytes, m.to_bytes)):
+            self._before_cut()
+        for move in event.moves:
+            if move.unit.layer in layers:
+                _unit(layers, move.unit).place(move.to_bytes)
+        count = len(event.moves)
         told = ResidencyEvent(
             time_seconds=event.time_seconds - self._opened_at,
             cause=event.cause.value,
             from_bytes=event.from_bytes,
             to_bytes=event.to_bytes,
             moved_bytes=stored,
-            demoted_units=len(event.demoted),
-            promoted_units=len(event.promoted),
+            demoted_units=count if event.is_down else 0,
+            promoted_units=0 if event.is_down else count,
             reason=event.reason,
         )
         self._events.append(told)
@@ -425,12 +438,11 @@ class Placements:
             return self._controller.planned_bytes
         if self._plan is None or self._path is not Path.DUAL:
             return 0
-        return self._plan.bytes_on(Path.PAGE_CACHE)
+        return sum(min(d.size_bytes, self.cached_bytes(d.unit)) for d in self._demands)
 
-    def door(self, unit: UnitId) -> Door:
-        """The door that `unit` is to be reached through."""
-        cached = self._path is Path.PAGE_CACHE or unit in self._cached
-        return Door.PAGE_CACHE if cached else Door.DIRECT
+    def cached_bytes(self, unit: UnitId) -> int:
+        """What of `unit`'s beginning is to go through the page cache: see `Unit.place`."""
+        return WHOLE if self._path is Path.PAGE_CACHE else self._shares_of_units.get(unit, 0)
 
     def events(self) -> tuple[ResidencyEvent, ...]:
         """What moved since the cache was made, oldest first; the newest 256."""
@@ -440,17 +452,30 @@ class Placements:
         """The plan in plain words, in the order of the sweep."""
         if self._plan is None:
             return ()
-        sizes = {demand.unit: demand.size_bytes for demand in self._demands}
-        return tuple(
-            UnitPlacement(
-                layer=p.unit.layer,
-                part=p.unit.part.value,
-                path=p.path.value,
-                bytes=sizes[p.unit],
-                reason=p.reason,
+        reasons = {placement.unit: placement.reason for placement in self._plan.placements}
+        return tuple(map(describe, self._placed(reasons)))
+
+    def _placed(self, reasons: Mapping[UnitId, str]) -> Iterator[Placement]:
+        for demand in self._demands:
+            cached = min(demand.size_bytes, self.cached_bytes(demand.unit))
+            yield Placement(
+                unit=demand.unit,
+                size_bytes=demand.size_bytes,
+                cached_bytes=cached,
+                reason=reasons[demand.unit],
             )
-            for p in self._plan.placements
-        )
+
+
+def describe(placed: Placement) -> UnitPlacement:
+    """A placement in plain words."""
+    return UnitPlacement(
+        layer=placed.unit.layer,
+        part=placed.unit.part.value,
+        path=placed.path.value,
+        bytes=placed.size_bytes,
+        cached_bytes=placed.cached_bytes,
+        reason=placed.reason,
+    )
 
 
 def _unit(layers: Mapping[int, Layer], unit: UnitId) -> Unit:

@@ -1,7 +1,8 @@
-"""One unit's stored tiles: where each is, and how a run of them is read.
+"""One unit's stored tiles: where each is, through which door, and how a run of them is read.
 
 A unit is a list of segments. With a stated maximum there is one; without, they grow geometrically
-to 256 MiB; a change of batch starts a new one, because its tiles have another size.
+to 256 MiB; a change of batch starts a new one, because its tiles have another size. Where only the
+beginning of a unit goes through the page cache, the segment that the plan cuts is two.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Segment:
     """Tiles [first_tile, first_tile + capacity) of a unit, `batch` sequences each.
 
     `checksums` are those of its slabs, tile after tile, 8 bytes each; see `checksums.Checksums`.
+    `is_rest`: it was cut off the one before, and lies right behind it.
     """
 
     extent: Extent
@@ -33,6 +35,12 @@ class Segment:
     first_tile: int
     capacity: int
     checksums: array[int] = field(default_factory=lambda: array("Q"))
+    is_rest: bool = False
+
+    @property
+    def end_tile(self) -> int:
+        """The tile after the last that it has room for."""
+        return self.first_tile + self.capacity
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +95,18 @@ class Space(Protocol):
     def move(self, extent: Extent, door: Door) -> None:
         """Open `extent` through `door`."""
 
+    def split(self, extent: Extent, at_bytes: int) -> Extent:
+        """Cut off what is behind `at_bytes`."""
+
+    def join(self, extent: Extent, rest: Extent) -> None:
+        """Undo `split`."""
+
 
 class Unit:
     """The stored part of the keys or values of one layer. Knows places, holds no tensors.
 
-    `tokens_max` None: segments grow; else the first segment holds that many tokens. `sweeps`
+    `tokens_max` None: segments grow; else the first segment holds that many tokens. Its first
+    `cached_bytes` go through the page cache, as far as they are whole tiles and pages. `sweeps`
     counts how often all its tiles were read, `sweeps_in_memory` how often since one of them was
     not in the page cache.
     """
@@ -102,6 +117,7 @@ class Unit:
         self.id = unit_id
         self.geometry = geometry
         self.stored_tiles = 0
+        self.cached_bytes = 0
         self.sweeps = 0
         self.sweeps_in_memory = 0
         self.segments: list[Segment] = []
@@ -111,25 +127,30 @@ class Unit:
     @property
     def stored_bytes(self) -> int:
         """Bytes of all stored tiles."""
-        return sum(
-            piece.size_bytes(self.geometry)
-            for piece in self.pieces(0, self.stored_tiles, slot_bytes=1 << 62)
-        )
+        return sum(size_bytes for _, size_bytes in self.stored_parts())
 
-    def make_room(self, tiles: int, batch: int, door: Door) -> None:
+    def stored_parts(self) -> Iterator[tuple[Segment, int]]:
+        """Segments that hold tiles, and the bytes of these."""
+        for piece in self.pieces(0, self.stored_tiles, slot_bytes=1 << 62):
+            yield piece.segment, piece.size_bytes(self.geometry)
+
+    def make_room(self, tiles: int, batch: int) -> None:
         """Have blocks for `tiles` more tiles of `batch` sequences. Raises: NoSpace."""
         end = self.stored_tiles
         last = self.segments[-1] if self.segments else None
         if last is not None and last.batch == batch:
-            tiles -= max(0, last.first_tile + last.capacity - end)
-            end = max(end, last.first_tile + last.capacity)
+            tiles -= max(0, last.end_tile - end)
+            end = max(end, last.end_tile)
         elif last is not None:
-            last.capacity = end - last.first_tile
+            self._end_batch(end)
         if tiles <= 0:
             return
         tile_bytes = self.geometry.tile_bytes(batch)
         needed = tiles * tile_bytes
         wanted = max(needed, self._growth_bytes(batch))
+        begins = sum(self._room_bytes(segment) for segment in self.segments)
+        is_cached = self.cached_bytes - begins >= wanted
+        door = Door.PAGE_CACHE if is_cached else Door.DIRECT
         try:
             extent = self._space.allocate(wanted, door)
         except NoSpace:
@@ -137,6 +158,16 @@ class Unit:
                 raise
             extent = self._space.allocate(needed, door)
         self.segments.append(Segment(extent, batch, end, extent.size_bytes // tile_bytes))
+        self.place(self.cached_bytes)
+
+    def _end_batch(self, end: int) -> None:
+        """No more tiles of the last segment's batch come, after tile `end`."""
+        while self.segments[-1].is_rest and self.segments[-1].first_tile >= end:
+            self._space.free(self.segments.pop().extent)
+        self.segments[-1].capacity = end - self.segments[-1].first_tile
+
+    def _room_bytes(self, segment: Segment) -> int:
+        return segment.capacity * self.geometry.tile_bytes(segment.batch)
 
     def _growth_bytes(self, batch: int) -> int:
         """Bytes that a new segment should have, however few are needed now."""
@@ -151,7 +182,7 @@ class Unit:
         slab = self.geometry.slab_bytes
         for segment in self.segments:
             low = max(start, segment.first_tile)
-            high = min(stop, segment.first_tile + segment.capacity)
+            high = min(stop, segment.end_tile)
             tiles_a_slot = slot_bytes // (segment.batch * slab)
             while low < high and tiles_a_slot:
                 tiles = min(tiles_a_slot, high - low)
@@ -162,17 +193,69 @@ class Unit:
                     sequences = min(slot_bytes // slab, segment.batch - sequence)
                     yield Piece(segment, tile, 1, sequence, sequences)
 
-    def move(self, door: Door) -> None:
-        """Open all extents through `door`. Blocks; raises DeviceError (see Store.move)."""
-        self.sweeps_in_memory = 0
-        for segment in self.segments:
+    def place(self, cached_bytes: int) -> None:
+        """Have the first `cached_bytes` go through the page cache, the rest direct. Segments may be
+        cut or joined: nobody may hold pieces of them, unless the unit goes as a whole.
+
+        Blocks; raises DeviceError (see Store.move).
+        """
+        if cached_bytes != self.cached_bytes:
+            self.sweeps_in_memory = 0
+        self.cached_bytes = left = cached_bytes
+        for segment in tuple(self.segments):
+            size, grain = self._room_bytes(segment), self.geometry.cut_bytes(segment.batch)
+            if grain <= left < size:
+                self._cut(segment, left // grain * grain)
+            is_cached = left > 0 and left >= self._room_bytes(segment)
+            door = Door.PAGE_CACHE if is_cached else Door.DIRECT
             self._space.move(segment.extent, door)
+            left = max(0, left - size)
+        self._join()
+
+    def _cut(self, segment: Segment, at_bytes: int) -> None:
+        """Make two of `segment`; the second goes direct."""
+        tiles = at_bytes // self.geometry.tile_bytes(segment.batch)
+        rest = Segment(
+            self._space.split(segment.extent, at_bytes),
+            segment.batch,
+            segment.first_tile + tiles,
+            segment.capacity - tiles,
+            segment.checksums[tiles * segment.batch :],
+            is_rest=True,
+        )
+        del segment.checksums[tiles * segment.batch :]
+        segment.capacity = tiles
+        self.segments.insert(self.segments.index(segment) + 1, rest)
+        self._space.move(rest.extent, Door.DIRECT)
+
+    def _join(self) -> None:
+        """Make one of segments that were one and have the same door again."""
+        joined: list[Segment] = []
+        for segment in self.segments:
+            before = joined[-1] if joined else None
+            if (
+                before is None
+                or not segment.is_rest
+                or before.extent.door is not segment.extent.door
+            ):
+                joined.append(segment)
+                continue
+            self._space.join(before.extent, segment.extent)
+            if len(before.checksums) == before.capacity * before.batch:  # else they were taken back
+                before.checksums += segment.checksums
+            before.capacity += segment.capacity
+        self.segments = joined
 
     def crop(self, tiles: int) -> None:
         """Forget stored tiles from `tiles` on; segments beyond are freed."""
         self.stored_tiles = tiles
-        while self.segments and self.segments[-1].first_tile >= max(tiles, 1):
+        while self._is_spare(tiles):
             self._space.free(self.segments.pop().extent)
+
+    def _is_spare(self, tiles: int) -> bool:
+        """Whether the last segment is beyond, with all that was cut off it and before it."""
+        whole = next((s for s in reversed(self.segments) if not s.is_rest), None)
+        return whole is not None and whole.first_tile >= max(tiles, 1)
 
     def free(self) -> None:
         """Give all extents back."""
@@ -195,13 +278,13 @@ def paired_pieces(
     ours, theirs = iter(keys.segments), iter(values.segments)
     key_segment = value_segment = None
     while tile < stop:
-        while key_segment is None or tile >= key_segment.first_tile + key_segment.capacity:
+        while key_segment is None or tile >= key_segment.end_tile:
             key_segment = next(ours)
-        while value_segment is None or tile >= value_segment.first_tile + value_segment.capacity:
+        while value_segment is None or tile >= value_segment.end_tile:
             value_segment = next(theirs)
         batch = key_segment.batch
         slab = max(keys.geometry.slab_bytes, values.geometry.slab_bytes)
-        ends = (segment.first_tile + segment.capacity for segment in (key_segment, value_segment))
+        ends = (segment.end_tile for segment in (key_segment, value_segment))
         high = min(stop, (tile // edge_tiles + 1) * edge_tiles, *ends)
         tiles = min(slot_bytes // (batch * slab), high - tile)
         step = batch if tiles else slot_bytes // slab

@@ -1,27 +1,30 @@
 """Pure decisions: budget, geometry and measured speeds in, a residency plan out."""
 
 from dualblade.residency.controller import Controller, ControlPolicy
-from dualblade.residency.events import Cause, Event, Observation, after
+from dualblade.residency.events import Cause, Event, Move, Observation, after
+from dualblade.residency.ladder import WHOLE, Ladder, Level, UnitDemand
 from dualblade.residency.plan import (
     BudgetShares,
     Placement,
     PlanInputs,
     ResidencyPlan,
-    UnitDemand,
     decide,
     plan_by_size,
     plan_fixed,
-    resized,
 )
 from dualblade.residency.speeds import DoorSpeeds, StepCompute, StepTime, predict
 
 __all__ = [
+    "WHOLE",
     "BudgetShares",
     "Cause",
     "ControlPolicy",
     "Controller",
     "DoorSpeeds",
     "Event",
+    "Ladder",
+    "Level",
+    "Move",
     "Observation",
     "Placement",
     "PlanInputs",
@@ -34,5 +37,4 @@ __all__ = [
     "plan_by_size",
     "plan_fixed",
     "predict",
-    "resized",
 ]

@@ -15,13 +15,13 @@ a step computes depends a little on the plan. If it had to be taken again, the s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from dualblade.geometry import UnitId
-from dualblade.residency.events import Cause, Event, Observation
-from dualblade.residency.plan import MARGIN_FRACTION, UnitDemand, spread_order
+from dualblade.residency.events import Cause, Event, Move, Observation
+from dualblade.residency.ladder import Ladder, Level, UnitDemand
+from dualblade.residency.plan import MARGIN_FRACTION
 from dualblade.residency.speeds import DoorSpeeds, Worth, worth_caching
 from dualblade.units import format_size
 
@@ -39,7 +39,8 @@ class ControlPolicy:
     """How eager the controller is.
 
     dwell_seconds       room must have been there this long, and no unit moved, before a promotion.
-    units_max           promoted at once; with eight, a half of 48 units is back in 5 s.
+    units_max           promoted at once, or parts of them; with eight, a half of 48 units is back
+                        in 5 s.
     hit_fraction_min    fewer hits mean evictions: a sweep over too much gets none at all, one
                         over what fits gets nearly all.
     settle_steps        hits are not judged before: the sweep after a move reads cold pages.
@@ -65,11 +66,11 @@ class Controller:
     Costs about 10 us when nothing moves (docs/decisions/0004).
     """
 
-    def __init__(self, cached: Collection[UnitId], policy: ControlPolicy | None = None) -> None:
+    def __init__(self, level: Level, policy: ControlPolicy | None = None) -> None:
         self._policy = policy or ControlPolicy()
-        self._cached = set(cached)
+        self._level = level
         self._demands: tuple[UnitDemand, ...] = ()
-        self._ordered: tuple[UnitDemand, ...] = ()
+        self._ladder = Ladder(())
         self._total_bytes = 0
         self._planned_bytes = 0
         self._told_bytes = 0
@@ -89,13 +90,14 @@ class Controller:
         self._stalls = _StallWindow(self._policy.stall_window_seconds)
 
     @property
-    def cached_units(self) -> frozenset[UnitId]:
-        """Units on the page-cache path once the last event is carried out."""
-        return frozenset(self._cached)
+    def shares(self) -> dict[UnitId, int]:
+        """What of each unit is in the page cache once the last event is carried out; see
+        `Ladder.shares`."""
+        return self._ladder.shares(self._level)
 
     @property
     def planned_bytes(self) -> int:
-        """Bytes of those units, as the last demands have them."""
+        """Bytes of all of that, as the last demands have them."""
         return self._planned_bytes
 
     def decide(self, seen: Observation) -> Event | None:
@@ -118,11 +120,10 @@ class Controller:
         if demands is self._demands:
             return False
         before = self._planned_bytes
-        self._demands = demands
-        self._ordered = tuple(demands[index] for index in spread_order(len(demands)))
-        self._total_bytes = sum(demand.size_bytes for demand in demands)
-        self._cached &= {demand.unit for demand in demands}
-        self._planned_bytes = sum(d.size_bytes for d in demands if d.unit in self._cached)
+        self._demands, self._ladder = demands, Ladder(demands)
+        self._level = self._ladder.within(self._level)
+        self._total_bytes = self._ladder.size_bytes(self._ladder.top)
+        self._planned_bytes = self._ladder.size_bytes(self._level)
         return self._planned_bytes > before
 
     def _hear_news(self, seen: Observation) -> None:
@@ -158,13 +159,14 @@ class Controller:
     def _resident_fraction(self, seen: Observation) -> float:
         """How much of the cached units is held. A sweep over too much hits nothing, while what
         it left behind shows the room. At least a half, so that one bad reading is no disaster."""
-        stored = sum(d.now_bytes for d in self._ordered if d.unit in self._cached)
+        shares = self.shares
+        stored = sum(min(d.now_bytes, shares.get(d.unit, 0)) for d in self._demands)
         if seen.resident_bytes is None or not stored:
             return max(0.5, seen.hit_fraction or 0.0)
         return min(1.0, max(0.5, seen.resident_bytes / stored))
 
     def _learn(self, seen: Observation, room: int, cause: Cause, words: str) -> Event | None:
-        event = self._move(seen, cause, words, down=self._beyond(room))
+        event = self._move(seen, cause, words, self._down_to(room))
         told = seen.page_cache_bytes
         self._overstated_bytes = self._beyond_use(told, self._planned_bytes)
         self._learned_at_bytes = told
@@ -177,10 +179,9 @@ class Controller:
         return event
 
     def _beyond_use(self, told: int, used: int) -> int:
-        """Of the room told, what is beyond that used and half a unit: the next reading is a few
-        pages off, which is no reason to move one."""
-        slack = self._total_bytes // (2 * len(self._ordered))
-        return max(0, told - used - slack)
+        """Of the room told, what is beyond that used and half a step: the next reading is a few
+        pages off, which is no reason to move anything."""
+        return max(0, told - used - self._ladder.step_bytes // 2)
 
     def _shortage(self, seen: Observation, grew: bool) -> Event | None:
         room = self._room(seen)
@@ -188,15 +189,16 @@ class Controller:
             return None
         cause = Cause.KV_GREW if grew else Cause.BUDGET_FELL
         words = f"{format_size(self._planned_bytes)} planned, room for {format_size(room)}"
-        return self._move(seen, cause, words, down=self._beyond(room))
+        return self._move(seen, cause, words, self._down_to(room))
 
     def _waste(self, seen: Observation) -> Event | None:
         """More is cached than is worth it: no hurry."""
         if not self._planned_bytes or seen.time_seconds < self._give_back_at:
             return None
         worth = self._worth_keeping(seen)
-        excess = self._beyond(worth.cache_bytes)[: self._policy.units_max]
-        if not excess or worth.reason is None:
+        least = self._level.whole - self._policy.units_max + (self._level.part_bytes > 0)
+        lower = max(self._down_to(worth.cache_bytes), Level(max(0, least), 0))
+        if lower == self._level or worth.reason is None:
             self._excess_since = None
             return None
         if self._excess_since is None:
@@ -204,19 +206,19 @@ class Controller:
         if not self._dwelt(seen, self._excess_since):
             return None
         self._gave_back = True
-        return self._move(seen, Cause.SPEEDS, worth.reason, down=excess)
+        return self._move(seen, Cause.SPEEDS, worth.reason, lower)
 
     def _worth_keeping(self, seen: Observation) -> Worth:
         """As much as is worth having, and more where that is for a small lead of compute."""
         return _worth_keeping(self._total_bytes, self._room(seen), seen.speeds)
 
     def _promotion(self, seen: Observation) -> Event | None:
-        if len(self._cached) == len(self._ordered):
+        if self._level == self._ladder.top:
             return None
         room = self._room(seen)
         worth = worth_caching(self._total_bytes, room, seen.speeds).cache_bytes
-        units = self._next_units(room, worth, self._policy.units_max)
-        if units:
+        higher = self._up_in(room, worth, self._policy.units_max)
+        if higher != self._level:
             if self._room_since is None:
                 self._room_since = seen.time_seconds
             if not self._dwelt(seen, self._room_since):
@@ -227,7 +229,7 @@ class Controller:
                 longer = 2 * self._give_back_wait
                 self._give_back_wait = min(longer, self._policy.retry_seconds_max)
             words = f"{format_size(self._planned_bytes)} planned, room for {format_size(room)}"
-            return self._move(seen, Cause.ROOM_ROSE, words, up=units)
+            return self._move(seen, Cause.ROOM_ROSE, words, higher)
         self._room_since = None
         return self._retry(seen)
 
@@ -237,62 +239,42 @@ class Controller:
             return None
         told = seen.page_cache_bytes
         worth = worth_caching(self._total_bytes, told, seen.speeds).cache_bytes
-        units = self._next_units(told, worth, self._retry_units)
+        higher = self._up_in(told, worth, self._retry_units)
         self._retry_at = seen.time_seconds + self._policy.retry_seconds
-        if not units:
+        if higher == self._level:
             return None
         self._retry_units = min(2 * self._retry_units, self._policy.units_max)
-        taken = self._planned_bytes + sum(unit.size_bytes for unit in units)
+        taken = self._ladder.size_bytes(higher)
         self._overstated_bytes = min(self._overstated_bytes, self._beyond_use(told, taken))
         words = f"room for {format_size(taken)} of {format_size(told)} told"
-        return self._move(seen, Cause.RETRY, words, up=units)
+        return self._move(seen, Cause.RETRY, words, higher)
 
     def _dwelt(self, seen: Observation, since: float) -> bool:
         """Whether nothing changed for the dwell, and the last move was judged by its hits."""
         calm_seconds = seen.time_seconds - max(since, self._moved_at)
         return calm_seconds >= self._policy.dwell_seconds and self._settled
 
-    def _beyond(self, room_bytes: int) -> list[UnitDemand]:
-        """Cached units that have to go for the rest to fit, last in the order first."""
-        over, units = self._planned_bytes - room_bytes, []
-        for demand in reversed(self._ordered):
-            if over <= 0:
-                break
-            if demand.unit in self._cached:
-                units.append(demand)
-                over -= demand.size_bytes
-        return units
+    def _down_to(self, room_bytes: int) -> Level:
+        """The level in force, or the highest below it that `room_bytes` hold."""
+        return min(self._level, self._ladder.fitting(room_bytes))
 
-    def _next_units(self, room: int, worth: int, count_max: int) -> list[UnitDemand]:
-        """The next few units in the order: at most half of the free room, so that two of us who
-        take it at once do not take too much."""
+    def _up_in(self, room: int, worth: int, units_max: int) -> Level:
+        """A few units more, of at most half of the free room, so that two of us who take it at
+        once do not take too much; or the level in force."""
         left = min((room - self._planned_bytes) // 2, worth - self._planned_bytes)
-        units: list[UnitDemand] = []
-        for demand in self._ordered:
-            if demand.unit in self._cached:
-                continue
-            left -= demand.size_bytes
-            if left < 0 or len(units) == count_max:
-                break
-            units.append(demand)
-        return units
+        most = Level(self._level.whole + units_max, 0)
+        return max(self._level, min(most, self._ladder.fitting(self._planned_bytes + left)))
 
-    def _move(
-        self,
-        seen: Observation,
-        cause: Cause,
-        reason: str,
-        *,
-        down: Sequence[UnitDemand] = (),
-        up: Sequence[UnitDemand] = (),
-    ) -> Event | None:
-        if not down and not up:
+    def _move(self, seen: Observation, cause: Cause, reason: str, level: Level) -> Event | None:
+        if level == self._level:
             return None
-        before = self._planned_bytes
-        self._cached.difference_update(unit.unit for unit in down)
-        self._cached.update(unit.unit for unit in up)
-        self._planned_bytes += sum(unit.size_bytes for unit in up)
-        self._planned_bytes -= sum(unit.size_bytes for unit in down)
+        moving, old = self._ladder.between(self._level, level), self.shares
+        before, self._level = self._planned_bytes, level
+        self._planned_bytes, new = self._ladder.size_bytes(level), self.shares
+        moves = tuple(
+            Move(unit=d.unit, from_bytes=old.get(d.unit, 0), to_bytes=new.get(d.unit, 0))
+            for d in moving
+        )
         self._moved_at, self._steps_since_move = seen.time_seconds, 0
         self._room_since = self._excess_since = None
         self._stalls.restart()  # what was lost before says nothing of the memory there is now
@@ -301,9 +283,9 @@ class Controller:
             cause=cause,
             from_bytes=before,
             to_bytes=self._planned_bytes,
-            moved_bytes=sum(unit.now_bytes for unit in (*down, *up)),
-            demoted=tuple(unit.unit for unit in down),
-            promoted=tuple(unit.unit for unit in up),
+            level=level,
+            moved_bytes=sum(m.moved_bytes(d.now_bytes) for m, d in zip(moves, moving, strict=True)),
+            moves=moves,
             reason=reason,
         )
 

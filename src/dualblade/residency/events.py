@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from dualblade.config import Path
 from dualblade.geometry import UnitId
-from dualblade.residency.plan import ResidencyPlan, UnitDemand
+from dualblade.residency.ladder import Level, UnitDemand
+from dualblade.residency.plan import ResidencyPlan
 from dualblade.residency.speeds import DoorSpeeds
 
 
@@ -50,8 +50,23 @@ class Observation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """Of `unit`, the first `to_bytes` are in the page cache from now on, not the first
+    `from_bytes`; `WHOLE`: all, however many they are."""
+
+    unit: UnitId
+    from_bytes: int
+    to_bytes: int
+
+    def moved_bytes(self, stored_bytes: int) -> int:
+        """Bytes whose path changes, of `stored_bytes`."""
+        return abs(min(self.from_bytes, stored_bytes) - min(self.to_bytes, stored_bytes))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One decision: units to move now, from `from_bytes` planned in the page cache to `to_bytes`.
+    """One decision: units to move now, from `from_bytes` planned in the page cache to `to_bytes`,
+    which is `level`. All go one way.
 
     `moved_bytes` are stored bytes whose path changes; of them a demotion writes only dirty ones,
     and a promotion none.
@@ -61,24 +76,33 @@ class Event:
     cause: Cause
     from_bytes: int
     to_bytes: int
+    level: Level
     moved_bytes: int
-    demoted: tuple[UnitId, ...]
-    promoted: tuple[UnitId, ...]
+    moves: tuple[Move, ...]
     reason: str
+
+    @property
+    def is_down(self) -> bool:
+        """Whether units give up page cache."""
+        return self.to_bytes < self.from_bytes
 
 
 def after(plan: ResidencyPlan, event: Event) -> ResidencyPlan:
     """The plan in force once the event's units have moved. Its predictions are void."""
-    moved = dict.fromkeys(event.demoted, Path.DIRECT)
-    moved.update(dict.fromkeys(event.promoted, Path.PAGE_CACHE))
+    moved = {move.unit: move.to_bytes for move in event.moves}
     return replace(
         plan,
         placements=tuple(
-            replace(p, path=moved[p.unit], reason=f"{event.cause.value}: {event.reason}")
+            replace(
+                p,
+                cached_bytes=min(p.size_bytes, moved[p.unit]),
+                reason=f"{event.cause.value}: {event.reason}",
+            )
             if p.unit in moved
             else p
             for p in plan.placements
         ),
+        level=event.level,
         now=None,
         expected=None,
     )

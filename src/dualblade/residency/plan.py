@@ -1,42 +1,20 @@
-"""Which unit goes through which path, and why. Pure: no torch, no I/O, no clock.
-
-Units are cached in one fixed order in which every beginning is spread evenly over the sweep. So
-a plan for less memory is part of the plan for more, and a change of plan moves only what differs.
-"""
+"""Which unit goes through which path, and why. Pure: no torch, no I/O, no clock."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from dualblade.config import Path
 from dualblade.errors import BudgetError, ConfigError
 from dualblade.geometry import UnitId
+from dualblade.residency.ladder import NOTHING, Ladder, Level, UnitDemand
 from dualblade.residency.speeds import DoorSpeeds, StepTime, predict, worth_caching
 from dualblade.units import MIB, format_size
-
-_GOLDEN = 0x9E3779B97F4A7C15
-"""2**64 over the golden ratio: its multiples fill the circle evenly, however many they are."""
 
 MARGIN_FRACTION = 0.05
 """Left free under the budget: one step above it, a cyclic sweep of the page cache hits nothing
 (768 MiB of 1024 cached: 3.7 GiB/s; 900 MiB cached: 1.0 GiB/s)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UnitDemand:
-    """Bytes that `unit` is expected to have stored when the plan has done its time, and those
-    that it has now (None: the same)."""
-
-    unit: UnitId
-    size_bytes: int
-    stored_bytes: int | None = None
-
-    @property
-    def now_bytes(self) -> int:
-        """Bytes stored now."""
-        return self.size_bytes if self.stored_bytes is None else self.stored_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,35 +67,46 @@ def round_up_mib(size_bytes: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """The path of one unit, and why."""
+    """The path of one unit, and why. `cached_bytes` of its beginning go through the page cache:
+    all of `size_bytes`, none of them, or some (path `dual`)."""
 
     unit: UnitId
-    path: Path
     size_bytes: int
+    cached_bytes: int
     reason: str
+
+    @property
+    def path(self) -> Path:
+        """In words for users."""
+        if 0 < self.cached_bytes < self.size_bytes:
+            return Path.DUAL
+        return Path.PAGE_CACHE if self.cached_bytes else Path.DIRECT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResidencyPlan:
     """The path of every unit, in the order of the sweep.
 
-    `now` and `expected` predict a step with the bytes stored now and with those planned for;
-    None where speeds are not known.
+    `level` is how far the page cache reaches; a plan for one fixed path has none. `now` and
+    `expected` predict a step with the bytes stored now and with those planned for; None where
+    speeds are not known.
     """
 
     placements: tuple[Placement, ...]
     page_cache_bytes_max: int
+    level: Level = NOTHING
     now: StepTime | None = None
     expected: StepTime | None = None
 
     @property
-    def cached_units(self) -> frozenset[UnitId]:
-        """Units on the page-cache path."""
-        return frozenset(p.unit for p in self.placements if p.path is Path.PAGE_CACHE)
+    def cached_bytes(self) -> int:
+        """Bytes that go through the page cache."""
+        return sum(placement.cached_bytes for placement in self.placements)
 
-    def bytes_on(self, path: Path) -> int:
-        """Bytes of all units on `path`."""
-        return sum(p.size_bytes for p in self.placements if p.path is path)
+    @property
+    def direct_bytes(self) -> int:
+        """Bytes that go direct."""
+        return sum(p.size_bytes - p.cached_bytes for p in self.placements)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,55 +134,53 @@ class PlanInputs:
         return sum(demand.size_bytes for demand in self.demands)
 
 
-@lru_cache(maxsize=16)
-def spread_order(count: int) -> tuple[int, ...]:
-    """Indices below `count` such that each beginning of the list is spread evenly over them.
-
-    Of index i + 1, the part after the point of its multiple of the golden ratio decides: those
-    below any threshold lie at two or three distances from each other (the three-gap theorem).
-    """
-    return tuple(sorted(range(count), key=lambda i: (i + 1) * _GOLDEN % (1 << 64)))
-
-
 def decide(inputs: PlanInputs) -> ResidencyPlan:
     """Keep in the page cache what fits and is worth it, spread evenly; the rest goes direct.
 
     So the drive always has a direct unit to stream while cached ones are served.
     """
     total, room = inputs.total_bytes, inputs.page_cache_bytes
+    ladder = Ladder(inputs.demands)
     if inputs.cache_percent is None:
         worth = worth_caching(total, room, inputs.speeds)
-        cached = _first_fitting(inputs, worth.cache_bytes)
-        whole = len(cached) == len(inputs.demands)
+        level = ladder.fitting(worth.cache_bytes)
         within = f"the page cache's {format_size(room)}"
-        kept = "all KV fits the page cache's share" if whole else f"in {within}"
+        kept = "all KV fits the page cache's share" if level == ladder.top else f"in {within}"
         left = worth.reason or f"beyond {within}"
     else:
-        cached = _first_fitting(inputs, total * inputs.cache_percent // 100)
+        level = ladder.fitting(total * inputs.cache_percent // 100)
         kept = left = f"{inputs.cache_percent} % through the page cache was asked for"
-        if sum(d.size_bytes for d in inputs.demands if d.unit in cached) > room:
+        if ladder.size_bytes(level) > room:
             kept += f"; only {format_size(room)} fit"
+    shares = ladder.shares(level)
     return ResidencyPlan(
         placements=tuple(
             Placement(
                 unit=demand.unit,
-                path=Path.PAGE_CACHE if demand.unit in cached else Path.DIRECT,
                 size_bytes=demand.size_bytes,
-                reason=kept if demand.unit in cached else left,
+                cached_bytes=min(demand.size_bytes, shares.get(demand.unit, 0)),
+                reason=kept if demand.unit in shares else left,
             )
             for demand in inputs.demands
         ),
         page_cache_bytes_max=room,
-        now=_predicted([(d.unit, d.now_bytes) for d in inputs.demands], cached, inputs),
-        expected=_predicted([(d.unit, d.size_bytes) for d in inputs.demands], cached, inputs),
+        level=level,
+        now=_predicted([(d.unit, d.now_bytes) for d in inputs.demands], shares, inputs),
+        expected=_predicted([(d.unit, d.size_bytes) for d in inputs.demands], shares, inputs),
     )
 
 
 def plan_fixed(demands: Sequence[UnitDemand], path: Path) -> ResidencyPlan:
-    """Every unit on `path`, because it was asked for."""
+    """Every unit on `path`, page-cache or direct, because it was asked for."""
+    assert path in (Path.PAGE_CACHE, Path.DIRECT), path
     placements = tuple(
-        Placement(unit=d.unit, path=path, size_bytes=d.size_bytes, reason=f"path {path.value}")
-        for d in demands
+        Placement(
+            unit=demand.unit,
+            size_bytes=demand.size_bytes,
+            cached_bytes=demand.size_bytes if path is Path.PAGE_CACHE else 0,
+            reason=f"path {path.value}",
+        )
+        for demand in demands
     )
     return ResidencyPlan(placements=placements, page_cache_bytes_max=0)
 
@@ -203,33 +190,11 @@ def plan_by_size(demands: Sequence[UnitDemand], page_cache_bytes: int) -> Reside
     return decide(PlanInputs(demands=tuple(demands), page_cache_bytes=page_cache_bytes))
 
 
-def resized(plan: ResidencyPlan, demands: Sequence[UnitDemand]) -> ResidencyPlan:
-    """`plan` with other sizes of the same units, each on its path. Its predictions are void."""
-    placements = tuple(
-        replace(placement, size_bytes=demand.size_bytes)
-        for placement, demand in zip(plan.placements, demands, strict=True)
-    )
-    return replace(plan, placements=placements, now=None, expected=None)
-
-
-def _first_fitting(inputs: PlanInputs, cache_bytes: int) -> frozenset[UnitId]:
-    """Units in spread order up to the first that does not fit: skipping it would break the
-    order, and with it that more memory never demotes."""
-    cached = []
-    for index in spread_order(len(inputs.demands)):
-        demand = inputs.demands[index]
-        cache_bytes -= demand.size_bytes
-        if cache_bytes < 0:
-            break
-        cached.append(demand.unit)
-    return frozenset(cached)
-
-
 def _predicted(
-    sizes: Sequence[tuple[UnitId, int]], cached: Collection[UnitId], inputs: PlanInputs
+    sizes: Sequence[tuple[UnitId, int]], shares: Mapping[UnitId, int], inputs: PlanInputs
 ) -> StepTime | None:
     if inputs.speeds is None:
         return None
-    through_cache = sum(size for unit, size in sizes if unit in cached)
+    through_cache = sum(min(size, shares.get(unit, 0)) for unit, size in sizes)
     total = sum(size for _, size in sizes)
     return predict(total, through_cache, inputs.page_cache_bytes, inputs.speeds)

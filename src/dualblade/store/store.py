@@ -16,7 +16,7 @@ from dualblade.store.extents import ExtentAllocator, Range
 from dualblade.store.format import DATA_OFFSET
 from dualblade.store.members import Members, Place, open_members
 from dualblade.store.place import Location, storage_error
-from dualblade.units import BLOCK_BYTES
+from dualblade.units import BLOCK_BYTES, EXTENT_ALIGN_BYTES
 
 log = logging.getLogger("dualblade.store")
 
@@ -300,6 +300,35 @@ class Store:
             self._drop_stale(extent)
             self.counters.promotions += 1
         self._move(extent, door)
+
+    def split(self, extent: Extent, at_bytes: int) -> Extent:
+        """Make two of `extent`, side by side and with the same door: it keeps its first `at_bytes`
+        (whole 2 MiB), the rest is returned. No data moves, and transfers go on."""
+        self._check_open()
+        whole = extent.range
+        assert at_bytes % EXTENT_ALIGN_BYTES == 0, "a page of the page cache would belong to both"
+        assert 0 < at_bytes < whole.size_bytes, "nothing on one side"
+        self._unmap(extent)
+        extent.range = Range(whole.offset, at_bytes)
+        rest = Extent(
+            range=Range(whole.offset + at_bytes, whole.size_bytes - at_bytes),
+            door=extent.door,
+            tickets=list(extent.tickets),
+        )
+        self._live.add(rest)
+        return rest
+
+    def join(self, extent: Extent, rest: Extent) -> None:
+        """Make one of `extent` and `rest`, which begins where it ends and has the same door; `rest`
+        is no more. No data moves, and transfers go on."""
+        self._check_open()
+        assert extent.range.end == rest.range.offset, "not side by side"
+        assert extent.door is rest.door, "of two doors"
+        for one in (extent, rest):
+            self._unmap(one)
+        extent.range = Range(extent.range.offset, extent.size_bytes + rest.size_bytes)
+        extent.tickets += rest.tickets
+        self._live.discard(rest)
 
     def page_cache_bytes(self) -> int:
         """Bytes of this store in the page cache now, as the kernel counts them."""
