@@ -16,6 +16,9 @@ MARGIN_FRACTION = 0.05
 """Left free under the budget: one step above it, a cyclic sweep of the page cache hits nothing
 (768 MiB of 1024 cached: 3.7 GiB/s; 900 MiB cached: 1.0 GiB/s)."""
 
+MARGIN_BYTES_MAX = 32 * MIB
+"""What the margin is for does not grow with the budget: readings that lag, pages of others."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BudgetShares:
@@ -45,7 +48,8 @@ class BudgetShares:
 
     @property
     def _margin_bytes(self) -> int:
-        return max(int(self.budget_bytes * MARGIN_FRACTION), min(MIB, self.budget_bytes // 4))
+        share = min(int(self.budget_bytes * MARGIN_FRACTION), MARGIN_BYTES_MAX)
+        return max(share, min(MIB, self.budget_bytes // 4))
 
     def require(self) -> None:
         """Raises: BudgetError, with the bytes needed, when the fixed part alone does not fit."""
