@@ -112,7 +112,7 @@ class MmapKV(MemoryKV):
         slot = self._take(layer, whole=False)
         units = (layer.keys.unit, layer.values.unit)
         edge_tiles = layer.stored_tiles if any_size else layer.group_tiles
-        for pair in paired_pieces(*units, layer.stored_tiles, _WHOLE, edge_tiles):
+        for pair in paired_pieces(*units, range(layer.stored_tiles), _WHOLE, edge_tiles):
             tiles = []
             for part, (half, piece) in enumerate(zip(layer.halves, pair, strict=True)):
                 geometry = half.unit.geometry

@@ -203,7 +203,10 @@ def _show(result: dict[str, Any]) -> None:
     for first, last, unit in _runs(result["units"]):
         layers = str(first) if first == last else f"{first}-{last}"
         size = format_size(unit["bytes"]) if unit["bytes"] >= 0 else "?"
-        table.add_row(layers, unit["part"], unit["path"], size, unit["reason"])
+        path = unit["path"]
+        if path == "dual":
+            path += f", {format_size(unit['cached_bytes'])} cached"
+        table.add_row(layers, unit["part"], path, size, unit["reason"])
     console.print(table)
     for line in _totals(result):
         console.print(line)

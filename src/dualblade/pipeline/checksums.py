@@ -34,6 +34,9 @@ STEADY_SWEEPS = 64
 verified there, and nothing was read from a drive since."""
 
 
+_NO_TILES: frozenset[int] = frozenset()
+
+
 class Checksums:
     """Makes and verifies the checksums of all tiles of one cache, in the calling thread (XXH3
     leaves Python's lock to others meanwhile).
@@ -71,16 +74,17 @@ class Checksums:
         What does not match is read once more, past any cached copy, and then verified whole.
         Raises: CorruptExtent when it still does not match; DeviceError of the second read.
         """
-        if not self.are_sound(unit, piece, slot.buffer, whole=whole):
+        if self.damaged_tiles(unit, piece, slot.buffer, whole=whole):
             self.heal(unit, piece, slot)
 
-    def are_sound(
+    def damaged_tiles(
         self, unit: Unit, piece: Piece, memory: memoryview, *, whole: bool = False
-    ) -> bool:
-        """Whether what of `piece` has its turn (with `whole` all of it) is in `memory` as it was
-        written; False only with a warning, and then everything is verified from here on."""
+    ) -> frozenset[int]:
+        """Tiles of `piece`, among those that have their turn (with `whole` all), that are not in
+        `memory` as they were written. If there are any, a warning tells, and everything is verified
+        from here on."""
         if not self._every:
-            return True
+            return _NO_TILES
         every = self._every
         if whole:
             every = 1
@@ -90,11 +94,12 @@ class Checksums:
         first = piece.tile + -(piece.tile + turn) % every
         damaged = self._compare(unit, piece, memory, range(first, piece.tile + piece.tiles, every))
         if not damaged:
-            return True
+            return _NO_TILES
         self._mismatches += len(damaged)
         self._every = 1  # a drive or memory that damaged one may have damaged others
         log.warning("%s; it is read again", self._describe(unit, piece, damaged[0]).message)
-        return False
+        tile_bytes = piece.sequences * unit.geometry.slab_bytes
+        return frozenset(piece.tile + at // tile_bytes for at in damaged)
 
     def heal(self, unit: Unit, piece: Piece, slot: Slot) -> None:
         """Read `piece` into `slot` once more, past any cached copy, and verify it whole.

@@ -141,7 +141,7 @@ class MemoryKV(LayeredKV):
     def _arriving(self, layer: Layer, *, any_size: bool) -> Iterator[Arrived]:
         units = (layer.keys.unit, layer.values.unit)
         edge_tiles = layer.stored_tiles if any_size else layer.group_tiles
-        for pair in paired_pieces(*units, layer.stored_tiles, _NO_LIMIT, edge_tiles):
+        for pair in paired_pieces(*units, range(layer.stored_tiles), _NO_LIMIT, edge_tiles):
             keys, values = (
                 self._memory.view(half.unit, piece, layer.dtype)
                 for half, piece in zip(layer.halves, pair, strict=True)

@@ -20,6 +20,7 @@ from functools import reduce
 import torch
 
 from dualblade.errors import StorageError
+from dualblade.geometry import UnitId
 from dualblade.io import Ticket
 from dualblade.pipeline.checksums import Checksums
 from dualblade.pipeline.layer import HalfLayer, Layer
@@ -67,12 +68,10 @@ class _Read:
 
 @dataclass(slots=True)
 class _Lying:
-    """A piece that was in the page cache when its turn came; `is_damaged`: and is known not to be
-    what was written."""
+    """A piece that was in the page cache when its turn came."""
 
     wanted: tuple[HalfLayer, Piece]
     place: InPlace
-    is_damaged: bool = False
     is_at_hand: bool = True
 
     def joined(self, after: _Lying) -> _Lying:
@@ -84,11 +83,20 @@ class _Lying:
 
 @dataclass(slots=True, eq=False)
 class _Visit:
-    """One layer's turn in the sweep: pieces not yet issued, and pieces that come."""
+    """One layer's turn in the sweep: pieces not yet issued, and pieces that come. `is_large`: all
+    go through the page cache, and are larger than slots: to be taken in place, or cut. `damaged`:
+    tiles of units that are known not to be there as they were written."""
 
     index: int
-    waiting: deque[tuple[HalfLayer, Piece]]
+    waiting: deque[tuple[HalfLayer, Piece]] = field(default_factory=deque)
     coming: deque[_Read | _Lying] = field(default_factory=deque)
+    is_large: bool = False
+    damaged: set[tuple[UnitId, int]] = field(default_factory=set)
+
+    @property
+    def next_tile(self) -> int:
+        """Of the piece that is handed out next."""
+        return (self.coming[0].wanted if self.coming else self.waiting[0])[1].tile
 
 
 def _side_by_side(coming: Iterable[_Read | _Lying]) -> list[tuple[_Lying, _Lying]]:
@@ -109,6 +117,11 @@ def _side_by_side(coming: Iterable[_Read | _Lying]) -> list[tuple[_Lying, _Lying
         if size_bytes >= _TOGETHER_BYTES:
             break
     return pairs
+
+
+def _tiles(lying: _Lying) -> Iterator[tuple[UnitId, int]]:
+    half, piece = lying.wanted
+    return ((half.unit.id, tile) for tile in range(piece.tile, piece.tile + piece.tiles))
 
 
 def _landing(lying: _Lying, memory: memoryview) -> Landing:
@@ -161,17 +174,23 @@ class ReadAhead:
             self._enter(index)
         self.advance()
         visit = self._visits[0]
+        if visit.is_large and not any_size:
+            self._cut(visit)
         while visit.coming or visit.waiting:
             if not visit.coming:
                 self._issue(visit, wait=True)  # all slots are still read by copies
-                assert visit.coming, "a free slot always serves the head of the sweep first"
+            if not visit.coming:  # or layers to come have them: this one was to need none
+                visit.coming.append(self._read(*visit.waiting.popleft(), self._spare_slot()))
             if any_size and (together := self._hold_together(visit)):
                 yield from together
                 self.advance()
                 continue
+            if visit.is_large:  # it is not all there any more, or not all sound
+                self._cut(visit)
+                continue
             landing, coming = None, visit.coming.popleft()
             if isinstance(coming, _Lying):
-                landing = self._hold(index, coming)
+                landing = self._hold(visit, coming)
                 if landing is None:
                     coming = self._read(*coming.wanted, self._spare_slot())
             if isinstance(coming, _Read):
@@ -217,7 +236,7 @@ class ReadAhead:
         self._checksums.verify(unit, piece, landing.slot)
         timeline.span(Lane.CONTROL, "verify", landed, now_ns(), layer)
 
-    def _hold(self, layer: int, lying: _Lying) -> Landing | None:
+    def _hold(self, visit: _Visit, lying: _Lying) -> Landing | None:
         """The piece where it lies, or in a slot if it was damaged there; None: it is not there any
         more, and to be read. Raises: CorruptExtent, DeviceError."""
         began = now_ns()
@@ -226,7 +245,9 @@ class ReadAhead:
         if memory is None:
             return None
         place.count()
-        if lying.is_damaged or not self._checksums.are_sound(half.unit, piece, memory):
+        if visit.damaged.isdisjoint(_tiles(lying)):
+            self._verify(visit, lying, memory)
+        if not visit.damaged.isdisjoint(_tiles(lying)):
             slot = self._spare_slot()
             try:
                 self._checksums.heal(half.unit, piece, slot)
@@ -234,21 +255,28 @@ class ReadAhead:
                 self._release(slot)
                 raise
             return Landing(half, piece, slot)
-        self._timeline.span(Lane.CONTROL, "in place", began, now_ns(), layer)
+        self._timeline.span(Lane.CONTROL, "in place", began, now_ns(), visit.index)
         return _landing(lying, memory)
 
     def _hold_together(self, visit: _Visit) -> list[Landing]:
         """Keys and values at the head of what comes, as far as they lie side by side in the page
         cache; nothing when they do not, or not all are sound: each is then taken by itself."""
         began, landings = now_ns(), []
-        pairs = _side_by_side(visit.coming)
+        pairs = [] if visit.damaged else _side_by_side(visit.coming)
         if not pairs or pairs[0][0].wanted[0] is not self._layers[visit.index].keys:
             return []
         columns = list(zip(*pairs, strict=True))
         both = [reduce(_Lying.joined, column) for column in columns]
         for lying, column in zip(both, columns, strict=True):
             memory = lying.place.hold()
-            if memory is None or not self._are_sound(column, memory):
+            if memory is None:
+                return []
+            at = 0
+            for one in column:
+                end = at + one.place.size_bytes
+                self._verify(visit, one, memory[at:end])
+                at = end
+            if visit.damaged:
                 return []
             landings.append(_landing(lying, memory))
         landings[0].values_follow = True
@@ -259,15 +287,11 @@ class ReadAhead:
         self._timeline.span(Lane.CONTROL, "in place", began, now_ns(), visit.index)
         return landings
 
-    def _are_sound(self, column: Iterable[_Lying], memory: memoryview) -> bool:
-        """Whether pieces that lie one behind the other in `memory` are; who is not knows it."""
-        at, are_sound = 0, True
-        for lying in column:
-            (half, piece), end = lying.wanted, at + lying.place.size_bytes
-            if not self._checksums.are_sound(half.unit, piece, memory[at:end]):
-                lying.is_damaged, are_sound = True, False
-            at = end
-        return are_sound
+    def _verify(self, visit: _Visit, lying: _Lying, memory: memoryview) -> None:
+        """Note which tiles in `memory` are not what was written."""
+        (half, piece) = lying.wanted
+        found = self._checksums.damaged_tiles(half.unit, piece, memory)
+        visit.damaged.update((half.unit.id, tile) for tile in found)
 
     def _spare_slot(self) -> Slot:
         """A slot for what was to need none: the farthest that is read ahead gives its own up."""
@@ -317,19 +341,33 @@ class ReadAhead:
         layer = self._layers[index]
         for half in layer.halves:
             self._before_visit(half.unit)
-        pairs = paired_pieces(
-            layer.keys.unit,
-            layer.values.unit,
-            layer.stored_tiles,
-            self._slots.slot_bytes,
-            layer.group_tiles,
-        )
-        each = (some for pair in pairs for some in zip(layer.halves, pair, strict=True))
-        visit = _Visit(index, deque(each))
+        visit = _Visit(index)
+        if self._in_place and all(half.unit.is_cached_whole for half in layer.halves):
+            visit.is_large = True
+            self._plan(visit, 0, _TOGETHER_BYTES, max(layer.stored_tiles, 1))
+        else:
+            self._plan(visit, 0, self._slots.slot_bytes, layer.group_tiles)
         self._visits.append(visit)
         self._closed_to_cursor.add(index)
         self._cursor = (index + 1) % len(self._layers)
         return visit
+
+    def _plan(self, visit: _Visit, tile: int, piece_bytes: int, edge_tiles: int) -> None:
+        """Have the layer's pieces from `tile` on wait for their turn."""
+        layer = self._layers[visit.index]
+        tiles, units = range(tile, layer.stored_tiles), (layer.keys.unit, layer.values.unit)
+        for pair in paired_pieces(*units, tiles, piece_bytes, edge_tiles):
+            visit.waiting.extend(zip(layer.halves, pair, strict=True))
+
+    def _cut(self, visit: _Visit) -> None:
+        """Have pieces that fit slots instead."""
+        visit.is_large = False
+        if not visit.coming and not visit.waiting:
+            return
+        tile = visit.next_tile
+        visit.coming.clear()  # they were not read: no slot is held
+        visit.waiting.clear()
+        self._plan(visit, tile, self._slots.slot_bytes, self._layers[visit.index].group_tiles)
 
     def _release(self, slot: Slot) -> None:
         self._slots.release(slot)
@@ -343,6 +381,9 @@ class ReadAhead:
             place = self._place(half, piece)
             if place is not None:
                 visit.coming.append(_Lying(visit.waiting.popleft(), place))
+                continue
+            if visit.is_large:
+                self._cut(visit)
                 continue
             slot = None
             if self._held < self.setting.slots:

@@ -193,6 +193,11 @@ class Unit:
                     sequences = min(slot_bytes // slab, segment.batch - sequence)
                     yield Piece(segment, tile, 1, sequence, sequences)
 
+    @property
+    def is_cached_whole(self) -> bool:
+        """Whether all of it goes through the page cache."""
+        return all(segment.extent.door is Door.PAGE_CACHE for segment in self.segments)
+
     def place(self, cached_bytes: int) -> None:
         """Have the first `cached_bytes` go through the page cache, the rest direct. Segments may be
         cut or joined: nobody may hold pieces of them, unless the unit goes as a whole.
@@ -268,13 +273,13 @@ class Unit:
 def paired_pieces(
     keys: Unit,
     values: Unit,
-    stop: int,
+    tiles: range,
     slot_bytes: int,
     edge_tiles: int,
 ) -> Iterator[tuple[Piece, Piece]]:
-    """Pieces of at most `slot_bytes` of the same tiles of keys and of values, in order, for tiles
-    [0, stop). None reaches over a multiple of `edge_tiles`."""
-    tile = 0
+    """Pieces of at most `slot_bytes` of the same `tiles` of keys and of values, in order. None
+    reaches over a multiple of `edge_tiles`."""
+    tile, stop = tiles.start, tiles.stop
     ours, theirs = iter(keys.segments), iter(values.segments)
     key_segment = value_segment = None
     while tile < stop:
@@ -286,9 +291,9 @@ def paired_pieces(
         slab = max(keys.geometry.slab_bytes, values.geometry.slab_bytes)
         ends = (segment.end_tile for segment in (key_segment, value_segment))
         high = min(stop, (tile // edge_tiles + 1) * edge_tiles, *ends)
-        tiles = min(slot_bytes // (batch * slab), high - tile)
-        step = batch if tiles else slot_bytes // slab
+        count = min(slot_bytes // (batch * slab), high - tile)
+        step = batch if count else slot_bytes // slab
         for sequence in range(0, batch, step):
-            size = (max(tiles, 1), sequence, min(step, batch - sequence))
+            size = (max(count, 1), sequence, min(step, batch - sequence))
             yield Piece(key_segment, tile, *size), Piece(value_segment, tile, *size)
-        tile += max(tiles, 1)
+        tile += max(count, 1)
