@@ -137,6 +137,18 @@ def test_keys_and_values_that_disagree() -> None:
             cache.update(keys[0], values[0], 0)
 
 
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"model": "gpt2"}, "a loaded model, not a str"),
+        ({"config": {"queue_depth": 4}}, "an EngineConfig, not a dict"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(given: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        DualBladeCache.for_model(**{"model": tiny_model(), **given})
+
+
 def test_gradients_are_refused() -> None:
     with DualBladeCache.for_model(tiny_model(), memory_budget="16MiB") as cache:
         keys, values = rows(4)

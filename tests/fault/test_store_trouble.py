@@ -128,6 +128,11 @@ def test_what_cannot_be_a_store_is_refused(tmp_path: Path, engine: Engine) -> No
         open_store(tmp_path / "no" / "kv.store", engine)
 
 
+def test_a_folder_that_takes_no_files_is_told(engine: Engine) -> None:
+    with pytest.raises(StorageError, match="cannot open the store /proc"):
+        open_store(Path("/proc"), engine)
+
+
 def test_a_store_in_use_is_refused(tmp_path: Path, engine: Engine) -> None:
     path = tmp_path / "kv.store"
     with open_store(path, engine), pytest.raises(NotAStore, match="in use"):

@@ -56,6 +56,12 @@ def test_all_paths_generate_the_same(generated: dict[str, dict[str, Any]]) -> No
         assert (result["prompt_tokens"], result["new_tokens"]) == (1400, 12)
 
 
+def test_a_trace_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+    done = dualblade("generate", "-m", TINY, "-p", "a", "--trace", str(tmp_path / "no" / "t.json"))
+    assert done.returncode == 2
+    assert f"no file can be made in {tmp_path / 'no'}" in done.stderr
+
+
 def test_prompt_lookup_takes_several_tokens_a_sweep(
     generated: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:

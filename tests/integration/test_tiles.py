@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -197,6 +198,15 @@ def test_two_caches_on_one_model_and_its_attention_given_back() -> None:
     assert torch.equal(one.sequences, two.sequences)
     for ours, theirs in zip(third.logits, plain.logits, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_cache_that_is_dropped_gives_the_model_its_attention_back() -> None:
+    model = tiny_model()
+    cache = tiles(model)
+    assert model.config._attn_implementation == "dualblade"
+    del cache
+    gc.collect()
+    assert model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize(

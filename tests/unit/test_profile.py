@@ -180,6 +180,15 @@ def test_a_first_use_that_does_not_work_out_is_no_error(
     assert load_profile(tmp_path / "kv") is None
 
 
+def test_a_folder_that_is_not_there_is_not_taken_for_its_parent(tmp_path: Path) -> None:
+    """A drive that is not mounted: its profile would be another drive's."""
+    told = CliRunner().invoke(app, ["tune", str(tmp_path / "nvme"), "--size", "16MiB"])
+    assert told.exit_code == 2
+    assert f"there is no {tmp_path / 'nvme'}" in told.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert load_profile(tmp_path) is None
+
+
 def test_the_tune_command_saves_what_plan_then_uses(tmp_path: Path) -> None:
     runner = CliRunner()
     plan = ["plan", "-m", TINY, "--context", "4096", "--memory-budget", "8MiB", "--json"]

@@ -11,6 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,9 +56,18 @@ def measure_doors(
 ) -> DeviceProfile:
     """Speeds of both doors on the devices of `options.places`. Blocks for seconds.
 
-    Raises: BudgetError when the hits do not fit memory; NotAStore for a device that is not
-        formatted or in use; Unsupported without O_DIRECT; NoSpace, DeviceError.
+    Raises: ConfigError for a folder that is not there; BudgetError when the hits do not fit memory;
+        NotAStore for a device that is not formatted or in use; Unsupported without O_DIRECT;
+        NoSpace, DeviceError.
     """
+    for place in options.places:
+        # A drive that is not mounted: its folder's parent is on another one.
+        if not (is_device(place) or place.suffix or place.exists()):
+            raise ConfigError(
+                f"there is no {place}",
+                hint="mount the drive or make the folder; a store file to be made has an ending, "
+                f"such as {place}.store",
+            )
     free = available_memory().available_bytes
     if free < 2 * options.size_bytes:
         raise BudgetError(
@@ -87,7 +97,8 @@ def measure_doors(
             engine_name = engine.name
     finally:
         for file in scratch:
-            file.unlink(missing_ok=True)
+            with suppress(OSError):  # it could not be made
+                file.unlink()
     progress("measuring the processor")
     return DeviceProfile(
         device=device_identity(*places),

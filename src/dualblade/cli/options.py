@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -151,11 +152,21 @@ Context = Annotated[
     str,
     typer.Option("--context", metavar="T", help="Tokens of each sequence, such as 4096 or 32k."),
 ]
+
+
+def _into_a_folder(file: Path | None) -> Path | None:
+    """Refused now, not when all is done. Raises: BadParameter."""
+    if file is not None and not os.access(file.absolute().parent, os.W_OK):
+        raise typer.BadParameter(f"no file can be made in {file.absolute().parent}")
+    return file
+
+
 Trace = Annotated[
     Path | None,
     typer.Option(
         "--trace",
         metavar="FILE",
+        callback=_into_a_folder,
         help="Write what each stage (reads, copies, compute, writes, control) did when, for "
         "ui.perfetto.dev or chrome://tracing: the newest 100,000 spans.",
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path as FilePath
@@ -66,12 +67,14 @@ class DualBladeCache(Cache):
         super().__init__(layers=layers)
         self._path = path
         self._attention = attention
-        self._model = model
         self._pipeline = pipeline
         self._store = store
         self._profile: DeviceProfile | None = None
+        self._give_back: Callable[[], object] = lambda: None
         if model is not None:  # last: what fails above leaves the model as it was
             lend(model)
+            # A cache that is dropped without close must not leave the model with its attention.
+            self._give_back = weakref.finalize(self, give_back, model)
 
     @classmethod
     def for_model(
@@ -107,6 +110,7 @@ class DualBladeCache(Cache):
 
         Raises: ConfigError, Unsupported, BudgetError, NotAStore, NoSpace, StorageError.
         """
+        _check_kinds(model, config)
         way, settings = Path.parse(path), config or EngineConfig()
         settings.check_path(way)
         _check_words(attention, max_tokens)
@@ -152,9 +156,7 @@ class DualBladeCache(Cache):
     def close(self) -> None:
         """End all transfers, discard the KV, free memory, give the model its attention back. Twice
         is once."""
-        model, self._model = self._model, None
-        if model is not None:
-            give_back(model)
+        self._give_back()  # once
         if self._pipeline is not None:
             self._pipeline.close()
 
@@ -351,6 +353,20 @@ def _layer_bytes(layer: Any) -> int:
     """Bytes of the KV that a layer in memory holds."""
     tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _check_kinds(model: object, config: object) -> None:
+    """What a type checker would have said."""
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
+        raise ConfigError(
+            f"for_model is given a loaded model, not a {type(model).__name__}",
+            hint="AutoModelForCausalLM.from_pretrained(...) makes one",
+        )
+    if config is not None and not isinstance(config, EngineConfig):
+        raise ConfigError(
+            f"config is an EngineConfig, not a {type(config).__name__}",
+            hint="such as dualblade.EngineConfig(queue_depth=4)",
+        )
 
 
 def _check_words(attention: str, max_tokens: int | None) -> None:

@@ -229,7 +229,10 @@ def _open_private(folder: str) -> tuple[int, bool]:
     except OSError as exc:
         if exc.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
             raise storage_error("open", folder, exc) from exc
-    fd, name = tempfile.mkstemp(prefix="dualblade-", dir=folder)
+    try:
+        fd, name = tempfile.mkstemp(prefix="dualblade-", dir=folder)
+    except OSError as exc:
+        raise storage_error("open", folder, exc) from exc
     os.unlink(name)
     return fd, True
 
