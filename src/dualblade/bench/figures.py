@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 OURS, BEST, OTHERS = "#0072B2", "#D55E00", "#8A9199"
 _NAME_POINTS, _LINE_POINTS = 8, 9  # of names beside lines
+
+_TALL = 10
+"""Times the median that a linear scale still shows."""
 
 _STYLE: Any = {  # matplotlib types its 300 keys one by one
     "font.family": "sans-serif",
@@ -131,7 +135,13 @@ def decode_figure(result: Mapping[str, Any]) -> Figure:
                 label=mode,
                 zorder=3 if mode == "dual" else 2,
             )
-        axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
+        took = [1000 * entry["step_seconds_median"] for entry in summary]
+        if max(took) > _TALL * statistics.median(
+            took
+        ):  # one that thrashes would flatten all others
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
         axes.set_xticks(range(len(limits)), [limit_word(limit) for limit in limits])
         axes.set_xlabel("memory limit: part of the KV left for its cache, or of the process")
         axes.set_ylabel("ms per decode step")
