@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""Write the tables of the documents from the files of results.
+"""Write the tables and figures of the documents from the files of results.
 
     scripts/render_results.py            write them
     scripts/render_results.py --check    exit 1 when a document differs from its results
 
-A table stands between <!-- NAME --> and <!-- /NAME -->, and is never typed.
+A table stands between <!-- NAME --> and <!-- /NAME -->, and is never typed. A figure ends with the
+digest of what it was drawn from: another matplotlib draws the same figure by other bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import re
@@ -450,13 +452,20 @@ def of_mode(data: dict[str, Any], mode: str) -> list[dict[str, Any]]:
 
 
 def drive_speed(data: dict[str, Any], mode: str, limit: str) -> str:
-    """Median GiB that the runs of `mode` under `limit` read of the drive in a second."""
-    speeds = [
-        run["device_read_bytes_per_step"] / GIB / run["step_seconds_median"]
+    """Median GiB that the runs of `mode` under `limit` read of the drive in a second, and where fio
+    ran beside them what part of its speed that is."""
+    runs = [
+        run
         for run in of_mode(data, mode)
         if run["memory_limit"] == limit and run["step_seconds_median"]
     ]
-    return f"{statistics.median(speeds):.2f}" if speeds else ""
+    if not runs:
+        return ""
+    read = (run["device_read_bytes_per_step"] / GIB / run["step_seconds_median"] for run in runs)
+    speed = f"{statistics.median(read):.2f}"
+    if not data["options"]["compare_fio"]:
+        return speed
+    return f"{speed} ({statistics.median(run['ssd_utilisation'] for run in runs):.2f})"
 
 
 def against_limits(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -478,13 +487,13 @@ def against_limits(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 *(drive_speed(data, mode, limit) for mode in ("mmap", "dual")),
             ]
         )
+    unit = "GiB/s (of fio's)" if data["options"]["compare_fio"] else "GiB/s"
     head = [
         "memory",
         *(f"{mode} ms" for mode in modes),
         "dual / mmap",
         "dual / best of the others",
-        "mmap reads GiB/s",
-        "dual reads GiB/s",
+        *(f"{mode} reads {unit}" for mode in ("mmap", "dual")),
     ]
     return head, rows
 
@@ -507,7 +516,11 @@ def budgets() -> str:
 
 
 def paper() -> str:
-    shapes = {"OPT-2.7B": "paper-opt-2.7b", "Llama-3.2-1B": "paper-llama-3.2-1b"}
+    shapes = {
+        "OPT-6.7B": "paper-opt-6.7b",
+        "OPT-2.7B": "paper-opt-2.7b",
+        "Llama-3.2-1B": "paper-llama-3.2-1b",
+    }
     rows, of = [], []
     for name, file in shapes.items():
         data = load(f"paper-24gib/{file}")
@@ -516,14 +529,14 @@ def paper() -> str:
         options = data["options"]
         of.append(
             f"{name}: {options['batch']} x {options['context']} tokens, "
-            f"{kv_bytes(data) / GIB:.1f} GiB of KV"
+            f"{kv_bytes(data) / GIB:.1f} GiB of KV, {options['repeats']} runs, on "
+            f"{machine_line(data['machine'])}"
         )
     return (
-        f"{table(['shape', *head], rows)}\n\nMilliseconds a step; medians of "
-        f"{data['options']['repeats']} runs in turn, bfloat16, attention tiles. {'; '.join(of)}. "
-        "Memory: left for the cache beside weights and activations. "
-        "`dualblade bench paper paper-24gib --output results/paper-24gib` on "
-        f"{machine_line(data['machine'])}; files: `results/paper-24gib/`."
+        f"{table(['shape', *head], rows)}\n\nMilliseconds a step; medians of runs in turn, "
+        f"bfloat16, attention tiles. Memory: left for the cache beside weights and activations. "
+        f"{'. '.join(of)}. `dualblade bench paper paper-24gib --output results/paper-24gib`; "
+        "files: `results/paper-24gib/`."
     )
 
 
@@ -634,7 +647,7 @@ def pipeline() -> str:
 
 def prefill_paths() -> str:
     rows = []
-    for name in ("writes", "chunks"):
+    for name in ("writes", "chunks", "chunks-64"):
         data = load(f"prefill/prefill-{name}")
         mmap = {
             item["store_state"]: item["prefill_seconds"]
@@ -657,8 +670,8 @@ def prefill_paths() -> str:
     head = ["prompt, store: mode", "seconds", "/ mmap", "stalled", "GiB written", "GiB read"]
     return (
         f"{table(head, rows)}\n\nWrites: 12 prompts of 512 tokens in one pass, 1.1 GiB of KV, a "
-        "budget of half of it, no memory limit. Chunks: 2048 tokens in chunks of 32, half of the "
-        "KV in memory, the drive held to 1 GB/s. Fresh: a new store, "
+        "budget of half of it, no memory limit. Chunks: 2048 tokens in chunks of 32, or 64, half "
+        "of the KV in memory, the drive held to 1 GB/s. Fresh: a new store, "
         "as a first prompt finds it. `dualblade bench paper prefill --output results/prefill` on "
         f"{machine_line(data['machine'])}; files: `results/prefill/`."
     )
@@ -712,6 +725,29 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
+FIGURES = {
+    "docs/budgets.svg": ("budgets/budgets", "decode_figure"),
+    "docs/envelope.svg": ("envelope", "envelope_figure"),
+}
+
+
+def is_drawn(path: Path, source: str) -> bool:
+    """Whether the figure at `path` is of the result as it is."""
+    return path.exists() and path.read_text().endswith(mark(source))
+
+
+def mark(source: str) -> str:
+    digest = hashlib.sha256((RESULTS / f"{source}.json").read_bytes()).hexdigest()
+    return f"<!-- results/{source}.json, sha256 {digest} -->\n"
+
+
+def draw(path: Path, source: str, figure: str) -> None:
+    from dualblade.bench import figures  # matplotlib is not needed to compare
+
+    drawn = figures.svg_text(getattr(figures, figure)(load(source)))
+    path.write_text(f"{drawn.rstrip()}\n{mark(source)}")
+
+
 def render(text: str) -> str:
     for name, make in TABLES.items():
         pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
@@ -733,6 +769,12 @@ def main() -> int:
             stale.append(path.name)
             if not check:
                 path.write_text(rendered)
+    for name, (source, figure) in FIGURES.items():
+        path = ROOT / name
+        if not is_drawn(path, source):
+            stale.append(path.name)
+            if not check:
+                draw(path, source, figure)
     if check and stale:
         sys.stderr.write(
             f"not as results/ says: {', '.join(stale)}; run scripts/render_results.py\n"
