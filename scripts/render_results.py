@@ -737,11 +737,13 @@ def is_drawn(path: Path, source: str) -> bool:
 
 
 def mark(source: str) -> str:
+    """The last line of a figure: what it was drawn from."""
     digest = hashlib.sha256((RESULTS / f"{source}.json").read_bytes()).hexdigest()
     return f"<!-- results/{source}.json, sha256 {digest} -->\n"
 
 
 def draw(path: Path, source: str, figure: str) -> None:
+    """Write the figure of a result, by the function of that name in `dualblade.bench.figures`."""
     from dualblade.bench import figures  # matplotlib is not needed to compare
 
     drawn = figures.svg_text(getattr(figures, figure)(load(source)))

@@ -135,10 +135,9 @@ def decode_figure(result: Mapping[str, Any]) -> Figure:
                 label=mode,
                 zorder=3 if mode == "dual" else 2,
             )
-        took = [1000 * entry["step_seconds_median"] for entry in summary]
-        if max(took) > _TALL * statistics.median(
-            took
-        ):  # one that thrashes would flatten all others
+        took = [entry["step_seconds_median"] for entry in summary]
+        # One that thrashes would flatten all others.
+        if max(took) > _TALL * statistics.median(took):
             axes.set_yscale("log")
         else:
             axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
