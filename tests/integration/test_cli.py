@@ -200,15 +200,22 @@ def test_ctrl_c_in_prefill(slow_child: subprocess.Popen[str]) -> None:
     assert "Traceback" not in told
 
 
-def test_ctrl_c_in_decode_keeps_what_was_written(slow_child: subprocess.Popen[str]) -> None:
+@pytest.mark.parametrize(
+    ("number", "status", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_signal_in_decode_keeps_what_was_written(
+    slow_child: subprocess.Popen[str], number: signal.Signals, status: int, word: str
+) -> None:
     give_prompt(slow_child, "hello")
     assert slow_child.stdout is not None
     first = slow_child.stdout.read(3)
-    slow_child.send_signal(signal.SIGINT)
+    slow_child.send_signal(number)
     out, told = slow_child.communicate(timeout=60)
-    assert slow_child.returncode == 130
+    assert slow_child.returncode == status
     assert len(first + out) < 257
     assert out.endswith("\n")
+    assert told.strip().splitlines()[-1] == word
     assert "Traceback" not in told
 
 

@@ -1,12 +1,18 @@
 """What all commands share: how a failure becomes one or two lines and an exit status.
 
-0 done; 1 the work failed; 2 bad usage; 130 interrupted. A traceback only with --debug.
+0 done; 1 the work failed; 2 bad usage; 130 interrupted; 143 terminated. A traceback only with
+--debug.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import typer
@@ -14,7 +20,27 @@ from typer.core import TyperCommand
 
 from dualblade.errors import ConfigError, DualBladeError
 
-FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130
+FAILED, BAD_USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, from a service manager or `timeout`: all ends as after Ctrl-C."""
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    raise Terminated
+
+
+@contextmanager
+def _ending_at_sigterm() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are for the main thread alone
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Command(TyperCommand):
@@ -22,7 +48,11 @@ class Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _ending_at_sigterm():
+                return super().invoke(ctx)
+        except Terminated:
+            _tell("terminated")
+            raise typer.Exit(TERMINATED) from None
         except KeyboardInterrupt:
             _tell("interrupted")
             raise typer.Exit(INTERRUPTED) from None

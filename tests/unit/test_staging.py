@@ -1,0 +1,42 @@
+"""How many slots of how many bytes there are."""
+
+from __future__ import annotations
+
+from dualblade.config import EngineConfig
+from dualblade.pipeline.staging import StagingShape, staging_shape
+from dualblade.units import GIB, KIB, MIB
+
+
+def shape(budget_bytes: int, *, weights: int = 0, staging: int | None = None) -> StagingShape:
+    engine = EngineConfig(staging_bytes=staging)
+    return staging_shape(engine, budget_bytes, 64 * KIB, layer_weights_bytes=weights)
+
+
+def test_an_eighth_of_the_budget_and_64_mib_at_most() -> None:
+    assert shape(256 * MIB).total_bytes == 32 * MIB
+    assert shape(4 * GIB).total_bytes == 64 * MIB
+    assert (shape(4 * GIB).read_slots, shape(4 * GIB).write_slots) == (12, 4)
+
+
+def test_what_is_read_while_weights_are_multiplied_is_for_reads() -> None:
+    """OPT-6.7B in bfloat16: 402 MiB a layer, a sixth of it is 67."""
+    heavy = shape(4 * GIB, weights=402 * MIB)
+    assert (heavy.read_slots, heavy.write_slots, heavy.slot_bytes) == (28, 4, 4 * MIB)
+    assert heavy.total_bytes == 128 * MIB
+    assert heavy.slots_first(8 * MIB) == 6, "the tuner takes more where it is of use"
+
+
+def test_weights_take_no_more_than_an_eighth_of_the_budget() -> None:
+    assert shape(512 * MIB, weights=402 * MIB).total_bytes == 64 * MIB
+    assert shape(256 * MIB, weights=402 * MIB) == shape(256 * MIB)
+
+
+def test_what_is_asked_for_is_what_there_is() -> None:
+    asked = shape(4 * GIB, weights=402 * MIB, staging=96 * MIB)
+    assert asked.total_bytes == 96 * MIB
+    assert (asked.read_slots, asked.write_slots) == (20, 4)
+
+
+def test_a_slot_holds_a_slab_and_there_are_eight() -> None:
+    wide = staging_shape(EngineConfig(), 64 * MIB, 16 * MIB)
+    assert (wide.slot_bytes, wide.read_slots, wide.write_slots) == (16 * MIB, 6, 2)
