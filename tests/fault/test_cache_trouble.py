@@ -275,3 +275,21 @@ def test_a_disk_that_fills_up_in_mid_generation(tmp_path: Path) -> None:
         tokens = cache.get_seq_length()
         assert [cache.get_seq_length(layer) for layer in range(3)] == [tokens] * 3
         step(cache, 1)
+
+
+def test_a_prompt_that_does_not_fit_the_store_is_no_end_for_the_next_one(tmp_path: Path) -> None:
+    """Refused in the middle of its first step, of which some layers have rows already."""
+    room = dualblade.EngineConfig(disk_capacity_bytes=16 * MIB)
+    with DualBladeCache.for_model(
+        tiny_model(), store=tmp_path / "kv.store", memory_budget="64MiB", config=room
+    ) as cache:
+        with pytest.raises(NoSpace):
+            step(cache, 40_000)
+        assert cache.get_seq_length(0) > 0, "the first layer was taken in"
+        with pytest.raises(Closed, match="reset it"):
+            step(cache, 1)
+        cache.reset()
+        assert cache.get_seq_length(0) == 0
+        step(cache, 500)
+        step(cache, 1)
+        assert cache.get_seq_length(2) == 501

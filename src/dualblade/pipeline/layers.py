@@ -14,18 +14,22 @@ from pathlib import Path
 import torch
 
 from dualblade.attention import AttentionQuery, KernelAttention
-from dualblade.errors import Closed, ConfigError
+from dualblade.errors import BudgetError, Closed, ConfigError, NoSpace
 from dualblade.pipeline.attend import Arrived, NewRows, attend
 from dualblade.pipeline.layer import Layer
 from dualblade.pipeline.offer import Offer
 from dualblade.pipeline.timeline import Lane, Timeline, now_ns
+
+_REFUSALS = (BudgetError, NoSpace)
+"""There was no room for a layer's new rows; nothing was broken."""
 
 
 class LayeredKV(ABC):
     """Layers by their order in the sweep. Tensors are [batch, kv_heads, tokens, dim].
 
     Used by one thread. After an error in the middle of a step the content is lost: every further
-    call raises `Closed` with the cause; `close` always works.
+    call raises `Closed` with the cause. `close` always works, and `reset` where the step was only
+    refused: store and memory are as they were.
     """
 
     def __init__(self, trace_events: int) -> None:
@@ -185,7 +189,10 @@ class LayeredKV(ABC):
         """Take back `count` tokens; what is left of a tile that is cut becomes the tail."""
 
     def reset(self) -> None:
-        """Forget all tokens. Raises: DeviceError, Closed."""
+        """Forget all tokens; after a step that there was no room for, too. Raises: DeviceError,
+        Closed."""
+        if isinstance(self._failure, _REFUSALS):
+            self._failure = self._offer = None
         self.check_usable()
         self._settle()
         self._quiesce()
@@ -214,7 +221,9 @@ class LayeredKV(ABC):
             raise Closed(
                 f"this cache failed earlier ({type(self._failure).__name__}: {cause}) "
                 "and its content is lost",
-                hint="close it and start again with a new one",
+                hint="reset it for another prompt"
+                if isinstance(self._failure, _REFUSALS)
+                else "close it and start again with a new one",
             ) from self._failure
 
     def _check_whole(self, layer: Layer, new: NewRows) -> None:
