@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from dualblade.pipeline.tuner import Mode, Setting, StepTimes, Tuner
 
 SLOT_BYTES = 4 << 20
+STEP_BYTES = 1 << 30
 LAYERS = 16
 
 
@@ -34,9 +35,8 @@ class Machine:
 
     def times(self, slots: int) -> StepTimes:
         """A layer computes while the slots fill; then the drive waits for one to come free."""
-        total_bytes = 1 << 30
         reading = self.drive_seconds(slots)
-        fill = slots * SLOT_BYTES / total_bytes * reading
+        fill = slots * SLOT_BYTES / STEP_BYTES * reading
         idle = max(0.0, min(self.compute, self.drive) / LAYERS - fill) * LAYERS
         took = max(self.compute, reading + idle)
         noise = 1 + self.random.uniform(-self.noise, self.noise)
@@ -44,6 +44,7 @@ class Machine:
             seconds=took * noise,
             idle_seconds=(took - reading) * noise,
             stalled_seconds=(took - self.compute) * noise,
+            layer_slots=STEP_BYTES / SLOT_BYTES / LAYERS,
         )
 
     def step(self, slots: int) -> float:
@@ -112,10 +113,11 @@ def test_where_compute_is_the_limit_memory_is_left_alone() -> None:
 
 
 def test_where_the_drive_would_stand_still_it_takes_what_is_needed() -> None:
+    """A layer computes while 14.4 slots are filled: found at once, from what was missed."""
     machine = Machine(compute=0.9, drive=1.0)
     tuner, events = tuned(40)
     run(tuner, machine, 100)
-    assert [event[:2] for event in events] == [(6, 9), (9, 14), (14, 21)]
+    assert [event[:2] for event in events] == [(6, 15)]
     assert machine.step(tuner.setting.slots) <= 1.02 * machine.best(40)
     assert all("stood still" in event[2] for event in events)
 
@@ -127,6 +129,23 @@ def test_more_that_gains_nothing_is_given_back() -> None:
         tuner.step(StepTimes(seconds=1.0, idle_seconds=0.1, stalled_seconds=0.4))
     assert [event[:2] for event in events] == [(6, 9), (9, 6)]
     assert "no shorter with 9" in events[-1][2]
+
+
+def test_steps_of_seconds_tell_each_by_itself() -> None:
+    """Who waits seconds for a token does not wait for medians of five."""
+    tuner, events = tuned(40)
+    machine = Machine(compute=3.6, drive=4.0)
+    run(tuner, machine, 1)
+    assert [event[:2] for event in events] == [(6, 15)]
+    run(tuner, machine, 1)
+    assert machine.step(tuner.setting.slots) <= 1.02 * machine.best(40)
+    assert len(events) == 1, "and it rests"
+
+
+def test_a_drive_that_stood_still_all_the_time_asks_for_no_more_than_there_is() -> None:
+    tuner, events = tuned(18)
+    tuner.step(StepTimes(seconds=4.0, idle_seconds=4.0, stalled_seconds=4.0, layer_slots=16))
+    assert [event[:2] for event in events] == [(6, 18)]
 
 
 def test_searches_become_rare() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from dualblade.cli.demo_run import QUESTION, demo_prompt
 from dualblade.cli.generation import Generation, PrefillProgress, TokenStream, check_length
 from dualblade.config import Path as KVPath
 from dualblade.errors import BudgetError, ConfigError
+from dualblade.hf.footprint import token_weights_bytes
 from dualblade.hf.models import LoadedModel, config_of, load_model
 from dualblade.hf.plan import PlanRequest, plan_cache
 from dualblade.units import MIB
 
 TINY = "random:llama?layers=3,hidden=64,heads=4,kv_heads=2,vocab=300,positions=600"
+HEAVY = "random:llama?layers=1,hidden=1024,heads=8,kv_heads=2,intermediate=4096,vocab=300"
 
 
 def invoke(*arguments: str) -> Result:
@@ -202,13 +205,21 @@ def test_plan_names_what_stays_in_memory() -> None:
     assert json.loads(memory.stdout)["bytes_by_path"]["direct"] == 0
 
 
-@pytest.mark.parametrize("attention", ["exact", "tiles"])
-@pytest.mark.parametrize("path", ["dual", "direct", "page-cache"])
-def test_the_plan_is_what_a_cache_does(path: str, attention: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "budget", "path", "attention"),
+    [
+        *((TINY, 8 * MIB, *way) for way in product(["dual", "direct", "page-cache"], ["exact", "tiles"])),
+        (HEAVY, 1024 * MIB, "dual", "tiles"),  # staging is larger for its weights
+    ],
+)
+def test_the_plan_is_what_a_cache_does(
+    name: str, budget: int, path: str, attention: Any
+) -> None:
     """From the configuration alone: the same units, paths, bytes and shares as a running cache."""
-    tokens, batch, budget = 512, 2, 8 * MIB
+    tokens, batch = 512, 2
+    config = config_of(name)
     plan = plan_cache(
-        config_of(TINY),
+        config,
         PlanRequest(
             tokens=tokens,
             batch=batch,
@@ -217,9 +228,10 @@ def test_the_plan_is_what_a_cache_does(path: str, attention: Any) -> None:
             path=KVPath.parse(path),
             engine=EngineConfig(),
             over_tiles=attention == "tiles",
+            weights_bytes=token_weights_bytes(config, torch.float32),
         ),
     )
-    model = load_model(TINY, dtype=torch.float32, device="cpu").model
+    model = load_model(name, dtype=torch.float32, device="cpu").model
     with DualBladeCache.for_model(
         model, memory_budget=budget, path=path, max_tokens=tokens, attention=attention
     ) as cache:
@@ -231,6 +243,7 @@ def test_the_plan_is_what_a_cache_does(path: str, attention: Any) -> None:
     assert plan.shares is not None
     for name in ("staging_bytes", "gather_bytes", "tail_bytes", "table_bytes"):
         assert getattr(plan.shares, name) == getattr(stats.memory, name), name
+    assert (plan.shares.staging_bytes > 64 * MIB) == (budget > 8 * MIB)
 
 
 def test_a_plan_that_does_not_fit() -> None:

@@ -63,6 +63,7 @@ def plan(
 
     from dualblade.cli.output import write_json
     from dualblade.hf.choice import suited
+    from dualblade.hf.footprint import token_weights_bytes
     from dualblade.hf.geometry import item_bytes
     from dualblade.hf.models import config_of, default_dtype, parse_dtype
     from dualblade.hf.plan import PlanRequest, plan_cache
@@ -79,7 +80,8 @@ def plan(
         engine=engine,
         gather_on_host=device == "cpu",
         over_tiles=way_in == "tiles",
-        **_measured(config, element, device, store, engine),
+        weights_bytes=token_weights_bytes(config, element) if device == "cpu" else 0,
+        **_measured(element, device, store, engine),
     )
     made = plan_cache(config, request)
     result = _result(model, str(element).removeprefix("torch."), request, made)
@@ -89,11 +91,8 @@ def plan(
     write_json(result) if json else _show(result)
 
 
-def _measured(
-    config: Any, dtype: Any, device: str, store: Any, engine: EngineConfig
-) -> dict[str, Any]:
+def _measured(dtype: Any, device: str, store: Any, engine: EngineConfig) -> dict[str, Any]:
     """What is known of the drive's and the processor's speed, as PlanRequest takes it."""
-    from dualblade.hf.footprint import token_weights_bytes
     from dualblade.hf.speeds import door_speeds, known_profile, reads_in_place
 
     profile = known_profile(store)
@@ -104,11 +103,7 @@ def _measured(
     compute = profile.compute.get(str(dtype).removeprefix("torch."))
     if compute is None or device != "cpu":
         return speeds
-    return {
-        **speeds,
-        "compute": compute,
-        "weights_bytes": token_weights_bytes(config, dtype),
-    }
+    return {**speeds, "compute": compute}
 
 
 def _result(model: str, dtype: str, request: PlanRequest, made: CachePlan) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from dualblade.config import EngineConfig, Path, check_attention
 from dualblade.errors import BudgetError, ConfigError, Unsupported
 from dualblade.hf.choice import AttentionChoice, choose, give_back, lend
-from dualblade.hf.footprint import staging_and_tails
+from dualblade.hf.footprint import staging_and_tails, weights_per_token
 from dualblade.hf.geometry import item_bytes, layer_shapes, memory_layers, offloadable
 from dualblade.hf.layer import MemoryLayer, StoredLayer
 from dualblade.hf.speeds import (
@@ -134,6 +134,7 @@ class DualBladeCache(Cache):
             device=model.device,
             config=settings,
             over_tiles=choice.over_tiles,
+            layer_weights_bytes=_layer_weights_bytes(model, len(layers)),
             memory=source,
         )
         opened, over, profile = _open_pipeline(store, kv, _kv_bytes_least(model, max_tokens))
@@ -313,6 +314,11 @@ def _kv_bytes_least(model: PreTrainedModel, tokens_max: int | None) -> int | Non
     shapes = [shape for shape in layer_shapes(model.config) if shape.offloaded]
     elements = sum(shape.kv_heads * (shape.key_dim + shape.value_dim) for shape in shapes)
     return None if tokens_max is None else elements * item_bytes(model.dtype) * tokens_max
+
+
+def _layer_weights_bytes(model: PreTrainedModel, layer_count: int) -> int:
+    """What a processor multiplies in each layer. A GPU is done with it before a slot is read."""
+    return weights_per_token(model) // layer_count if model.device.type == "cpu" else 0
 
 
 def _speed_facts(profile: DeviceProfile | None, compute_seconds: float) -> SpeedFacts | None:

@@ -88,19 +88,23 @@ def footprint(
 
 
 def token_weights_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """As `weights_per_token`, of a model that is not loaded."""
+    return weights_per_token(_skeleton(config, dtype))
+
+
+def weights_per_token(model: PreTrainedModel) -> int:
     """Bytes of weights that one token goes through: without the embeddings, of which it takes a
     row, and of several experts with those that it is sent to."""
-    skeleton = _skeleton(config, dtype)
-    text = config.get_text_config(decoder=True)
+    text = model.config.get_text_config(decoder=True)
     experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
     chosen = min(getattr(text, "num_experts_per_tok", None) or experts, experts)
-    looked_up = skeleton.get_input_embeddings().weight
-    head = skeleton.get_output_embeddings()
+    looked_up = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
     is_tied = head is not None and (
         head.weight is looked_up or getattr(text, "tie_word_embeddings", False)
     )
     total = 0
-    for name, parameter in skeleton.named_parameters():
+    for name, parameter in model.named_parameters():
         if parameter is looked_up and not is_tied:
             continue
         share = chosen / experts if ".experts." in name else 1
@@ -119,7 +123,7 @@ def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 def staging_and_tails(
     config: PretrainedConfig, item_bytes: int, budget_bytes: int, engine: EngineConfig
 ) -> tuple[int, int]:
-    """(staging, the least tails) of one sequence under a budget, in bytes."""
+    """(the least staging, the least tails) of one sequence under a budget, in bytes."""
     shapes = [shape for shape in layer_shapes(config) if shape.offloaded]
     row_bytes = [s.kv_heads * (s.key_dim + s.value_dim) * item_bytes for s in shapes]
     rows = engine.tile_tokens or TILE_ROWS_DEFAULT

@@ -43,8 +43,9 @@ class PlanRequest:
 
     `gather_on_host` is False for a GPU with memory of its own. `over_tiles`: attention works on
     tiles, and a group of them is gathered at most. `speeds`, `compute` None: not measured.
-    Computing, with `weights_bytes` for each token, does not change where units go, which a cache
-    decides before it has computed anything; only the time that is predicted.
+    `weights_bytes`, which a processor multiplies for each token, ask for staging; 0 on a GPU. How
+    fast it is does not change where units go, which a cache decides before it has computed
+    anything; only the time that is predicted.
     """
 
     tokens: int
@@ -112,7 +113,7 @@ def plan_cache(config: PretrainedConfig, request: PlanRequest) -> CachePlan:
         ]
         return _plan([*whole, *kept], None, [], token_bytes, request)
     rows = _tile_rows(stored, request)
-    shares = _shares(stored, rows, request)
+    shares = _shares(stored, rows, request, request.weights_bytes // len(shapes))
     shares.require()
     placed = _residency(stored, rows, shares, request)
     made = _plan([*map(describe, placed.placements), *kept], shares, rows, token_bytes, request)
@@ -166,7 +167,10 @@ def _geometries(
 
 
 def _shares(
-    stored: Sequence[LayerShape], rows: Sequence[int], request: PlanRequest
+    stored: Sequence[LayerShape],
+    rows: Sequence[int],
+    request: PlanRequest,
+    layer_weights_bytes: int,
 ) -> BudgetShares:
     batch, item = request.batch, request.item_bytes
     capacity = round_up(request.tokens, CAPACITY_STEP_TOKENS)
@@ -176,7 +180,12 @@ def _shares(
         for shape, tile in zip(stored, rows, strict=True)
     ]
     gather = sum(GatherBuffers.allocated_bytes(max(part)) for part in zip(*gathered, strict=True))
-    staging = staging_shape(request.engine, request.budget_bytes, max(slabs))
+    staging = staging_shape(
+        request.engine,
+        request.budget_bytes,
+        max(slabs),
+        layer_weights_bytes=layer_weights_bytes,
+    )
     return BudgetShares(
         budget_bytes=request.budget_bytes,
         staging_bytes=staging.total_bytes,

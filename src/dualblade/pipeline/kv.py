@@ -55,8 +55,9 @@ _EVENTS_MAX = 64
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVSettings:
     """What a `KVPipeline` is made of. `layer_count` counts the offloaded layers only; `over_tiles`:
-    attention works on tiles, and no layer is gathered whole. `memory` None: the budget holds, and
-    nobody asks what memory there is. `speeds` None: not measured."""
+    attention works on tiles, and no layer is gathered whole. `layer_weights_bytes`: see
+    `staging_shape`. `memory` None: the budget holds, and nobody asks what memory there is. `speeds`
+    None: not measured."""
 
     path: Path
     budget_bytes: int
@@ -65,6 +66,7 @@ class KVSettings:
     device: torch.device
     config: EngineConfig
     over_tiles: bool = False
+    layer_weights_bytes: int = 0
     memory: MemorySource | None = None
     speeds: DoorSpeeds | None = None
     copies: MakeCopies = copies_for
@@ -72,12 +74,13 @@ class KVSettings:
 
 @dataclass(frozen=True, slots=True)
 class _StepEnd:
-    """When a step ended, in seconds; how long the engine had been busy and the model had waited for
-    reads until then; and the rows that were new in it."""
+    """When a step ended, in seconds; how long the engine had been busy, the model had waited for
+    reads and how much was read directly until then; and the rows that were new in it."""
 
     at: float = 0.0
     busy_seconds: float = 0.0
     stalled_seconds: float = 0.0
+    read_bytes: int = 0
     rows: int = 0
 
 
@@ -205,14 +208,17 @@ class KVPipeline(LayeredKV):
         """Learn from what the step took, for the reads of those to come."""
         last = self._last_step
         busy, stalled = self._engine.counters().busy_seconds, self._timeline.stalled_seconds
-        end = _StepEnd(now_ns() / 1e9, busy, stalled(Lane.READS), new_rows)
+        read = self._store.counters.direct_read_bytes
+        end = _StepEnd(now_ns() / 1e9, busy, stalled(Lane.READS), read, new_rows)
         if self._tuner is not None and last.rows == new_rows:  # else no step like the last one
             seconds = end.at - last.at
+            slots = (end.read_bytes - last.read_bytes) / self._require_machinery().shape.slot_bytes
             self._tuner.step(
                 StepTimes(
                     seconds=seconds,
                     idle_seconds=seconds - (end.busy_seconds - last.busy_seconds),
                     stalled_seconds=end.stalled_seconds - last.stalled_seconds,
+                    layer_slots=slots / len(self._layers),
                 )
             )
             self._sweep().setting = self._tuner.setting
@@ -284,7 +290,12 @@ class KVPipeline(LayeredKV):
     def _claim(self, layer: Layer, tokens: int) -> None:
         if self._machinery is None:
             slabs = [half.unit.geometry.slab_bytes for half in layer.halves]
-            shape = staging_shape(self._settings.config, self._settings.budget_bytes, max(slabs))
+            shape = staging_shape(
+                self._settings.config,
+                self._settings.budget_bytes,
+                max(slabs),
+                layer_weights_bytes=self._settings.layer_weights_bytes,
+            )
         else:
             shape = self._machinery.shape
         self._budget.claim(

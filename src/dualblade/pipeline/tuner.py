@@ -5,14 +5,16 @@ More slots than the drive needs to stay busy only spread its transfers over more
 caches then hold less of: on the development machine a step with 18 slots of 4 MiB takes up to 40 %
 longer than one with 4. Too few, and the drive stands still while the model computes. So: begin with
 what keeps the device's queue full while a slot is attended to. Then one of two searches. If the
-drive stood still and the model waited for it all the same, half as many more, as long as steps get
-shorter; if not, a third fewer, as long as they get no longer. Each answer is a median of some
-steps, compared with the best and not with the last, so that small losses cannot add up. After a
-while, or when steps take another time than they did, look again; each time the while doubles.
+drive stood still and the model waited for it all the same, more, as long as steps get shorter: as
+many as it could have filled meanwhile, and half as many at least; if not, a third fewer, as long as
+they get no longer. Each answer is a median of some steps, compared with the best and not with the
+last, so that small losses cannot add up. After a while, or when steps take another time than they
+did, look again; each time the while doubles.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Callable
@@ -47,17 +49,25 @@ class Setting:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTimes:
     """Of one step. `idle_seconds`: nothing was in flight; `stalled_seconds`: the model waited for
-    reads."""
+    reads. `layer_slots`: slots that were read for each layer; they are a mean, and no whole
+    number."""
 
     seconds: float
     idle_seconds: float
     stalled_seconds: float
+    layer_slots: float = 0.0
 
     @property
     def starved_fraction(self) -> float:
         """Of the step, what reading farther ahead could save at most: the drive stood still, and
         the model waited for it at another time."""
         return max(0.0, min(self.idle_seconds, self.stalled_seconds)) / self.seconds
+
+    @property
+    def missed_slots(self) -> float:
+        """Slots that the drive could have filled while it stood still, for each layer."""
+        starved = self.starved_fraction
+        return self.layer_slots * starved / (1 - min(starved, 0.99))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +76,8 @@ class TuningPolicy:
 
     window_steps      medians are over so many steps; the first after a change is not counted, its
                       reads were issued under the old setting.
+    window_seconds    steps that take so long together are enough, be it one: in a long step the
+                      drive's moods even out, and what was issued before it is a small part.
     differ_fraction   medians that differ by more are different. Those of one setting differ by
                       1-2 % here.
     starved_fraction  of a step; more is worth a try with more slots.
@@ -76,6 +88,7 @@ class TuningPolicy:
     """
 
     window_steps: int = 5
+    window_seconds: float = 3.0
     differ_fraction: float = 0.02
     starved_fraction: float = 0.02
     change_fraction: float = 0.25
@@ -127,12 +140,13 @@ class Tuner:
         """What a step took with the setting in force."""
         if self._is_fixed:
             return
-        if self._to_skip:
+        if self._to_skip and times.seconds < self._policy.window_seconds:
             self._to_skip -= 1
             return
+        self._to_skip = 0
         self._seen.append(times)
         self._steps_at_rest += self._is_at_rest
-        if len(self._seen) < self._policy.window_steps:
+        if not self._has_seen_enough():
             return
         took = statistics.median(times.seconds for times in self._seen)
         if self._reference is None:
@@ -143,6 +157,11 @@ class Tuner:
         else:
             self._rest(took, self._reference)
 
+    def _has_seen_enough(self) -> bool:
+        seconds = sum(times.seconds for times in self._seen)
+        policy = self._policy
+        return len(self._seen) == policy.window_steps or seconds >= policy.window_seconds
+
     def _is_starved(self) -> bool:
         fractions = (times.starved_fraction for times in self._seen)
         return statistics.median(fractions) > self._policy.starved_fraction
@@ -151,7 +170,9 @@ class Tuner:
         """Go on in one direction, if there is any way to go."""
         slots = self.setting.slots
         if is_more:
-            to, why = min(self._most, slots + (slots + 1) // 2), "the drive stood still"
+            missed = statistics.median(times.missed_slots for times in self._seen)
+            more = max((slots + 1) // 2, math.ceil(missed))
+            to, why = min(self._most, slots + more), "the drive stood still"
         else:
             to, why = max(self._least, slots * 2 // 3), "steps may be as short with fewer"
         if to == slots:
