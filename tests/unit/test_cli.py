@@ -208,13 +208,14 @@ def test_plan_names_what_stays_in_memory() -> None:
 @pytest.mark.parametrize(
     ("name", "budget", "path", "attention"),
     [
-        *((TINY, 8 * MIB, *way) for way in product(["dual", "direct", "page-cache"], ["exact", "tiles"])),
+        *(
+            (TINY, 8 * MIB, *way)
+            for way in product(["dual", "direct", "page-cache"], ["exact", "tiles"])
+        ),
         (HEAVY, 1024 * MIB, "dual", "tiles"),  # staging is larger for its weights
     ],
 )
-def test_the_plan_is_what_a_cache_does(
-    name: str, budget: int, path: str, attention: Any
-) -> None:
+def test_the_plan_is_what_a_cache_does(name: str, budget: int, path: str, attention: Any) -> None:
     """From the configuration alone: the same units, paths, bytes and shares as a running cache."""
     tokens, batch = 512, 2
     config = config_of(name)
