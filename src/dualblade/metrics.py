@@ -183,18 +183,13 @@ class ResidencyEvent:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedFacts:
     """Speeds of the store's device that the plan goes by, in bytes per second, and who measured
-    them when: `tune`, or a short measurement at `first use`.
-
-    `compute_seconds`: of a decode step, those that are not waiting for reads, as far as they are
-    known by now; 0: not known, or reads are what a step waits for.
-    """
+    them when: `tune`, or a short measurement at `first use`."""
 
     measured_by: str
     measured_at: str
     direct_bytes_per_s: float
     cache_hit_bytes_per_s: float
     cache_miss_bytes_per_s: float
-    compute_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dualblade.geometry import Part, UnitId
-from dualblade.residency import Controller, DoorSpeeds, Event, Observation, UnitDemand, plan_by_size
+from dualblade.residency import Controller, Event, Observation, UnitDemand, plan_by_size
 
 MARGIN = 0.95
 """What BudgetShares leaves of a room."""
@@ -64,7 +64,6 @@ class Machine:
     polluted: int = 0
     time: float = 0.0
     stall_seconds: float = 0.0
-    speeds: DoorSpeeds | None = None
     measures_hits: bool = True
 
     @property
@@ -96,7 +95,6 @@ class Machine:
                 demands=cache.demands,
                 page_cache_bytes=self.told,
                 slack_bytes=self.slack,
-                speeds=self.speeds,
                 hit_fraction=cache.hits if self.measures_hits else None,
                 resident_bytes=cache.resident if self.measures_hits else None,
                 stall_seconds=self.stall_seconds,

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from itertools import pairwise
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualblade.residency import Cause, DoorSpeeds, after, plan_by_size
-from dualblade.units import GIB, MIB
+from dualblade.residency import Cause, after, plan_by_size
+from dualblade.units import MIB
 from tests.property.simulated_machine import Cache, Machine, fresh, units
 
 UNIT = 20 * MIB
 GRAIN = 4 * MIB
 DEMANDS = units([UNIT] * 48, GRAIN)
 KV = 48 * UNIT
-FAST_CACHE = DoorSpeeds(
-    direct_bytes_per_s=3 * GIB, cache_hit_bytes_per_s=12 * GIB, cache_miss_bytes_per_s=2 * GIB
-)
 
 unit_sizes = st.lists(st.integers(1, 64), min_size=1, max_size=60)
 step_seconds = st.sampled_from([0.01, 0.1, 0.6, 3.0])
@@ -226,86 +220,6 @@ def test_a_vanished_budget_sends_everything_direct() -> None:
     machine.run(10, 0.1)
     assert cache.planned == 0
     assert len(cache.events) == 1
-
-
-def test_a_drive_found_to_be_as_fast_frees_the_memory_without_haste() -> None:
-    machine, cache = alone(800 * MIB)
-    machine.speeds = replace(FAST_CACHE, direct_bytes_per_s=12 * GIB)
-    machine.step(0.1)
-    machine.speeds = FAST_CACHE  # one odd measurement
-    machine.run(5, 0.1)
-    assert cache.events == []
-    machine.speeds = replace(FAST_CACHE, direct_bytes_per_s=12 * GIB)
-    machine.run(30, 0.1)
-    assert cache.planned == 0
-    assert {event.cause for event in cache.events} == {Cause.SPEEDS}
-    assert all(len(event.moves) <= 8 for event in cache.events)
-    assert "as fast" in cache.events[0].reason
-
-
-KEEPS_UP = KV / FAST_CACHE.direct_bytes_per_s
-"""Seconds that the drive takes for everything: with more to compute, no page cache is needed."""
-
-
-def test_where_the_drive_keeps_up_with_compute_memory_is_left_alone() -> None:
-    machine, cache = alone(800 * MIB)
-    machine.speeds = replace(FAST_CACHE, compute_seconds=2 * KEEPS_UP)
-    machine.run(30, 0.1)
-    assert cache.planned == 0
-    assert {event.cause for event in cache.events} == {Cause.SPEEDS}
-    assert "keeps up with compute" in cache.events[0].reason
-    moves = len(cache.events)
-    machine.run(600, 0.1)
-    assert len(cache.events) == moves
-
-
-@settings(deadline=None, max_examples=30)
-@given(
-    leads=st.lists(st.floats(0.75, 1.35), min_size=1, max_size=40),
-    steps=st.integers(1, 40),
-    starts_cached=st.booleans(),
-)
-def test_compute_about_as_long_as_the_drive_moves_nothing_to_and_fro(
-    leads: list[float], steps: int, starts_cached: bool
-) -> None:
-    """Whatever the noise: what was given back is taken again at most, or nothing is given back."""
-    machine, cache = alone(800 * MIB)
-    if not starts_cached:
-        machine.speeds = replace(FAST_CACHE, compute_seconds=2 * KEEPS_UP)
-        machine.run(30, 0.1)
-    before = len(cache.events)
-    for lead in leads:
-        machine.speeds = replace(FAST_CACHE, compute_seconds=lead * KEEPS_UP)
-        for _ in range(steps):
-            machine.step(0.1)
-    down = [event for event in cache.events[before:] if event.is_down]
-    assert down == []
-
-
-@settings(deadline=None, max_examples=20)
-@given(
-    st.lists(
-        st.tuples(st.floats(0, 4), st.integers(1, 200)),
-        min_size=1,
-        max_size=12,
-    ),
-    st.sampled_from([0.5, 2.0]),
-)
-def test_however_compute_swings_it_gives_memory_back_ever_more_seldom(
-    swings: list[tuple[float, int]], step: float
-) -> None:
-    """An hour of the worst: after 10, 20, 40 ... 300 s; in between what is cached stays."""
-    machine, cache = alone(800 * MIB)
-    while machine.time < 3600:
-        for lead, steps in swings:
-            machine.speeds = replace(FAST_CACHE, compute_seconds=lead * KEEPS_UP)
-            for _ in range(steps):
-                machine.step(step)
-    turns = sum(
-        not before.is_down and event.is_down and event.cause is Cause.SPEEDS
-        for before, event in pairwise(cache.events)
-    )
-    assert turns <= 6 + 3600 / 300 + 1
 
 
 def test_the_plan_after_an_event_tells_its_reason() -> None:

@@ -409,6 +409,16 @@ def test_pressure_is_that_of_the_limit_that_binds(tree: Tree) -> None:
     assert tree.probe().group_pressure is None
 
 
+def test_pressure_of_a_neighbour_at_its_own_limit_is_not_ours(tree: Tree) -> None:
+    """The machine counts it, too; but with memory free nobody waits for ours."""
+    tree.write("proc/pressure/memory", PSI.format(avg="60.00", some=2_500_000))
+    tree.meminfo(MemTotal=16 * GIB, MemFree=2 * GIB, MemAvailable=8 * GIB)
+    assert tree.probe().machine_pressure is not None
+    assert tree.probe().pressure is None
+    tree.meminfo(MemTotal=16 * GIB, MemFree=128 * MIB, MemAvailable=8 * GIB)
+    assert tree.probe().pressure is not None
+
+
 def test_no_proc_is_unsupported(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="meminfo"):
         available_memory(tmp_path)

@@ -15,7 +15,6 @@ from dualblade.residency import (
     DoorSpeeds,
     PlanInputs,
     ResidencyPlan,
-    StepCompute,
     UnitDemand,
     decide,
     plan_by_size,
@@ -111,7 +110,6 @@ speeds = st.builds(
     direct_bytes_per_s=rates,
     cache_hit_bytes_per_s=rates,
     cache_miss_bytes_per_s=rates,
-    compute_seconds=st.floats(0, 10),
 )
 LAB = DoorSpeeds(
     direct_bytes_per_s=3 * GIB, cache_hit_bytes_per_s=12 * GIB, cache_miss_bytes_per_s=2 * GIB
@@ -155,21 +153,14 @@ def test_the_step_time_is_that_of_the_slowest_part() -> None:
     assert plan.expected is not None
     assert plan.expected.seconds == pytest.approx(0.25)  # 768 MiB at 3 GiB/s
     assert plan.expected.bound == "the drive"
-    slow = decide(planned(768 * MIB, replace(LAB, compute_seconds=0.4)))
-    assert slow.expected is not None
-    assert (slow.expected.seconds, slow.expected.bound) == (0.4, "compute")
+    slow = predict(1536 * MIB, 768 * MIB, GIB, LAB, compute_seconds=0.4)
+    assert (slow.seconds, slow.bound) == (0.4, "compute")
 
 
 def test_a_drive_as_fast_as_the_page_cache_gets_everything() -> None:
     plan = decide(planned(2 * GIB, replace(LAB, direct_bytes_per_s=11.9 * GIB)))
     assert plan.cached_bytes == 0
     assert "as fast as the page cache (12.0 GiB/s)" in plan.placements[0].reason
-
-
-def test_memory_is_left_alone_where_the_drive_keeps_up() -> None:
-    plan = decide(planned(2 * GIB, replace(LAB, compute_seconds=0.5)))
-    assert plan.cached_bytes == 0
-    assert "keeps up with compute" in plan.placements[0].reason
 
 
 def test_so_little_memory_that_it_gains_nothing_is_left_alone() -> None:
@@ -237,36 +228,3 @@ def test_a_budget_below_the_fixed_part_says_the_least_that_would_do() -> None:
     with pytest.raises(BudgetError, match="at least 9 MiB") as caught:
         shares(4 * MIB, 9 * MIB).require()
     assert caught.value.needed_bytes == 9 * MIB
-
-
-def steps_of(compute: StepCompute, *steps: tuple[float, float], rows: int = 1) -> float:
-    """Steps of (seconds, seconds of them waiting for reads), from one to the next boundary."""
-    now = waited = 0.0
-    compute.restart()
-    compute.begin(now, waited, rows)
-    for seconds, waits in steps:
-        now, waited = now + seconds, waited + waits
-        compute.begin(now, waited, rows)
-    return compute.seconds
-
-
-def test_compute_is_what_a_step_does_not_wait() -> None:
-    assert steps_of(StepCompute(), *[(0.1, 0.0)] * 7) == 0, "too few to tell"
-    compute = StepCompute()
-    assert steps_of(compute, *[(0.1, 0.005)] * 16) == pytest.approx(0.095)
-    # One pause, for a question say, and small changes are nothing new.
-    assert steps_of(compute, (9.0, 0.0), *[(0.11, 0.005)] * 16) == pytest.approx(0.095)
-    assert steps_of(compute, *[(0.2, 0.005)] * 16) == pytest.approx(0.195)
-
-
-def test_a_drive_that_is_waited_for_does_not_keep_up() -> None:
-    compute = StepCompute()
-    steps_of(compute, *[(0.1, 0.0)] * 16)
-    assert steps_of(compute, *[(0.2, 0.1)] * 16) == 0
-    assert steps_of(compute, *[(0.1, 0.0)] * 16) == pytest.approx(0.1)
-
-
-def test_prefill_says_nothing_of_the_steps_to_come() -> None:
-    compute = StepCompute()
-    assert steps_of(compute, *[(5.0, 0.0)] * 20, rows=2048) == 0
-    assert steps_of(compute, *[(0.1, 0.0)] * 20) == pytest.approx(0.1)

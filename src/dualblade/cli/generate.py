@@ -430,9 +430,7 @@ def _stage_rows(stages: dict[str, Any], tuning: dict[str, Any] | None) -> list[t
 
 def _speeds_line(speeds: dict[str, Any]) -> str:
     direct, hit = (format_size(int(speeds[f"{n}_bytes_per_s"])) for n in ("direct", "cache_hit"))
-    compute = speeds["compute_seconds"]
-    computed = f"; a step computes {compute * 1000:.1f} ms" if compute else ""
-    return f"direct {direct}/s, page cache {hit}/s, measured by {speeds['measured_by']}{computed}"
+    return f"direct {direct}/s, page cache {hit}/s, measured by {speeds['measured_by']}"
 
 
 def _checksums_line(sums: dict[str, Any], seconds: float) -> str:

@@ -229,7 +229,7 @@ class DualBladeCache(Cache):
             tuning=pipeline.tuning(),
             plan=pipeline.placements(),
             events=pipeline.events(),
-            speeds=_speed_facts(self._profile, pipeline.compute_seconds),
+            speeds=_speed_facts(self._profile),
         )
 
 
@@ -321,7 +321,7 @@ def _layer_weights_bytes(model: PreTrainedModel, layer_count: int) -> int:
     return weights_per_token(model) // layer_count if model.device.type == "cpu" else 0
 
 
-def _speed_facts(profile: DeviceProfile | None, compute_seconds: float) -> SpeedFacts | None:
+def _speed_facts(profile: DeviceProfile | None) -> SpeedFacts | None:
     if profile is None:
         return None
     return SpeedFacts(
@@ -330,7 +330,6 @@ def _speed_facts(profile: DeviceProfile | None, compute_seconds: float) -> Speed
         direct_bytes_per_s=profile.direct_bytes_per_s,
         cache_hit_bytes_per_s=profile.cache_hit_bytes_per_s,
         cache_miss_bytes_per_s=profile.cache_miss_bytes_per_s,
-        compute_seconds=compute_seconds,
     )
 
 

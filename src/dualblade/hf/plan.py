@@ -240,14 +240,18 @@ def _step(
     plan: ResidencyPlan, shares: BudgetShares, kv_bytes: int, request: PlanRequest
 ) -> StepTime | None:
     """What reading and computing take. On the page-cache path what does not fit gets no hits."""
-    speeds, compute = request.speeds, request.compute
+    speeds, compute, cached = request.speeds, request.compute, plan.cached_bytes
     if speeds is None:
         return None
-    if compute is not None:
-        seconds = compute.seconds(request.weights_bytes, kv_bytes, over_tiles=request.over_tiles)
-        speeds = replace(speeds, compute_seconds=seconds)
-    cached = plan.cached_bytes
-    return predict(cached + plan.direct_bytes, cached, shares.page_cache_bytes, speeds)
+    return predict(
+        cached + plan.direct_bytes,
+        cached,
+        shares.page_cache_bytes,
+        speeds,
+        compute_seconds=0.0
+        if compute is None
+        else compute.seconds(request.weights_bytes, kv_bytes, over_tiles=request.over_tiles),
+    )
 
 
 def _kept(shape: LayerShape, config: PretrainedConfig, request: PlanRequest) -> UnitPlacement:

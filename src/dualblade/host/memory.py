@@ -45,6 +45,10 @@ __all__ = [
 AUTO_RESERVE_BYTES = 256 * MIB
 """Left to everything else by default; at most a quarter of what there is."""
 
+_FREE_SHARE = 16
+"""With a sixteenth of the machine's memory free nobody waits for what others hold: the kernel makes
+room when a hundredth or less is free."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnMemory:
@@ -63,6 +67,7 @@ class MemoryBudget:
     """What may be used now, which limit said so (`binding`; None: the machine), and all limits.
 
     `source` is the same in words. `warnings` names what could not be read and was left out.
+    `machine_has_free`: memory that nobody uses, and not a little.
     """
 
     available_bytes: int
@@ -73,6 +78,7 @@ class MemoryBudget:
     binding: GroupLimit | None = None
     own: OwnMemory = OwnMemory()
     reserve_bytes: int = 0
+    machine_has_free: bool = False
     machine_pressure: Pressure | None = None
     group_pressure: Pressure | None = None
 
@@ -83,11 +89,11 @@ class MemoryBudget:
 
     @property
     def pressure(self) -> Pressure | None:
-        """Of our group; of the machine only where its memory is what binds us: other groups at
-        limits of their own gain nothing from what we give back."""
+        """Of our group; of the machine only where its memory is what binds us and is short: other
+        groups at limits of their own gain nothing from what we give back."""
         if self.group_pressure is not None or self.binding is not None:
             return self.group_pressure
-        return self.machine_pressure
+        return None if self.machine_has_free else self.machine_pressure
 
     def explain(self) -> str:
         """The sum in words, for people."""
@@ -133,7 +139,8 @@ class MemoryProbe:
         """
         held = own or OwnMemory()
         self._find_groups()
-        machine = _machine_available_bytes(self._root, held)
+        fields = _kib_fields(self._root / "proc/meminfo")
+        machine = _machine_available_bytes(fields, held)
         limits: list[GroupLimit] = []
         warnings: list[str] = []
         for group in self._groups:
@@ -158,6 +165,7 @@ class MemoryProbe:
             binding=least,
             own=held,
             reserve_bytes=self._reserve(available + held.fixed_bytes),
+            machine_has_free=_FREE_SHARE * fields.get("MemFree", 0) > fields.get("MemTotal", 0),
             machine_pressure=read_pressure(self._root / "proc/pressure/memory"),
             group_pressure=self._group_pressure(),
         )
@@ -217,9 +225,8 @@ def process_memory(root: Path = ROOT) -> ProcessMemory:
     )
 
 
-def _machine_available_bytes(root: Path, own: OwnMemory) -> int:
-    """MemAvailable less the mapped file pages in it. Raises: Unsupported."""
-    fields = _kib_fields(root / "proc/meminfo")
+def _machine_available_bytes(fields: dict[str, int], own: OwnMemory) -> int:
+    """MemAvailable less the mapped file pages in it."""
     pages = FilePages(
         active_and_inactive=fields.get("Active(file)", 0) + fields.get("Inactive(file)", 0),
         mapped=fields.get("Mapped", 0),

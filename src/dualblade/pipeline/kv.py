@@ -274,8 +274,7 @@ class KVPipeline(LayeredKV):
             if other is layer or (layer.index == 0 and other.tokens == layer.tokens)
         ]
         if layer.index == 0:
-            waited = self._timeline.stalled_seconds(Lane.READS)
-            self._placements.look(self._budget.shares, waited, new_rows)
+            self._placements.look(self._budget.shares)
             self._budget.raise_to(self._placements.budget_bytes)
         if self._budget.needs_claim(layer, tokens) or self._machinery is None:
             self._claim(layer, tokens)
@@ -489,11 +488,6 @@ class KVPipeline(LayeredKV):
     def events(self) -> tuple[ResidencyEvent, ...]:
         """What the plan in force was changed by, oldest first."""
         return self._placements.events()
-
-    @property
-    def compute_seconds(self) -> float:
-        """Of a decode step, as far as it is known; see `StepCompute`."""
-        return self._placements.compute_seconds
 
     @property
     def stored_bytes(self) -> int:

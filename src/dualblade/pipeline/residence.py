@@ -34,7 +34,6 @@ from dualblade.residency import (
     Placement,
     PlanInputs,
     ResidencyPlan,
-    StepCompute,
     UnitDemand,
     after,
     decide,
@@ -190,7 +189,6 @@ class Placements:
         self._watch = watch
         self._clock = clock
         self._speeds = speeds
-        self._compute = StepCompute()
         self._cache_percent = cache_percent
         self._policy = ControlPolicy()
         self.hits = HitSweep(2 * layer_count, store.cached_bytes)
@@ -213,7 +211,6 @@ class Placements:
         self._demands: tuple[UnitDemand, ...] = ()
         self._planned_for: tuple[int, int, int] = (0, 0, 0)
         self.hits.restart()
-        self._compute.restart()
 
     # -- at a step boundary ----------------------------------------------------------------------
 
@@ -222,22 +219,10 @@ class Placements:
         """The budget in force."""
         return self._watch.budget_bytes
 
-    @property
-    def compute_seconds(self) -> float:
-        """See `StepCompute`; 0 on a fixed path."""
-        return self._compute.seconds
-
-    def look(self, shares: BudgetShares, waited_seconds: float, rows: int) -> None:
-        """Learn what memory there is, if it is time, and what the last step computed. A step of
-        `rows` begins; all steps so far waited `waited_seconds` for reads. Raises: Unsupported."""
-        if self._path is not Path.DUAL:
-            return
-        now = self._clock()
-        self._compute.begin(now, waited_seconds, rows)
-        speeds, compute = self._speeds, self._compute.seconds
-        if speeds is not None and speeds.compute_seconds != compute:
-            self._speeds = replace(speeds, compute_seconds=compute)
-        self._watch.look(now, lambda: self._own(shares))
+    def look(self, shares: BudgetShares) -> None:
+        """Learn what memory there is, if it is time. Raises: Unsupported."""
+        if self._path is Path.DUAL:
+            self._watch.look(self._clock(), lambda: self._own(shares))
 
     def _own(self, shares: BudgetShares) -> OwnMemory:
         return OwnMemory(
@@ -359,7 +344,7 @@ class Placements:
 
     def _has_news(self) -> bool:
         """Whether anything that a decision follows from can have changed since the last one."""
-        known = (self._room, self._speeds, self._watch.looked_at)
+        known = (self._room, self._watch.looked_at)
         return (
             known != self._known
             or self.hits.has_measured
@@ -368,7 +353,7 @@ class Placements:
 
     def _re_decide(self, controller: Controller, layers: Mapping[int, Layer], room: _Room) -> None:
         seen = self._observation(room, self.hits.take())
-        self._known = (self._room, self._speeds, self._watch.looked_at)
+        self._known = (self._room, self._watch.looked_at)
         self._decided_at, self._steps_since = seen.time_seconds, 0
         if seen.hit_fraction is not None and seen.hit_fraction < self._policy.hit_fraction_min:
             self._demands = tuple(

@@ -12,7 +12,7 @@ from dualblade.residency.plan import (
     plan_by_size,
     plan_fixed,
 )
-from dualblade.residency.speeds import DoorSpeeds, StepCompute, StepTime, predict
+from dualblade.residency.speeds import DoorSpeeds, StepTime, predict
 
 __all__ = [
     "WHOLE",
@@ -29,7 +29,6 @@ __all__ = [
     "Placement",
     "PlanInputs",
     "ResidencyPlan",
-    "StepCompute",
     "StepTime",
     "UnitDemand",
     "after",

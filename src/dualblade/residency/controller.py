@@ -9,29 +9,24 @@ The probe cannot see everything: to another process our page cache is reclaimabl
 to us. So evictions and stalls teach by how much the room is overstated. That is tried again
 after a wait, which doubles each time it fails: two of us on one machine come to rest.
 
-Memory that is not worth having is given back only where the drive keeps up by a clear margin: what
-a step computes depends a little on the plan. If it had to be taken again, the same wait doubles.
+Nothing is given back that nobody asks for, though computing may hide all reads: what the page cache
+has costs nobody anything, for the kernel takes it as it likes, and reading costs processor time and
+power at each step.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 
 from dualblade.geometry import UnitId
 from dualblade.residency.events import Cause, Event, Move, Observation
 from dualblade.residency.ladder import Ladder, Level, UnitDemand
 from dualblade.residency.plan import MARGIN_FRACTION
-from dualblade.residency.speeds import DoorSpeeds, Worth, worth_caching
+from dualblade.residency.speeds import worth_caching
 from dualblade.units import format_size
 
 _PRESSURE_SHARE = 8
 """Under pressure an eighth of what is cached goes, twice a second at most."""
-
-
-_CLEARLY_KEEPS_UP = 0.7
-"""Of the seconds that a step computes, those in which the drive must have read everything before
-memory is given back. Taken again, it is when the drive needs all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +41,7 @@ class ControlPolicy:
     settle_steps        hits are not judged before: the sweep after a move reads cold pages.
     stall_fraction_max  of wall time, in which some task waits for memory.
     retry_seconds       first wait before room that was found overstated is tried again, with one
-                        unit, then two, four ..., and before memory is given back that had to be
-                        taken again; doubles with each failure to retry_seconds_max.
+                        unit, then two, four ...; doubles with each failure to retry_seconds_max.
     """
 
     dwell_seconds: float = 1.0
@@ -79,14 +73,10 @@ class Controller:
         self._moved_at = float("-inf")
         self._steps_since_move = 0
         self._room_since: float | None = None
-        self._excess_since: float | None = None
         self._learned_at = float("-inf")
         self._wait = self._next_wait = self._policy.retry_seconds
         self._retry_at = float("inf")
         self._retry_units = 1
-        self._gave_back = False
-        self._give_back_at = float("-inf")
-        self._give_back_wait = self._policy.retry_seconds
         self._stalls = _StallWindow(self._policy.stall_window_seconds)
 
     @property
@@ -111,7 +101,7 @@ class Controller:
         # What the probe tells comes first: hits of the sweep before a squeeze teach nothing.
         event = self._shortage(seen, grew and not fell) or self._distress(seen, stalled)
         if event is None and not stalled:
-            event = self._waste(seen) or self._promotion(seen)
+            event = self._promotion(seen)
         self._told_bytes = seen.page_cache_bytes
         return event
 
@@ -191,27 +181,6 @@ class Controller:
         words = f"{format_size(self._planned_bytes)} planned, room for {format_size(room)}"
         return self._move(seen, cause, words, self._down_to(room))
 
-    def _waste(self, seen: Observation) -> Event | None:
-        """More is cached than is worth it: no hurry."""
-        if not self._planned_bytes or seen.time_seconds < self._give_back_at:
-            return None
-        worth = self._worth_keeping(seen)
-        least = self._level.whole - self._policy.units_max + (self._level.part_bytes > 0)
-        lower = max(self._down_to(worth.cache_bytes), Level(max(0, least), 0))
-        if lower == self._level or worth.reason is None:
-            self._excess_since = None
-            return None
-        if self._excess_since is None:
-            self._excess_since = seen.time_seconds
-        if not self._dwelt(seen, self._excess_since):
-            return None
-        self._gave_back = True
-        return self._move(seen, Cause.SPEEDS, worth.reason, lower)
-
-    def _worth_keeping(self, seen: Observation) -> Worth:
-        """As much as is worth having, and more where that is for a small lead of compute."""
-        return _worth_keeping(self._total_bytes, self._room(seen), seen.speeds)
-
     def _promotion(self, seen: Observation) -> Event | None:
         if self._level == self._ladder.top:
             return None
@@ -223,11 +192,6 @@ class Controller:
                 self._room_since = seen.time_seconds
             if not self._dwelt(seen, self._room_since):
                 return None
-            if self._gave_back:
-                self._gave_back = False
-                self._give_back_at = seen.time_seconds + self._give_back_wait
-                longer = 2 * self._give_back_wait
-                self._give_back_wait = min(longer, self._policy.retry_seconds_max)
             words = f"{format_size(self._planned_bytes)} planned, room for {format_size(room)}"
             return self._move(seen, Cause.ROOM_ROSE, words, higher)
         self._room_since = None
@@ -276,7 +240,7 @@ class Controller:
             for d in moving
         )
         self._moved_at, self._steps_since_move = seen.time_seconds, 0
-        self._room_since = self._excess_since = None
+        self._room_since = None
         self._stalls.restart()  # what was lost before says nothing of the memory there is now
         return Event(
             time_seconds=seen.time_seconds,
@@ -288,16 +252,6 @@ class Controller:
             moves=moves,
             reason=reason,
         )
-
-
-@lru_cache(maxsize=8)
-def _worth_keeping(total_bytes: int, room_bytes: int, speeds: DoorSpeeds | None) -> Worth:
-    worth = worth_caching(total_bytes, room_bytes, speeds)
-    if speeds is None or not speeds.compute_seconds:
-        return worth
-    less = replace(speeds, compute_seconds=speeds.compute_seconds * _CLEARLY_KEEPS_UP)
-    careful = worth_caching(total_bytes, room_bytes, less)
-    return max(worth, careful, key=lambda either: either.cache_bytes)
 
 
 class _StallWindow:

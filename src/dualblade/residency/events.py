@@ -19,7 +19,6 @@ class Cause(StrEnum):
     KV_GREW = "KV grew"
     PRESSURE = "memory pressure"
     EVICTED = "cached pages were evicted"
-    SPEEDS = "the page cache gains less than it did"
     RETRY = "trying for more"
 
 

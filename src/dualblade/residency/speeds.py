@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-from collections import deque
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,18 +16,16 @@ GAIN_FRACTION = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoorSpeeds:
-    """Measured on this machine: bytes per second through each door, and the seconds of a step
-    that are not waiting for reads. A page-cache miss costs the drive's time and a copy."""
+    """Measured on this machine: bytes per second through each door. A page-cache miss costs the
+    drive's time and a copy."""
 
     direct_bytes_per_s: float
     cache_hit_bytes_per_s: float
     cache_miss_bytes_per_s: float
-    compute_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         rates = (self.direct_bytes_per_s, self.cache_hit_bytes_per_s, self.cache_miss_bytes_per_s)
         assert min(rates) > 0, "a speed is positive"
-        assert self.compute_seconds >= 0, "negative time"
 
     @property
     def direct_is_as_fast(self) -> bool:
@@ -66,7 +62,14 @@ class StepTime:
         return "the drive" if self.seconds == self.drive_seconds else "copies of cached pages"
 
 
-def predict(total_bytes: int, cached_bytes: int, room_bytes: int, speeds: DoorSpeeds) -> StepTime:
+def predict(
+    total_bytes: int,
+    cached_bytes: int,
+    room_bytes: int,
+    speeds: DoorSpeeds,
+    *,
+    compute_seconds: float = 0.0,
+) -> StepTime:
     """The step that reads `total_bytes`, `cached_bytes` of them through the page cache.
 
     Both doors and compute go on at once (1536 MiB swept with 0, 384, 768 MiB of it cached: 1.1,
@@ -77,50 +80,10 @@ def predict(total_bytes: int, cached_bytes: int, room_bytes: int, speeds: DoorSp
     fits = cached_bytes <= room_bytes
     missed = 0.0 if fits else cached_bytes / speeds.cache_miss_bytes_per_s
     return StepTime(
-        compute_seconds=speeds.compute_seconds,
+        compute_seconds=compute_seconds,
         drive_seconds=direct + missed,
         copy_seconds=cached_bytes / speeds.cache_hit_bytes_per_s if fits else 0.0,
     )
-
-
-class StepCompute:
-    """Of a decode step, the seconds that are not waiting for reads. Pure: times are passed in.
-
-    A median of the last steps, which one slow step does not move, told anew only when it has
-    changed clearly. 0: not known yet, or most steps wait for reads, so the drive does not keep up
-    whatever its speeds say. Steps of many rows are prefill: their compute says nothing of the
-    steps to come.
-    """
-
-    ROWS_MAX = 64
-    _STEPS, _STEPS_MIN = 16, 8
-    _CHANGE_FRACTION = 0.2
-    _WAIT_FRACTION = 0.1
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._last: tuple[float, float, int] | None = None
-        self._recent: deque[tuple[float, bool]] = deque(maxlen=self._STEPS)
-
-    def begin(self, now_seconds: float, waited_seconds: float, rows: int) -> None:
-        """A step of `rows` begins, and the one before has ended. `waited_seconds`: for reads, in
-        all steps so far."""
-        last, self._last = self._last, (now_seconds, waited_seconds, rows)
-        if last is None or last[2] > self.ROWS_MAX:
-            return
-        step, waited = now_seconds - last[0], waited_seconds - last[1]
-        self._recent.append((max(0.0, step - waited), waited > step * self._WAIT_FRACTION))
-        if len(self._recent) < self._STEPS_MIN:
-            return
-        waits = sum(waits for _, waits in self._recent)
-        found = statistics.median(compute for compute, _ in self._recent)
-        found = 0.0 if 2 * waits > len(self._recent) else found
-        if not found or abs(found - self.seconds) > self._CHANGE_FRACTION * self.seconds:
-            self.seconds = found
-
-    def restart(self) -> None:
-        """Another prompt: the time since the last step is nobody's."""
-        self._last = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,8 +96,9 @@ class Worth:
 
 @lru_cache(maxsize=16)
 def worth_caching(total_bytes: int, room_bytes: int, speeds: DoorSpeeds | None) -> Worth:
-    """Most bytes that shorten the step, of what there is room for. Never falls as room grows.
+    """Most bytes that shorten the reading, of what there is room for. Never falls as room grows.
 
+    That computing hides it is no reason to leave memory alone: reading takes processor time.
     Remembers its last answers: it is asked at each step boundary, and little changes between two.
     """
     room = min(total_bytes, room_bytes)
@@ -150,17 +114,12 @@ def worth_caching(total_bytes: int, room_bytes: int, speeds: DoorSpeeds | None) 
     # Without a limit the best split is where both doors end together; a little more does no harm.
     both = speeds.direct_bytes_per_s + speeds.cache_hit_bytes_per_s
     even = int(total_bytes * speeds.cache_hit_bytes_per_s / both)
-    best_seconds = max(speeds.compute_seconds, total_bytes / both)
-    most = int(best_seconds * (1 + GAIN_FRACTION) * speeds.cache_hit_bytes_per_s)
+    most = int(total_bytes / both * (1 + GAIN_FRACTION) * speeds.cache_hit_bytes_per_s)
     without = predict(total_bytes, 0, room, speeds).seconds
     within = predict(total_bytes, min(room, even), room, speeds).seconds
     if without <= within * (1 + GAIN_FRACTION):
-        keeps_up = without <= speeds.compute_seconds * (1 + GAIN_FRACTION)
         return Worth(
-            cache_bytes=0,
-            reason="the drive keeps up with compute: memory is left alone"
-            if keeps_up
-            else f"{format_size(room)} of page cache would gain too little",
+            cache_bytes=0, reason=f"{format_size(room)} of page cache would gain too little"
         )
     worth = min(room, most)
     if worth < room:
