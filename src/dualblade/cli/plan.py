@@ -63,7 +63,6 @@ def plan(
 
     from dualblade.cli.output import write_json
     from dualblade.hf.choice import suited
-    from dualblade.hf.footprint import token_weights_bytes
     from dualblade.hf.geometry import item_bytes
     from dualblade.hf.models import config_of, default_dtype, parse_dtype
     from dualblade.hf.plan import PlanRequest, plan_cache
@@ -80,8 +79,7 @@ def plan(
         engine=engine,
         gather_on_host=device == "cpu",
         over_tiles=way_in == "tiles",
-        weights_bytes=token_weights_bytes(config, element) if device == "cpu" else 0,
-        **_measured(element, device, store, engine),
+        **_measured(config, element, device, store, engine),
     )
     made = plan_cache(config, request)
     result = _result(model, str(element).removeprefix("torch."), request, made)
@@ -91,19 +89,23 @@ def plan(
     write_json(result) if json else _show(result)
 
 
-def _measured(dtype: Any, device: str, store: Any, engine: EngineConfig) -> dict[str, Any]:
-    """What is known of the drive's and the processor's speed, as PlanRequest takes it."""
+def _measured(
+    config: Any, dtype: Any, device: str, store: Any, engine: EngineConfig
+) -> dict[str, Any]:
+    """The processor's work for a token, and what is known of its speed and the drive's, as
+    PlanRequest takes them."""
+    from dualblade.hf.footprint import token_weights_bytes
     from dualblade.hf.speeds import door_speeds, known_profile, reads_in_place
 
-    profile = known_profile(store)
-    if profile is None:
-        return {}
-    in_place = reads_in_place(engine, device, store)
-    speeds = {"speeds": door_speeds(profile, in_place=in_place)}
-    compute = profile.compute.get(str(dtype).removeprefix("torch."))
-    if compute is None or device != "cpu":
-        return speeds
-    return {**speeds, "compute": compute}
+    told: dict[str, Any] = {}
+    if device == "cpu":
+        told["weights_bytes"] = token_weights_bytes(config, dtype)
+    if profile := known_profile(store):
+        in_place = reads_in_place(engine, device, store)
+        told["speeds"] = door_speeds(profile, in_place=in_place)
+        if device == "cpu":
+            told["compute"] = profile.compute.get(str(dtype).removeprefix("torch."))
+    return told
 
 
 def _result(model: str, dtype: str, request: PlanRequest, made: CachePlan) -> dict[str, Any]:
