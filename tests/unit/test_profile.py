@@ -28,6 +28,7 @@ from dualblade.hf.speeds import (
 )
 from dualblade.host.process import process_io
 from dualblade.host.profile import (
+    ComputeSpeeds,
     DeviceProfile,
     device_identity,
     load_profile,
@@ -197,6 +198,8 @@ def test_the_tune_command_saves_what_plan_then_uses(tmp_path: Path) -> None:
     tuned = runner.invoke(app, ["tune", str(tmp_path), "--size", "16MiB", "--json"])
     assert tuned.exit_code == 0, tuned.output
     assert json.loads(tuned.stdout)["direct_bytes_per_s"] > 0
+    for compute in json.loads(tuned.stdout)["compute"].values():
+        assert compute["layer_seconds"] > 0
     after = json.loads(runner.invoke(app, [*plan, "--store", str(tmp_path / "kv")]).stdout)
     assert after["step"]["seconds"] > 0
     half, twice = after["other_memory"]
@@ -212,6 +215,16 @@ def test_the_tune_command_saves_what_plan_then_uses(tmp_path: Path) -> None:
     assert "with a drive twice as fast" in shown
     on_a_gpu = runner.invoke(app, [*plan, "--store", str(tmp_path / "kv"), "--device", "cuda"])
     assert json.loads(on_a_gpu.stdout)["step"]["compute_seconds"] == 0
+
+
+def test_computing_a_token_is_bytes_and_layers() -> None:
+    speeds = ComputeSpeeds(
+        weights_bytes_per_s=10 * GIB, tiles_bytes_per_s=20 * GIB, exact_bytes_per_s=5 * GIB
+    )
+    assert speeds.seconds(GIB, GIB, layers=30, over_tiles=True) == pytest.approx(0.15)
+    assert speeds.seconds(GIB, GIB, layers=30, over_tiles=False) == pytest.approx(0.3)
+    slow = replace(speeds, layer_seconds=0.001)
+    assert slow.seconds(GIB, GIB, layers=30, over_tiles=True) == pytest.approx(0.18)
 
 
 @pytest.mark.parametrize("direct_gib_per_s", [0.1, 3.0, 12.0])

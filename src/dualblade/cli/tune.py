@@ -67,6 +67,7 @@ def tune(
             f"  computing a token in {dtype}: weights "
             f"{format_size(int(compute.weights_bytes_per_s))}/s, KV over tiles "
             f"{format_size(int(compute.tiles_bytes_per_s))}/s, the model's own way "
-            f"{format_size(int(compute.exact_bytes_per_s))}/s"
+            f"{format_size(int(compute.exact_bytes_per_s))}/s, and "
+            f"{1000 * compute.layer_seconds:.2f} ms a layer"
         )
     console.print(f"saved in {saved}")

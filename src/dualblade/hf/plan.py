@@ -117,7 +117,7 @@ def plan_cache(config: PretrainedConfig, request: PlanRequest) -> CachePlan:
     shares.require()
     placed = _residency(stored, rows, shares, request)
     made = _plan([*map(describe, placed.placements), *kept], shares, rows, token_bytes, request)
-    return replace(made, step=_step(placed, shares, made.kv_bytes, request))
+    return replace(made, step=_step(placed, shares, made.kv_bytes, len(shapes), request))
 
 
 def _plan(
@@ -237,7 +237,7 @@ def _residency(
 
 
 def _step(
-    plan: ResidencyPlan, shares: BudgetShares, kv_bytes: int, request: PlanRequest
+    plan: ResidencyPlan, shares: BudgetShares, kv_bytes: int, layers: int, request: PlanRequest
 ) -> StepTime | None:
     """What reading and computing take. On the page-cache path what does not fit gets no hits."""
     speeds, compute, cached = request.speeds, request.compute, plan.cached_bytes
@@ -250,7 +250,9 @@ def _step(
         speeds,
         compute_seconds=0.0
         if compute is None
-        else compute.seconds(request.weights_bytes, kv_bytes, over_tiles=request.over_tiles),
+        else compute.seconds(
+            request.weights_bytes, kv_bytes, layers=layers, over_tiles=request.over_tiles
+        ),
     )
 
 

@@ -27,19 +27,22 @@ log = logging.getLogger("dualblade.host")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputeSpeeds:
     """Of this processor, in one dtype: bytes of weights that one token goes through in a second,
-    and bytes of KV that it attends to, over tiles and the exact way."""
+    and bytes of KV that it attends to, over tiles and the exact way. `layer_seconds`: of a layer,
+    however small it is, for what the model's own code does (0 in profiles of older versions)."""
 
     weights_bytes_per_s: float
     tiles_bytes_per_s: float
     exact_bytes_per_s: float
+    layer_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         _check_rates(self.weights_bytes_per_s, self.tiles_bytes_per_s, self.exact_bytes_per_s)
 
-    def seconds(self, weights_bytes: int, kv_bytes: int, *, over_tiles: bool) -> float:
-        """Of computing a token with so many bytes of weights and KV."""
+    def seconds(self, weights_bytes: int, kv_bytes: int, *, layers: int, over_tiles: bool) -> float:
+        """Of computing a token with so many bytes of weights and KV in so many layers."""
         rate = self.tiles_bytes_per_s if over_tiles else self.exact_bytes_per_s
-        return weights_bytes / self.weights_bytes_per_s + kv_bytes / rate
+        moved = weights_bytes / self.weights_bytes_per_s + kv_bytes / rate
+        return moved + layers * self.layer_seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
