@@ -44,6 +44,7 @@ def decode_result(seconds: dict[tuple[str, str | None], float | None]) -> dict[s
                 "attention": "tiles",
                 "engine": "io_uring",
                 "kv_bytes": GIB,
+                "batch": 1,
                 "context": 9,
                 "step_seconds": [] if died else [step, step],
                 "step_seconds_median": step,
@@ -69,7 +70,13 @@ def decode_result(seconds: dict[tuple[str, str | None], float | None]) -> dict[s
     return {
         "benchmark": "decode",
         "command": "dualblade bench decode",
-        "options": {**options, "steps": 2, "repeats": 1, "memory_budget": "auto"},
+        "options": {
+            **options,
+            "modes": list(dict.fromkeys(mode for mode, _ in times)),
+            "steps": 2,
+            "repeats": 1,
+            "memory_budget": "auto",
+        },
         "machine": MACHINE,
         "summary": summary,
         "runs": runs,
@@ -176,13 +183,22 @@ def test_three_limits_are_lines_and_one_mode_over_contexts_is_growth(tmp_path: P
     times = {(mode, f"{part}%"): part / 50 for mode in ("dual", "mmap") for part in (10, 25, 50)}
     write(tmp_path, "lines.json", decode_result(times))
     for context in (1, 2):
-        one = decode_result({("direct", None): 0.1 * context})
+        one = decode_result({("memory", None): 0.05, ("direct", None): 0.1 * context})
         one["options"]["context"] = context
         write(tmp_path, f"context-{context}.json", one)
     lines, growth = collect(tmp_path).sections
     assert "under memory limits" in lines.figures[0]
-    assert growth.title == "Growing contexts, direct"
-    assert len(growth.rows) == 2
+    assert growth.title.startswith("Growing contexts, direct: ")
+    assert [row[2] for row in growth.rows] == ["100", "200"], "of the path alone, not of memory"
+
+
+def test_a_key_figure_leads_to_its_section(tmp_path: Path) -> None:
+    write(tmp_path, "growth.json", decode_result({("direct", None): 0.1}))
+    write(tmp_path, "limited.json", LIMITED)
+    page = collect(tmp_path)
+    (card,) = page.cards
+    assert page.sections[card.number - 1].file == "limited.json"
+    assert card.title == page.sections[card.number - 1].title
 
 
 def test_what_cannot_be_reported_is_told(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Figures of result files, by matplotlib (extra `report`). Each takes a result and gives a Figure.
 
-Colours stay apart for the colour-blind (Okabe and Ito); ours is always the bold blue one.
+Colours stay apart for the colour-blind (modes: Okabe and Ito; stages of a step: Tol), and none
+stands for two things; ours is always the bold blue one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-OURS, BEST, OTHERS = "#0072B2", "#D55E00", "#8A9199"
+OURS, BEST, OTHERS = "#0072B2", "#CC79A7", "#8A9199"
 _NAME_POINTS, _LINE_POINTS = 8, 9  # of names beside lines
 
 _TALL = 10
@@ -203,10 +204,23 @@ def stages_figure(bars: Sequence[tuple[str, Mapping[str, float]]]) -> Figure:
     return figure
 
 
-def growth_figure(points: Sequence[tuple[float, float]]) -> Figure:
-    """(KV in MiB, ms per step): whether the cost grows with the bytes alone."""
+def growth_figure(points: Sequence[tuple[float, float, str]]) -> Figure:
+    """(KV in MiB, ms per step, name): whether the cost grows with the bytes alone."""
+    largest, longest, _ = max(points)
     with _figure(height=3.4) as (figure, axes):
-        axes.plot(*zip(*points, strict=True), color=OURS, lw=2.2, marker="o", ms=6)
+        axes.axline((0, 0), (largest, longest), color=OTHERS, lw=0.8, ls="--", zorder=1)
+        for size, took, name in points:
+            axes.plot(size, took, color=OURS, marker="o", ms=6)
+            axes.annotate(
+                name,
+                (size, took),
+                xytext=(7, -3),
+                textcoords="offset points",
+                color="#5B6268",
+                fontsize=_NAME_POINTS,
+                va="top",
+            )
+        axes.margins(x=0.12)
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("KV, MiB")
@@ -224,15 +238,15 @@ _MODES = {
     "dual": OURS,
     "direct": "#009E73",
     "page-cache": "#E69F00",
-    "mmap": BEST,
+    "mmap": "#D55E00",
     "memory": "#5B6268",
     "dynamic-cache": "#A7ADB2",
 }
 _STAGES = {
-    "waiting for reads": BEST,
-    "attention": OURS,
-    "gather": "#56B4E9",
-    "taking rows in": "#E69F00",
+    "waiting for reads": "#882255",
+    "attention": "#44AA99",
+    "gather": "#88CCEE",
+    "taking rows in": "#DDCC77",
     "model": "#C9CED2",
 }
 

@@ -19,6 +19,8 @@ from dualblade.bench.report_decode import (
     decode_section,
     envelope_section,
     growth_section,
+    is_growth,
+    stored_mode,
 )
 from dualblade.bench.report_prefill import prefill_section
 from dualblade.bench.report_section import Made, Named, Section
@@ -33,12 +35,22 @@ from dualblade.bench.report_tables import (
 from dualblade.errors import ConfigError, Unsupported
 
 
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A key figure: `value`, `what` it is, and the section, by number from 1, that it is from."""
+
+    value: str
+    what: str
+    number: int
+    title: str
+
+
 @dataclass(slots=True)
 class Page:
-    """What was found: sections, key figures (value, what it is), and files left out with why."""
+    """What was found: sections, key figures, and files left out with why."""
 
     sections: list[Section] = field(default_factory=list)
-    cards: list[tuple[str, str]] = field(default_factory=list)
+    cards: list[Card] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
 
@@ -96,7 +108,8 @@ def collect(folder: Path) -> Page:
                 page.skipped.append(f"{names}: {type(exc).__name__} {exc}")
                 continue
             page.sections.append(section)
-            page.cards += cards
+            number = len(page.sections)
+            page.cards += [Card(value, what, number, section.title) for value, what in cards]
     if not page.sections:
         raise ConfigError(f"no results in {folder}", hint="make some: dualblade bench --help")
     return page
@@ -117,7 +130,7 @@ def kind_of(result: Any) -> str | None:
     }
     kind = next((kind for kind, mark in marks.items() if mark <= set(result)), None)
     if result.get("benchmark") == "decode":
-        kind = "growth" if len(result["summary"]) == 1 else "decode"
+        kind = "growth" if is_growth(result) else "decode"
         if result.get("options", {}).get("ablation"):
             kind = "ablation"
     return "prefill" if result.get("benchmark") == "prefill" else kind
@@ -132,8 +145,10 @@ def _grouped(kind: str, results: list[Named]) -> list[list[Named]]:
     series: dict[tuple[Any, ...], list[Named]] = {}
     for name, result in results:
         options = result["options"]
-        same = (options[key] for key in ("model", "batch", "dtype", "memory_budget"))
-        key = (*same, result["summary"][0]["mode"], result["summary"][0]["memory_limit"])
+        same = [options[key] for key in ("model", "dtype", "memory_budget")]
+        if "scenario" not in result:
+            same.append(options["batch"])
+        key = (*same, stored_mode(result), result["summary"][0]["memory_limit"])
         series.setdefault(key, []).append((name, result))
     return list(series.values())
 

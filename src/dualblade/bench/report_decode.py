@@ -279,28 +279,53 @@ def _gains(
             first = first or seconds
 
 
+def stored_mode(result: dict[str, Any]) -> str | None:
+    """The one mode of a `bench decode` that stores the KV; None of several. `memory` may be beside
+    it, as what computing alone takes."""
+    modes: list[str] = result.get("options", {}).get("modes", [])
+    stored = [mode for mode in modes if is_stored(mode)] or modes
+    return stored[0] if len(stored) == 1 else None
+
+
+def is_growth(result: dict[str, Any]) -> bool:
+    """One mode without limits, or `direct` beside `memory`: a part of a series of contexts."""
+    count = len(result["summary"])
+    return count == 1 or (count == 2 and stored_mode(result) == "direct")
+
+
 def growth_section(group: list[Named]) -> Made:
     """One mode at several contexts, each a file; of a single one, a table of it."""
     if len(group) < 2:
         return decode_section(group)
+    mode = stored_mode(group[0][1])
     runs = [(name, run) for name, result in group for run in result["runs"]]
-    done = [(n, r) for n, r in runs if r["step_seconds_median"] is not None]
+    done = [(n, r) for n, r in runs if r["mode"] == mode and r["step_seconds_median"] is not None]
     done.sort(key=lambda one: one[1]["kv_bytes"])
     _, result = max(group, key=lambda one: one[1]["options"]["context"])
     options = result["options"]
-    points = [(run["kv_bytes"] / MIB, 1000 * run["step_seconds_median"]) for _, run in done]
+    points = [
+        (run["kv_bytes"] / MIB, 1000 * run["step_seconds_median"], _sequences(run))
+        for _, run in done
+    ]
     section = Section(
-        title=f"Growing contexts, {done[0][1]['mode']}",
+        title=f"Growing contexts, {mode}: {options['model']}",
         file=", ".join(name for name, _ in group),
-        about=f"{options['model']}: batch {options['batch']}, {options['dtype']}, budget "
-        f"{options['memory_budget']}. Time should follow the bytes, and memory stay flat.",
+        about=f"{options['dtype']}, budget {options['memory_budget']}. Time should follow the "
+        "bytes, and memory stay flat.",
         command=result["command"],
         machine=result["machine"],
         figures=[figures.svg_text(figures.growth_figure(points))],
-        head=["tokens", "KV MiB", "ms/step", "ms per GiB", "CPU s per GiB", "beyond model MiB"],
+        head=[
+            "sequences x tokens",
+            "KV MiB",
+            "ms/step",
+            "ms per GiB",
+            "CPU s per GiB",
+            "beyond model MiB",
+        ],
         rows=[
             [
-                str(run["context"]),
+                _sequences(run),
                 f"{run['kv_bytes'] / MIB:.0f}",
                 f"{1000 * run['step_seconds_median']:.0f}",
                 f"{1000 * run['step_seconds_median'] * GIB / run['kv_bytes']:.0f}",
@@ -311,3 +336,7 @@ def growth_section(group: list[Named]) -> Made:
         ],
     )
     return section, []
+
+
+def _sequences(run: dict[str, Any]) -> str:
+    return f"{run['batch']} x {run['context']}"
