@@ -72,7 +72,7 @@ def decode_result(seconds: dict[tuple[str, str | None], float | None]) -> dict[s
         "command": "dualblade bench decode",
         "options": {
             **options,
-            "modes": list(dict.fromkeys(mode for mode, _ in times)),
+            "modes": list(dict.fromkeys(mode for mode, _ in seconds)),
             "steps": 2,
             "repeats": 1,
             "memory_budget": "auto",

@@ -217,6 +217,19 @@ def test_the_tune_command_saves_what_plan_then_uses(tmp_path: Path) -> None:
     assert json.loads(on_a_gpu.stdout)["step"]["compute_seconds"] == 0
 
 
+def test_what_tune_found_is_told_even_where_it_cannot_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config").write_text("no folder")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    told = CliRunner().invoke(app, ["tune", str(tmp_path), "--size", "16MiB", "--json"])
+    assert told.exit_code == 1
+    assert "cannot save the profile" in told.stderr
+    result = json.loads(told.stdout)
+    assert result["profile_file"] is None
+    assert result["direct_bytes_per_s"] > 0
+
+
 def test_computing_a_token_is_bytes_and_layers() -> None:
     speeds = ComputeSpeeds(
         weights_bytes_per_s=10 * GIB, tiles_bytes_per_s=20 * GIB, exact_bytes_per_s=5 * GIB

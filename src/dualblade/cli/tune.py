@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dualblade.cli import options
 from dualblade.units import format_size, parse_size
+
+if TYPE_CHECKING:
+    from dualblade.host.profile import DeviceProfile
 
 
 def tune(
@@ -42,16 +45,28 @@ def tune(
       dualblade tune /mnt/a /mnt/b
     """
     from dualblade.bench.doors import TuneOptions, measure_doors
-    from dualblade.cli.output import Reporter, result_console, write_json
+    from dualblade.cli.output import Reporter
+    from dualblade.errors import StorageError
     from dualblade.host.profile import save_profile
 
     with Reporter() as reporter:
         profile = measure_doors(
             TuneOptions(places=tuple(store), size_bytes=parse_size(size)), reporter.tell
         )
-    saved = save_profile(profile)
+    try:
+        saved = save_profile(profile)
+    except StorageError:
+        _tell(profile, None, json)  # it took a while to find out
+        raise
+    _tell(profile, saved, json)
+
+
+def _tell(profile: DeviceProfile, saved: Path | None, json: bool) -> None:
+    from dualblade.cli.output import result_console, write_json
+
     if json:
-        write_json({"command": "tune", "profile_file": str(saved), **asdict(profile)})
+        file = None if saved is None else str(saved)
+        write_json({"command": "tune", "profile_file": file, **asdict(profile)})
         return
     console = result_console()
     console.print(f"{profile.device} ({profile.engine})")
@@ -70,4 +85,5 @@ def tune(
             f"{format_size(int(compute.exact_bytes_per_s))}/s, and "
             f"{1000 * compute.layer_seconds:.2f} ms a layer"
         )
-    console.print(f"saved in {saved}")
+    if saved is not None:
+        console.print(f"saved in {saved}")
