@@ -542,40 +542,53 @@ def paper() -> str:
 
 def growth() -> str:
     rows = []
-    for name in ("1x4k", "1x16k", "1x64k", "1x128k", "4x16k", "64x1k"):
+    for name in ("1x4k", "1x16k", "1x64k", "1x128k", "4x16k", "64x1k", "64x1k-1gib"):
         data = load(f"growth/growth-{name}")
-        run, item = data["runs"][0], data["summary"][0]
-        seconds, read = item["step_seconds_median"], run["device_read_bytes_per_step"]
-        runs = data["runs"]
-        cpu = statistics.median(each["cpu_seconds_per_step"] for each in runs)
-        beyond = max(each["peak_memory_bytes"] - each["base_memory_bytes"] for each in runs)
+        memory, direct = (
+            [run for run in data["runs"] if run["mode"] == mode] for mode in ("memory", "direct")
+        )
+        in_memory, seconds = (median_of(runs, "step_seconds_median") for runs in (memory, direct))
+        read = direct[0]["device_read_bytes_per_step"] / GIB
+        beyond = max(run["peak_memory_bytes"] - run["base_memory_bytes"] for run in direct)
         rows.append(
             [
-                f"{run['batch']} x {run['context']}",
-                f"{run['kv_bytes'] / GIB:.2f}",
+                f"{direct[0]['batch']} x {direct[0]['context']}",
+                f"{direct[0]['kv_bytes'] / GIB:.2f}",
+                data["options"]["memory_budget"],
+                f"{1000 * in_memory:.0f}",
                 f"{1000 * seconds:.0f}",
-                f"{read / GIB / seconds:.2f}",
-                f"{statistics.median(each['ssd_utilisation'] for each in runs):.2f}",
-                f"{cpu / (read / GIB):.2f}",
+                f"{read / seconds:.2f}",
+                f"{median_of(direct, 'ssd_utilisation'):.2f}",
+                *(
+                    f"{median_of(runs, 'cpu_seconds_per_step') / read:.2f}"
+                    for runs in (memory, direct)
+                ),
                 f"{beyond / MIB:.0f}",
-                f"{run['cache']['memory']['page_cache_bytes'] / MIB:.0f}",
+                f"{direct[0]['cache']['memory']['page_cache_bytes'] / MIB:.0f}",
             ]
         )
     head = [
         "sequences x tokens",
         "KV GiB",
-        "ms/step",
+        "budget",
+        "memory ms",
+        "direct ms",
         "GiB read a second",
         "of fio's speed",
-        "CPU s per GiB",
+        "memory: CPU s per GiB",
+        "direct: CPU s per GiB",
         "peak MiB beyond the model",
         "page cache MiB",
     ]
     return (
-        f"{table(head, rows)}\n\nDirect path, budget {data['options']['memory_budget']}, medians "
-        f"of {data['options']['repeats']} runs; `dualblade bench paper growth --output "
+        f"{table(head, rows)}\n\nMedians of {data['options']['repeats']} runs in turn; "
+        "the last two columns are of the direct path; `dualblade bench paper growth --output "
         f"results/growth` on {machine_line(data['machine'])}; files: `results/growth/`."
     )
+
+
+def median_of(runs: list[dict[str, Any]], name: str) -> float:
+    return statistics.median(run[name] for run in runs)
 
 
 def setting_words(mode: str) -> str:
