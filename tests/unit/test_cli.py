@@ -14,6 +14,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from dualblade import DualBladeCache, EngineConfig
+from dualblade.cli import output
 from dualblade.cli.app import app
 from dualblade.cli.demo_run import QUESTION, demo_prompt
 from dualblade.cli.generation import Generation, PrefillProgress, TokenStream, check_length
@@ -372,3 +373,15 @@ def test_the_demo_text_is_long_and_without_its_header() -> None:
     assert "We the People" in prompt
     assert "#" not in prompt
     assert len(prompt) > 19_000
+
+
+def test_progress_in_a_pipe_says_of_what_and_how_long(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "_LINE_EVERY_SECONDS", 0.0)
+    with output.Reporter() as reporter:
+        reporter.tell("prefill of 700 tokens")
+        reporter.fraction(0.5)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "prefill of 700 tokens"
+    assert second.startswith("prefill of 700 tokens: 50%, about ")

@@ -18,6 +18,7 @@ from rich.progress import (
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 
 from dualblade.errors import ConfigError
@@ -59,6 +60,7 @@ class Reporter:
     def __init__(self) -> None:
         console = Console(stderr=True, highlight=False)
         self._terminal = console.is_terminal
+        self._what, self._began = "", time.monotonic()
         self._last_line = 0.0
         self._task: TaskID | None = None
         self._progress = Progress(
@@ -67,6 +69,8 @@ class Reporter:
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
             console=console,
             transient=True,
             disable=not self._terminal,
@@ -86,7 +90,8 @@ class Reporter:
 
     def tell(self, what: str) -> None:
         """A new thing begins."""
-        self._last_line = time.monotonic()
+        self._what, self._began = what, time.monotonic()
+        self._last_line = self._began
         if not self._terminal:
             sys.stderr.write(f"{what}\n")
             sys.stderr.flush()
@@ -101,7 +106,9 @@ class Reporter:
             self._progress.update(self._task, total=1.0, completed=done)
         elif time.monotonic() - self._last_line >= _LINE_EVERY_SECONDS:
             self._last_line = time.monotonic()
-            sys.stderr.write(f"  {done:.0%}\n")
+            took = self._last_line - self._began
+            left = f", about {took / done - took:.0f} s left" if done else ""
+            sys.stderr.write(f"{self._what}: {done:.0%}{left}\n")
             sys.stderr.flush()
 
     def finish(self) -> None:
