@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dualblade.units import format_size
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFacts:
@@ -194,9 +196,12 @@ class SpeedFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheStats:
-    """A snapshot of a cache. `attention` is the way in force; `tokens` are those of each sequence;
-    `kv_bytes` is all KV, in store and memory; `events` are the newest changes of the plan; `speeds`
-    None: the device was not measured, and what fits is cached."""
+    """A snapshot of a cache; as text, the five lines that a person asks for first.
+
+    `attention` is the way in force; `tokens` are those of each sequence; `kv_bytes` is all KV, in
+    store and memory; `events` are the newest changes of the plan; `speeds` None: the device was not
+    measured, and what fits is cached.
+    """
 
     path: str
     attention: str
@@ -218,6 +223,26 @@ class CacheStats:
     tuning: PipelineTuning | None = None
     events: tuple[ResidencyEvent, ...] = ()
     speeds: SpeedFacts | None = None
+
+    def __str__(self) -> str:
+        size, memory, io = format_size, self.memory, self.io
+        held = f"{self.tokens} tokens in each sequence, {size(self.kv_bytes)} of KV"
+        if self.engine is None:
+            return f"path {self.path}, attention {self.attention}\n{held}, in memory"
+        most = "no end" if memory.budget_bytes is None else size(memory.budget_bytes)
+        return "\n".join(
+            (
+                f"path {self.path}, attention {self.attention}, {self.engine.name} to "
+                f"{self.store_path}",
+                f"{held}, {size(self.stored_bytes)} of it stored",
+                f"memory: {size(memory.used_bytes)} of {most} used, of that "
+                f"{size(memory.page_cache_bytes)} page cache",
+                f"read: {size(io.direct_read_bytes)} direct, {size(io.page_cache_read_bytes)} "
+                f"through the page cache; written: {size(io.written_bytes)}",
+                f"waited: {self.seconds.read_wait:.2f} s for reads, "
+                f"{self.seconds.write_wait:.2f} s for writes",
+            )
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON types."""

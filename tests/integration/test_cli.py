@@ -109,7 +109,7 @@ def test_progress_and_stats_go_to_stderr(generated: dict[str, dict[str, Any]]) -
     told = generated["dual"]["told"]
     assert "loading random:llama" in told
     assert "prefill of 1400 tokens" in told
-    assert "units through the page cache" in told
+    assert "through the page cache" in told
     assert "waiting for reads" in told
     assert "0 mismatches" in told
 

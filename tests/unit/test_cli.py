@@ -385,3 +385,16 @@ def test_progress_in_a_pipe_says_of_what_and_how_long(
     first, second = capsys.readouterr().err.splitlines()
     assert first == "prefill of 700 tokens"
     assert second.startswith("prefill of 700 tokens: 50%, about ")
+
+
+@pytest.mark.parametrize("path", ["dual", "memory"])
+def test_stats_as_text_say_where_the_kv_is(path: str) -> None:
+    model = load_model(TINY, dtype=torch.float32, device="cpu").model
+    with DualBladeCache.for_model(model, memory_budget="8MiB", path=path) as cache:
+        with torch.inference_mode():
+            model(torch.ones(1, 300, dtype=torch.long), cache=cache)
+        lines = str(cache.stats()).splitlines()
+    assert lines[0].startswith(f"path {path}, attention tiles")
+    assert lines[1].startswith("300 tokens in each sequence, 225 KiB of KV, ")
+    assert len(lines) == (5 if path == "dual" else 2)
+    assert all(word in lines[2] for word in ("memory: ", " of 8.00 MiB")) or path == "memory"

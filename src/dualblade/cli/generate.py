@@ -373,14 +373,14 @@ def _stats_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if engine is None:
         return rows
-    cached = [unit for unit in cache["plan"] if unit["path"] == "page-cache"]
+    cached, planned = (sum(u[k] for u in cache["plan"]) for k in ("cached_bytes", "bytes"))
     because = f" ({engine['reason']})" if engine["reason"] else ""
     return [
         *rows,
         ("store", f"{cache['store_path']}, in {cache['store_pieces']} pieces"),
         ("engine", f"{engine['name']}{because}, {engine['queue_depth']} in flight"),
         *(("", note) for note in engine["notes"]),
-        ("plan", f"{len(cached)} of {len(cache['plan'])} units through the page cache"),
+        ("plan", f"{format_size(cached)} of {format_size(planned)} through the page cache"),
         *([("speeds", _speeds_line(cache["speeds"]))] if cache["speeds"] else []),
         *(("moved", _event_line(event)) for event in cache["events"]),
         ("memory", _memory_line(memory)),
