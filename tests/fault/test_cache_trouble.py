@@ -293,3 +293,10 @@ def test_a_prompt_that_does_not_fit_the_store_is_no_end_for_the_next_one(tmp_pat
         step(cache, 500)
         step(cache, 1)
         assert cache.get_seq_length(2) == 501
+
+
+def test_a_cache_of_a_smaller_model_says_so() -> None:
+    with DualBladeCache.for_model(tiny_model(), memory_budget="16MiB") as cache:
+        step(cache, 1)
+        with pytest.raises(ConfigError, match="a model of 3 layers"):
+            cache.update(*rows(1), 3)

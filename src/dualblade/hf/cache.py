@@ -143,6 +143,24 @@ class DualBladeCache(Cache):
         made._profile = profile
         return made
 
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See transformers' `Cache`. Raises: as `StoredLayer.update`; ConfigError for a layer that
+        the cache's model has not."""
+        if layer_idx >= len(self.layers):
+            raise ConfigError(
+                f"this cache is for a model of {len(self.layers)} layers, and was given to one "
+                "with more",
+                hint="make one with for_model for each model",
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> None:
         """Take in rows [batch, kv_heads, n, dim] of a layer without attending to them.
 
