@@ -98,7 +98,7 @@ def weights_per_token(model: PreTrainedModel) -> int:
     text = model.config.get_text_config(decoder=True)
     experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
     chosen = min(getattr(text, "num_experts_per_tok", None) or experts, experts)
-    looked_up = model.get_input_embeddings().weight
+    looked_up = getattr(model.get_input_embeddings(), "weight", None)
     head = model.get_output_embeddings()
     is_tied = head is not None and (
         head.weight is looked_up or getattr(text, "tie_word_embeddings", False)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dualblade.config import EngineConfig, Path
-from dualblade.errors import ConfigError, DualBladeError
+from dualblade.errors import BudgetError, ConfigError, DualBladeError, NoSpace
 from dualblade.io import Engine
 from dualblade.metrics import (
     EngineFacts,
@@ -251,6 +251,7 @@ class KVPipeline(LayeredKV):
             self._reserve(layer, key_rows.shape[2])
         except DualBladeError as exc:
             if in_step:
+                self._was_refused = self._failure is None and isinstance(exc, BudgetError | NoSpace)
                 self._failure = exc
             elif is_new:
                 self._layers.pop(index, None)

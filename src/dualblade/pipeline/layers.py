@@ -14,14 +14,11 @@ from pathlib import Path
 import torch
 
 from dualblade.attention import AttentionQuery, KernelAttention
-from dualblade.errors import BudgetError, Closed, ConfigError, NoSpace
+from dualblade.errors import Closed, ConfigError
 from dualblade.pipeline.attend import Arrived, NewRows, attend
 from dualblade.pipeline.layer import Layer
 from dualblade.pipeline.offer import Offer
 from dualblade.pipeline.timeline import Lane, Timeline, now_ns
-
-_REFUSALS = (BudgetError, NoSpace)
-"""There was no room for a layer's new rows; nothing was broken."""
 
 
 class LayeredKV(ABC):
@@ -37,6 +34,7 @@ class LayeredKV(ABC):
         self._layers: dict[int, Layer] = {}
         self._offer: Offer | None = None
         self._failure: BaseException | None = None
+        self._was_refused = False  # the failure: nothing of the layer had changed
         self._closed = False
         self._attention_ns = 0
         self._append_ns = 0
@@ -191,8 +189,9 @@ class LayeredKV(ABC):
     def reset(self) -> None:
         """Forget all tokens; after a step that there was no room for, too. Raises: DeviceError,
         Closed."""
-        if isinstance(self._failure, _REFUSALS):
+        if self._was_refused:
             self._failure = self._offer = None
+            self._was_refused = False
         self.check_usable()
         self._settle()
         self._quiesce()
@@ -222,7 +221,7 @@ class LayeredKV(ABC):
                 f"this cache failed earlier ({type(self._failure).__name__}: {cause}) "
                 "and its content is lost",
                 hint="reset it for another prompt"
-                if isinstance(self._failure, _REFUSALS)
+                if self._was_refused
                 else "close it and start again with a new one",
             ) from self._failure
 
