@@ -80,7 +80,7 @@ def test_the_tiny_scenario_and_its_report(tmp_path: Path) -> None:
     assert report.exit_code == 0, report.stderr
     assert json.loads(report.stdout)["skipped"] == []
     text = page.read_text()
-    for title in (": decoding random:", "What each part gains", ": prefill of random:"):
+    for title in (": decoding llama (", "What each part gains", ": prefill of llama ("):
         assert title in text
 
 

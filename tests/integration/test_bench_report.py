@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from dualblade.bench import report_decode
 from dualblade.bench.report import collect, kind_of, write_report
 from dualblade.bench.report_decode import ablation_section, decode_section
+from dualblade.bench.report_section import model_text
 from dualblade.bench.report_tables import striping_section
 from dualblade.cli.app import app
 from dualblade.errors import ConfigError
@@ -254,3 +255,10 @@ def test_an_ablation_tells_what_each_step_gains() -> None:
     assert [row[5] for row in section.rows] == ["-", "20.0 %", "0.0 %", "50.0 %"]
     assert section.notes == ["With 25 %, + direct makes a step 25 % longer."]
     assert cards[0][0] == "50 %"
+
+
+def test_a_heading_names_a_model_shortly() -> None:
+    shape = "random:llama?layers=24,hidden=256,heads=32,positions=8192"
+    assert model_text(shape) == "llama (24 layers, 256 wide)"
+    assert model_text("random:opt-6.7b") == "opt-6.7b"
+    assert model_text("/models/mine") == "/models/mine"

@@ -16,6 +16,7 @@ from dualblade.bench.report_section import (
     limit_text,
     median,
     mib,
+    model_text,
     ms_spread,
     number_text,
     percent_text,
@@ -221,7 +222,7 @@ def ablation_section(group: list[Named]) -> Made:
     gains = list(_gains(result["summary"]))
     wholes = {entry["memory_limit"]: whole for entry, _, whole in gains if whole is not None}
     section = Section(
-        title=f"What each part gains: {options['model']}",
+        title=f"What each part gains: {model_text(options['model'])}",
         file=name,
         about=(
             f"{workload_text(options)}, attention {options['attention']} where a mode does not say "
@@ -308,10 +309,10 @@ def growth_section(group: list[Named]) -> Made:
         for _, run in done
     ]
     section = Section(
-        title=f"Growing contexts, {mode}: {options['model']}",
+        title=f"Growing contexts, {mode}: {model_text(options['model'])}",
         file=", ".join(name for name, _ in group),
-        about=f"{options['dtype']}, budget {options['memory_budget']}. Time should follow the "
-        "bytes, and memory stay flat.",
+        about=f"{options['model']}, {options['dtype']}, budget {options['memory_budget']}. Time "
+        "should follow the bytes, and memory stay flat.",
         command=result["command"],
         machine=result["machine"],
         figures=[figures.svg_text(figures.growth_figure(points))],

@@ -44,9 +44,20 @@ def workload_text(options: Mapping[str, Any]) -> str:
     )
 
 
+def model_text(model: str) -> str:
+    """A model for a heading: of a shape with settings, the kind and its size."""
+    name, _, words = model.removeprefix("random:").partition("?")
+    settings = dict(word.split("=", 1) for word in words.split(",") if "=" in word)
+    size = [f"{settings[key]} {what}" for key, what in _SIZES.items() if key in settings]
+    return f"{name} ({', '.join(size)})" if size else name
+
+
+_SIZES = {"layers": "layers", "hidden": "wide"}
+
+
 def title_text(what: str, result: Mapping[str, Any]) -> str:
     """`what` of which model; first of all which run of a scenario, since they share models."""
-    title = f"{what} {result['options']['model']}"
+    title = f"{what} {model_text(result['options']['model'])}"
     run = result.get("scenario", {}).get("run")
     return title if run is None else f"{run}: {title[0].lower()}{title[1:]}"
 
