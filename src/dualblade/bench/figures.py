@@ -209,8 +209,9 @@ def growth_figure(points: Sequence[tuple[float, float, str]]) -> Figure:
     largest, longest, _ = max(points)
     with _figure(height=3.4) as (figure, axes):
         axes.axline((0, 0), (largest, longest), color=OTHERS, lw=0.8, ls="--", zorder=1)
-        for size, took, name in points:
+        for size, took, _ in points:
             axes.plot(size, took, color=OURS, marker="o", ms=6)
+        for name, (size, took) in {name: (size, took) for size, took, name in points}.items():
             axes.annotate(
                 name,
                 (size, took),
