@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "config": {"units", "errors"},
     "geometry": {"units"},
-    "metrics": set(),
+    "metrics": {"units"},
     "io": BASE,
     "host": BASE,
     "residency": BASE,
