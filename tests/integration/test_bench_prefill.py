@@ -106,7 +106,7 @@ def test_the_report_has_a_section_of_it(runs: dict[str, Any], tmp_path: Path) ->
         ["mmap", "fresh"],
     ]
     assert "<svg" in section.figures[0]
-    assert any("mapped files" in what for _, what in page.cards)
+    assert any("mapped files" in card.what for card in page.cards)
 
 
 @needs_cgroup
