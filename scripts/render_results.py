@@ -548,9 +548,7 @@ def growth() -> str:
     rows = []
     for name in ("1x4k", "1x16k", "1x64k", "1x128k", "4x16k", "64x1k", "64x1k-1gib"):
         data = load(f"growth/growth-{name}")
-        memory, direct = (
-            [run for run in data["runs"] if run["mode"] == mode] for mode in ("memory", "direct")
-        )
+        memory, direct = (of_mode(data, mode) for mode in ("memory", "direct"))
         in_memory, seconds = (median_of(runs, "step_seconds_median") for runs in (memory, direct))
         read = direct[0]["device_read_bytes_per_step"] / GIB
         beyond = max(run["peak_memory_bytes"] - run["base_memory_bytes"] for run in direct)
