@@ -63,7 +63,8 @@ class EngineConfig:
     queue_depth          requests in flight on each device of the store.
     chunk_bytes          largest single request; longer transfers are split.
     tile_tokens          rows in a tile; None: 64, unless whole blocks ask for more.
-    staging_bytes        memory that reads land in; None: an eighth of the budget, within limits.
+    staging_bytes        memory that reads land in; None: an eighth of the budget, more of a small
+                         one, within limits.
     lookahead            layers read ahead of compute, at most.
     disk_capacity_bytes  most that the store may occupy; None: free space less a reserve.
     memory_reserve_bytes  memory left to everything else. None: with an `auto` budget 256 MiB, at

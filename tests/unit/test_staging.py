@@ -40,3 +40,27 @@ def test_what_is_asked_for_is_what_there_is() -> None:
 def test_a_slot_holds_a_slab_and_there_are_eight() -> None:
     wide = staging_shape(EngineConfig(), 64 * MIB, 16 * MIB)
     assert (wide.slot_bytes, wide.read_slots, wide.write_slots) == (16 * MIB, 6, 2)
+
+
+def test_a_small_budget_gives_half_of_what_others_leave_until_the_drive_is_busy() -> None:
+    def total(budget_bytes: int, left_bytes: int, staging: int | None = None) -> int:
+        engine = EngineConfig(staging_bytes=staging)
+        return staging_shape(engine, budget_bytes, 64 * KIB, left_bytes=left_bytes).total_bytes
+
+    assert total(80 * MIB, 56 * MIB) == 28 * MIB
+    assert total(192 * MIB, 164 * MIB) == 48 * MIB
+    assert total(4 * GIB, 3 * GIB) == 64 * MIB, "its share is more"
+    assert total(24 * MIB, 0) == 4 * MIB, "others leave nothing: its share, as ever"
+    assert total(192 * MIB, 164 * MIB, staging=8 * MIB) == 8 * MIB
+
+
+def test_sixteen_slots_unless_they_would_be_small() -> None:
+    def slots(staging: int) -> tuple[int, int]:
+        got = shape(4 * GIB, staging=staging)
+        return got.slot_bytes, got.read_slots + got.write_slots
+
+    assert slots(32 * MIB) == (2 * MIB, 16)
+    assert slots(6 * MIB) == (512 * KIB, 12)
+    assert slots(2 * MIB) == (256 * KIB, 8)
+    assert slots(512 * KIB) == (64 * KIB, 8)
+    assert slots(96 * MIB) == (4 * MIB, 24)

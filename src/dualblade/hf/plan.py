@@ -172,23 +172,43 @@ def _shares(
     request: PlanRequest,
     layer_weights_bytes: int,
 ) -> BudgetShares:
-    batch, item = request.batch, request.item_bytes
-    capacity = round_up(request.tokens, CAPACITY_STEP_TOKENS)
     slabs = [geometry.slab_bytes for geometry in _geometries(stored[0], rows[0], request)]
+    staging = staging_shape(
+        request.engine,
+        request.budget_bytes,
+        max(slabs),
+        left_bytes=_left_bytes(stored, rows, request),
+        layer_weights_bytes=layer_weights_bytes,
+    )
+    claimed = _claimed(stored, rows, request, round_up(request.tokens, CAPACITY_STEP_TOKENS))
+    return replace(claimed, staging_bytes=staging.total_bytes)
+
+
+def _left_bytes(stored: Sequence[LayerShape], rows: Sequence[int], request: PlanRequest) -> int:
+    """As `MemoryBudget.left_bytes`."""
+    if not request.over_tiles:
+        return 0
+    group = max(
+        group_tokens(request.batch * shape.kv_heads * (shape.key_dim + shape.value_dim), tile)
+        for shape, tile in zip(stored, rows, strict=True)
+    )
+    claimed = _claimed(stored, rows, request, group)
+    return max(0, claimed.budget_bytes - claimed.fixed_bytes)
+
+
+def _claimed(
+    stored: Sequence[LayerShape], rows: Sequence[int], request: PlanRequest, capacity: int
+) -> BudgetShares:
+    """What all but staging take of the budget, for `capacity` tokens."""
+    batch, item = request.batch, request.item_bytes
     gathered = [
         _gathered_bytes(shape, tile, capacity, request)
         for shape, tile in zip(stored, rows, strict=True)
     ]
     gather = sum(GatherBuffers.allocated_bytes(max(part)) for part in zip(*gathered, strict=True))
-    staging = staging_shape(
-        request.engine,
-        request.budget_bytes,
-        max(slabs),
-        layer_weights_bytes=layer_weights_bytes,
-    )
     return BudgetShares(
         budget_bytes=request.budget_bytes,
-        staging_bytes=staging.total_bytes,
+        staging_bytes=0,
         gather_bytes=gather if request.gather_on_host else 0,
         tail_bytes=sum(
             batch * tile * _row_bytes(shape, item) for shape, tile in zip(stored, rows, strict=True)

@@ -87,6 +87,15 @@ class MemoryBudget:
         self.keys_bytes, self.values_bytes = self._gather_bytes(layers, capacity)
         self._claimed = {layer.index: (layer.batch, layer.tail_bytes) for layer in layers}
 
+    def left_bytes(self, layers: Collection[Layer], layer_count: int) -> int:
+        """What all but staging leave of the budget, however long the context; 0 where whole layers
+        are gathered, for their buffers grow with it."""
+        if not self.over_tiles:
+            return 0
+        group = max(layer.group_tiles * layer.rows for layer in layers)
+        claimed = self._divide(layers, layer_count, 0, group)
+        return max(0, claimed.budget_bytes - claimed.fixed_bytes)
+
     def forget(self) -> None:
         """No layer is known any more; staging and gather buffers stay."""
         self._claimed.clear()

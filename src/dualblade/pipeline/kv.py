@@ -288,19 +288,19 @@ class KVPipeline(LayeredKV):
                     half.unit.make_room(tiles, other.batch)
 
     def _claim(self, layer: Layer, tokens: int) -> None:
+        count = self._settings.layer_count
         if self._machinery is None:
             slabs = [half.unit.geometry.slab_bytes for half in layer.halves]
             shape = staging_shape(
                 self._settings.config,
                 self._settings.budget_bytes,
                 max(slabs),
+                left_bytes=self._budget.left_bytes(self._layers.values(), count),
                 layer_weights_bytes=self._settings.layer_weights_bytes,
             )
         else:
             shape = self._machinery.shape
-        self._budget.claim(
-            self._layers.values(), self._settings.layer_count, shape.total_bytes, tokens
-        )
+        self._budget.claim(self._layers.values(), count, shape.total_bytes, tokens)
         if self._machinery is None:
             self._tuner = Tuner(
                 Mode(self._settings.config.pipeline),

@@ -14,7 +14,11 @@ from dualblade.pipeline.timeline import Lane, Timeline, now_ns
 from dualblade.units import BLOCK_BYTES, EXTENT_ALIGN_BYTES, KIB, MIB, round_up
 
 _SHARE_OF_BUDGET = 8
+_SHARE_OF_LEFT = 2
 _TOTAL_BYTES_MIN = 2 * MIB
+_TOTAL_BYTES_ENOUGH = 48 * MIB
+"""Small budgets give more than their share for this, as far as others leave it: with 10 MiB a drive
+of 2.5 GiB/s delivers 0.7 of what it can, which costs more than 38 MiB more to read do."""
 _TOTAL_BYTES_MAX = 64 * MIB
 """Enough to keep a 3 GiB/s drive busy through a layer's compute of 20 ms, and no more: what is more
 is page cache."""
@@ -28,6 +32,11 @@ _SLOT_BYTES_MAX = 4 * MIB
 
 _SLOT_BYTES_MIN = 64 * KIB
 _SLOTS_MIN = 8
+
+_SLOTS_WANTED = 16
+_SLOT_BYTES_WANTED = 512 * KIB
+"""Of few slots the queue runs dry between two; of small ones attention is called too often."""
+
 _WRITE_SLOTS_SHARE = 4
 _QUEUES_HELD = 3
 
@@ -53,16 +62,27 @@ class StagingShape:
 
 
 def staging_shape(
-    config: EngineConfig, budget_bytes: int, slab_bytes_max: int, *, layer_weights_bytes: int = 0
+    config: EngineConfig,
+    budget_bytes: int,
+    slab_bytes_max: int,
+    *,
+    left_bytes: int = 0,
+    layer_weights_bytes: int = 0,
 ) -> StagingShape:
     """The slots for a budget. A slot holds at least one slab (`slab_bytes_max`); there are at
-    least 8, so that the least staging is 8 slabs. `layer_weights_bytes` are multiplied between two
-    layers' attention, while the drive is to go on; 0: in no time worth mentioning."""
-    total = config.staging_bytes or min(
+    least 8, so that the least staging is 8 slabs. `left_bytes` of the budget are nobody's but
+    staging's and the page cache's, however long the context becomes. `layer_weights_bytes` are
+    multiplied between two layers' attention, while the drive is to go on; 0: in no time worth
+    mentioning."""
+    share = min(
         max(budget_bytes // _SHARE_OF_BUDGET, _TOTAL_BYTES_MIN),
         _TOTAL_BYTES_MAX + layer_weights_bytes // _SHARE_OF_WEIGHTS,
     )
-    slot = min(_SLOT_BYTES_MAX, max(total // _SLOTS_MIN, _SLOT_BYTES_MIN))
+    total = config.staging_bytes or max(
+        share, min(left_bytes // _SHARE_OF_LEFT, _TOTAL_BYTES_ENOUGH)
+    )
+    enough = max(total // _SLOTS_WANTED, _SLOT_BYTES_WANTED)
+    slot = min(_SLOT_BYTES_MAX, enough, max(total // _SLOTS_MIN, _SLOT_BYTES_MIN))
     slot = max(slot // BLOCK_BYTES * BLOCK_BYTES, round_up(slab_bytes_max, BLOCK_BYTES))
     count = max(total // slot, _SLOTS_MIN)
     write_slots = max(min(total, _TOTAL_BYTES_MAX) // slot // _WRITE_SLOTS_SHARE, 2)
