@@ -83,20 +83,21 @@ class TileGeometry:
 
 
 def choose_tile_rows(
-    *, kv_heads: int, dims: tuple[int, int], item_bytes: int, batch: int, tail_bytes_max: int
+    *, kv_heads: int, dims: tuple[int, int], item_bytes: int, batch: int, tail_bytes_max: int | None
 ) -> int:
     """Rows in a tile of a layer whose keys and values have `dims` = (key_dim, value_dim).
 
     64, when a slab of both is then whole blocks; else the next that is (128, 256, 512), else 64
-    with padding. When both tails would exceed `tail_bytes_max`, the largest smaller whole-block
-    count that fits, else the smallest one.
+    with padding. When both tails would exceed `tail_bytes_max` (None: no limit), the largest
+    smaller whole-block count that fits, else the smallest one.
     """
 
     def is_whole(rows: int) -> bool:
         return all(kv_heads * rows * dim * item_bytes % BLOCK_BYTES == 0 for dim in dims)
 
     def tails_fit(rows: int) -> bool:
-        return batch * kv_heads * rows * sum(dims) * item_bytes <= tail_bytes_max
+        size_bytes = batch * kv_heads * rows * sum(dims) * item_bytes
+        return tail_bytes_max is None or size_bytes <= tail_bytes_max
 
     wanted = (TILE_ROWS_DEFAULT, *_WIDER_ROWS)
     rows = next((rows for rows in wanted if is_whole(rows)), TILE_ROWS_DEFAULT)

@@ -15,14 +15,11 @@ from dualblade.geometry import Part, TileGeometry, UnitId, choose_tile_rows
 from dualblade.hf.geometry import LayerShape, layer_shapes
 from dualblade.host.profile import ComputeSpeeds
 from dualblade.metrics import UnitPlacement
-from dualblade.pipeline.budget import (
-    CAPACITY_STEP_TOKENS,
-    TABLE_ITEM_BYTES,
-    TAIL_SHARE_OF_BUDGET,
-)
+from dualblade.pipeline.budget import CAPACITY_STEP_TOKENS, TABLE_ITEM_BYTES
 from dualblade.pipeline.gather import GatherBuffers
 from dualblade.pipeline.residence import describe
 from dualblade.pipeline.staging import staging_shape
+from dualblade.pipeline.tails import TailLimit
 from dualblade.residency import (
     BudgetShares,
     DoorSpeeds,
@@ -138,11 +135,16 @@ def _plan(
 
 
 def _row_bytes(shape: LayerShape, item_bytes: int) -> int:
-    return shape.kv_heads * (shape.key_dim + shape.value_dim) * item_bytes
+    return _elements(shape) * item_bytes
+
+
+def _elements(shape: LayerShape) -> int:
+    """Of a token of one sequence, keys and values."""
+    return shape.kv_heads * (shape.key_dim + shape.value_dim)
 
 
 def _tile_rows(stored: Sequence[LayerShape], request: PlanRequest) -> list[int]:
-    tail_bytes_max = request.budget_bytes // TAIL_SHARE_OF_BUDGET // len(stored)
+    limit = TailLimit(request.budget_bytes, len(stored), request.over_tiles)
     return [
         request.engine.tile_tokens
         or choose_tile_rows(
@@ -150,7 +152,7 @@ def _tile_rows(stored: Sequence[LayerShape], request: PlanRequest) -> list[int]:
             dims=(shape.key_dim, shape.value_dim),
             item_bytes=request.item_bytes,
             batch=request.batch,
-            tail_bytes_max=tail_bytes_max,
+            tail_bytes_max=limit.bytes_max(request.batch * _elements(shape), request.item_bytes),
         )
         for shape in stored
     ]
@@ -189,7 +191,7 @@ def _left_bytes(stored: Sequence[LayerShape], rows: Sequence[int], request: Plan
     if not request.over_tiles:
         return 0
     group = max(
-        group_tokens(request.batch * shape.kv_heads * (shape.key_dim + shape.value_dim), tile)
+        group_tokens(request.batch * _elements(shape), tile)
         for shape, tile in zip(stored, rows, strict=True)
     )
     claimed = _claimed(stored, rows, request, group)

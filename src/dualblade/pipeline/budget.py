@@ -19,9 +19,6 @@ CAPACITY_STEP_TOKENS = 64
 TABLE_ITEM_BYTES = 4 + 2 * 8
 """For each tile and sequence: an int32 of the sequence table, checksums of keys and of values."""
 
-TAIL_SHARE_OF_BUDGET = 10
-"""Tails take at most a tenth of the budget; tiles have fewer rows where they would take more."""
-
 
 def tokens_ahead(tokens: int, tokens_max: int | None) -> int:
     """Tokens to prepare for when there are `tokens` now: the stated maximum, or an eighth more,

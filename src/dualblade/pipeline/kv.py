@@ -29,7 +29,7 @@ from dualblade.metrics import (
     UnitPlacement,
 )
 from dualblade.pipeline.attend import Arrived, NewRows
-from dualblade.pipeline.budget import TAIL_SHARE_OF_BUDGET, MemoryBudget
+from dualblade.pipeline.budget import MemoryBudget
 from dualblade.pipeline.checksums import Checksums
 from dualblade.pipeline.copies import MakeCopies, copies_for
 from dualblade.pipeline.facts import engine_facts, transfer_totals
@@ -40,6 +40,7 @@ from dualblade.pipeline.machinery import Machinery
 from dualblade.pipeline.read_ahead import Landing, ReadAhead
 from dualblade.pipeline.residence import MemorySource, MemoryWatch, Placements
 from dualblade.pipeline.staging import CopyEvent, staging_shape
+from dualblade.pipeline.tails import TailLimit
 from dualblade.pipeline.timeline import Lane, now_ns
 from dualblade.pipeline.tuner import Mode, StepTimes, Tuner
 from dualblade.pipeline.unit import Unit
@@ -118,7 +119,7 @@ class KVPipeline(LayeredKV):
             space=store,
             tokens_max=settings.tokens_max,
             tile_tokens=settings.config.tile_tokens,
-            tail_bytes_max=settings.budget_bytes // TAIL_SHARE_OF_BUDGET // settings.layer_count,
+            tail_limit=TailLimit(settings.budget_bytes, settings.layer_count, settings.over_tiles),
         )
         self._gather_ns = 0
         self._tuner: Tuner | None = None
@@ -290,11 +291,10 @@ class KVPipeline(LayeredKV):
     def _claim(self, layer: Layer, tokens: int) -> None:
         count = self._settings.layer_count
         if self._machinery is None:
-            slabs = [half.unit.geometry.slab_bytes for half in layer.halves]
             shape = staging_shape(
                 self._settings.config,
                 self._settings.budget_bytes,
-                max(slabs),
+                max(half.unit.geometry.slab_bytes for half in layer.halves),
                 left_bytes=self._budget.left_bytes(self._layers.values(), count),
                 layer_weights_bytes=self._settings.layer_weights_bytes,
             )

@@ -11,6 +11,7 @@ from dualblade.attention import group_tokens
 from dualblade.errors import ConfigError
 from dualblade.geometry import Part, TileGeometry, UnitId, choose_tile_rows
 from dualblade.pipeline.order import SequenceTable
+from dualblade.pipeline.tails import TailLimit
 from dualblade.pipeline.unit import Piece, Space, Unit
 
 
@@ -184,23 +185,26 @@ class LayerMaker:
     """Makes empty layers: where their units are, and what their tiles' rows are chosen by.
 
     tile_tokens     rows of a tile; None: see `choose_tile_rows`.
-    tail_bytes_max  most memory for the tails of one layer.
+    tail_limit      most memory for the tails of one layer; None: as much as they like.
     """
 
     space: Space
     tokens_max: int | None
     tile_tokens: int | None
-    tail_bytes_max: int
+    tail_limit: TailLimit | None
 
     def make(self, index: int, key_rows: torch.Tensor, value_rows: torch.Tensor) -> Layer:
         """A layer for rows like these, [batch, kv_heads, n, dim]."""
         batch, heads, _, key_dim = key_rows.shape
+        item_bytes = key_rows.element_size()
+        token_elements = batch * heads * (key_dim + value_rows.shape[3])
+        limit = self.tail_limit
         rows = self.tile_tokens or choose_tile_rows(
             kv_heads=heads,
             dims=(key_dim, value_rows.shape[3]),
-            item_bytes=key_rows.element_size(),
+            item_bytes=item_bytes,
             batch=batch,
-            tail_bytes_max=self.tail_bytes_max,
+            tail_bytes_max=limit.bytes_max(token_elements, item_bytes) if limit else None,
         )
         halves = []
         for part, tensor in ((Part.KEYS, key_rows), (Part.VALUES, value_rows)):

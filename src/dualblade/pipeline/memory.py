@@ -90,7 +90,7 @@ class MemoryKV(LayeredKV):
             space=self._memory,
             tokens_max=tokens_max,
             tile_tokens=tile_tokens,
-            tail_bytes_max=_NO_LIMIT,
+            tail_limit=None,
         )
 
     def _admit(self, index: int, key_rows: torch.Tensor, value_rows: torch.Tensor) -> Layer:
