@@ -501,6 +501,12 @@ def kv_bytes(data: dict[str, Any]) -> int:
     return next(run["kv_bytes"] for run in data["runs"] if run["kv_bytes"])
 
 
+def paired_ratios(runs: list[dict[str, Any]], mode: str, other: str) -> list[float]:
+    """Of the step times of two modes that took turns: the machine changes speed between pairs."""
+    took = {(run["mode"], run["repeat"]): run["step_seconds_median"] for run in runs}
+    return [seconds / took[other, turn] for (name, turn), seconds in took.items() if name == mode]
+
+
 def budgets() -> str:
     data, above, fits = (load(f"budgets/budgets{part}") for part in ("", "-150", "-fits"))
     head, rows = against_limits(data)
@@ -508,11 +514,13 @@ def budgets() -> str:
         f"{item['mode']} {1000 * item['step_seconds_median']:.0f}" for item in above["summary"]
     )
     memory, dual = (item["step_seconds_median"] for item in fits["summary"])
+    pairs = sorted(paired_ratios(fits["runs"], "dual", "memory"))
     return (
         f"{table(head, rows)}\n\nMilliseconds a step; medians of {data['options']['repeats']} "
         f"runs. Memory: of the KV's {kv_bytes(data) / GIB:.2f} GiB. Reads: of the drive, over the "
         f"whole step. Without a limit: memory {1000 * memory:.0f} ms, dual {1000 * dual:.0f} "
-        f"({dual / memory:.2f} times). At 150 % after 18 steps, medians of "
+        f"(in {len(pairs)} pairs {statistics.median(pairs):.2f} times, {pairs[0]:.2f}-"
+        f"{pairs[-1]:.2f}). At 150 % after 18 steps, medians of "
         f"{above['options']['repeats']} runs: {', '.join(apart)}. "
         "`dualblade bench paper budgets --output results/budgets` on "
         f"{machine_line(data['machine'])}; files: `results/budgets/`."
