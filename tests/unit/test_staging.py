@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dualblade.config import EngineConfig
+from dualblade.pipeline.budget import staging_room
 from dualblade.pipeline.staging import StagingShape, staging_shape
+from dualblade.residency import BudgetShares
 from dualblade.units import GIB, KIB, MIB
 
 
@@ -42,16 +44,34 @@ def test_a_slot_holds_a_slab_and_there_are_eight() -> None:
     assert (wide.slot_bytes, wide.read_slots, wide.write_slots) == (16 * MIB, 6, 2)
 
 
-def test_a_small_budget_gives_half_of_what_others_leave_until_the_drive_is_busy() -> None:
-    def total(budget_bytes: int, left_bytes: int, staging: int | None = None) -> int:
+def test_a_small_budget_gives_what_room_there_is_until_the_drive_is_busy() -> None:
+    def total(budget_bytes: int, room_bytes: int, staging: int | None = None) -> int:
         engine = EngineConfig(staging_bytes=staging)
-        return staging_shape(engine, budget_bytes, 64 * KIB, left_bytes=left_bytes).total_bytes
+        return staging_shape(engine, budget_bytes, 64 * KIB, room_bytes=room_bytes).total_bytes
 
-    assert total(80 * MIB, 56 * MIB) == 28 * MIB
-    assert total(192 * MIB, 164 * MIB) == 48 * MIB
-    assert total(4 * GIB, 3 * GIB) == 64 * MIB, "its share is more"
+    assert total(80 * MIB, 28 * MIB) == 28 * MIB
+    assert total(192 * MIB, 82 * MIB) == 48 * MIB
+    assert total(4 * GIB, GIB) == 64 * MIB, "its share is more"
     assert total(24 * MIB, 0) == 4 * MIB, "others leave nothing: its share, as ever"
-    assert total(192 * MIB, 164 * MIB, staging=8 * MIB) == 8 * MIB
+    assert total(192 * MIB, 82 * MIB, staging=8 * MIB) == 8 * MIB
+
+
+def test_room_is_half_of_what_is_left_and_leaves_room_for_tails_of_two_tiles() -> None:
+    def room(tails: int, gather: int = 16 * MIB) -> int:
+        return staging_room(
+            BudgetShares(
+                budget_bytes=100 * MIB,
+                staging_bytes=0,
+                gather_bytes=gather,
+                tail_bytes=tails,
+                table_bytes=0,
+            )
+        )
+
+    assert room(4 * MIB) == 40 * MIB
+    assert room(34 * MIB) == 16 * MIB, "34 twice, 16 for a group, 16 for staging"
+    assert room(60 * MIB) == 0
+    assert room(4 * MIB, gather=120 * MIB) == 0
 
 
 def test_sixteen_slots_unless_they_would_be_small() -> None:

@@ -26,8 +26,15 @@ def test_sixteen_tokens_where_a_quarter_is_left() -> None:
     """64 sequences: 4 MiB of tails for 16 tokens of each layer, a group of 32 MiB."""
     assert SIXTEEN_TOKENS == 4 * MIB
     assert limit(128 * MIB) == SIXTEEN_TOKENS, "64 of tails, 32 of a group, 32 are left"
-    assert limit(126 * MIB) < SIXTEEN_TOKENS
+    assert limit(126 * MIB) == 126 * MIB // 10 // LAYERS, "eight are no better than one"
     assert limit(200 * MIB) == SIXTEEN_TOKENS, "and no more"
+
+
+def test_staging_keeps_what_it_has() -> None:
+    """From a prompt of one sequence before."""
+    tails = TailLimit(128 * MIB, LAYERS, True, 48 * MIB).bytes_max(64 * TOKEN, 2)
+    assert tails == 128 * MIB // 10 // LAYERS
+    assert TailLimit(160 * MIB, LAYERS, True, 48 * MIB).bytes_max(64 * TOKEN, 2) == SIXTEEN_TOKENS
 
 
 def test_a_group_that_leaves_no_room_changes_nothing() -> None:

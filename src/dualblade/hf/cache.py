@@ -17,7 +17,13 @@ from dualblade.config import EngineConfig, Path, check_attention
 from dualblade.errors import BudgetError, ConfigError, Unsupported
 from dualblade.hf.choice import AttentionChoice, choose, give_back, lend
 from dualblade.hf.footprint import staging_and_tails, weights_per_token
-from dualblade.hf.geometry import item_bytes, layer_shapes, memory_layers, offloadable
+from dualblade.hf.geometry import (
+    are_alike,
+    item_bytes,
+    layer_shapes,
+    memory_layers,
+    offloadable,
+)
 from dualblade.hf.layer import MemoryLayer, StoredLayer
 from dualblade.hf.speeds import (
     FIRST_USE_KV_BYTES_MIN,
@@ -135,6 +141,7 @@ class DualBladeCache(Cache):
             config=settings,
             over_tiles=choice.over_tiles,
             layer_weights_bytes=_layer_weights_bytes(model, len(layers)),
+            layers_alike=are_alike(s for s in layer_shapes(model.config) if s.offloaded),
             memory=source,
         )
         opened, over, profile = _open_pipeline(store, kv, _kv_bytes_least(model, max_tokens))

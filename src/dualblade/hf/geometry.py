@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +88,11 @@ def layer_shapes(config: PretrainedConfig) -> list[LayerShape]:
         )
         for index, (kind, is_stored, one) in enumerate(zip(kinds, stored, per_layer, strict=True))
     ]
+
+
+def are_alike(shapes: Iterable[LayerShape]) -> bool:
+    """Whether all have the same heads."""
+    return len({(shape.kv_heads, shape.key_dim, shape.value_dim) for shape in shapes}) <= 1
 
 
 def item_bytes(dtype: torch.dtype) -> int:

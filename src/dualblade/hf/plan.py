@@ -12,10 +12,10 @@ from dualblade.attention import group_tokens
 from dualblade.config import EngineConfig, Path
 from dualblade.errors import ConfigError
 from dualblade.geometry import Part, TileGeometry, UnitId, choose_tile_rows
-from dualblade.hf.geometry import LayerShape, layer_shapes
+from dualblade.hf.geometry import LayerShape, are_alike, layer_shapes
 from dualblade.host.profile import ComputeSpeeds
 from dualblade.metrics import UnitPlacement
-from dualblade.pipeline.budget import CAPACITY_STEP_TOKENS, TABLE_ITEM_BYTES
+from dualblade.pipeline.budget import CAPACITY_STEP_TOKENS, TABLE_ITEM_BYTES, staging_room
 from dualblade.pipeline.gather import GatherBuffers
 from dualblade.pipeline.residence import describe
 from dualblade.pipeline.staging import staging_shape
@@ -179,23 +179,22 @@ def _shares(
         request.engine,
         request.budget_bytes,
         max(slabs),
-        left_bytes=_left_bytes(stored, rows, request),
+        room_bytes=_staging_room(stored, rows, request),
         layer_weights_bytes=layer_weights_bytes,
     )
     claimed = _claimed(stored, rows, request, round_up(request.tokens, CAPACITY_STEP_TOKENS))
     return replace(claimed, staging_bytes=staging.total_bytes)
 
 
-def _left_bytes(stored: Sequence[LayerShape], rows: Sequence[int], request: PlanRequest) -> int:
-    """As `MemoryBudget.left_bytes`."""
-    if not request.over_tiles:
+def _staging_room(stored: Sequence[LayerShape], rows: Sequence[int], request: PlanRequest) -> int:
+    """As `MemoryBudget.staging_room`."""
+    if not request.over_tiles or not are_alike(stored):
         return 0
     group = max(
         group_tokens(request.batch * _elements(shape), tile)
         for shape, tile in zip(stored, rows, strict=True)
     )
-    claimed = _claimed(stored, rows, request, group)
-    return max(0, claimed.budget_bytes - claimed.fixed_bytes)
+    return staging_room(_claimed(stored, rows, request, group))
 
 
 def _claimed(

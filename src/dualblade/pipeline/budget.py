@@ -20,6 +20,14 @@ TABLE_ITEM_BYTES = 4 + 2 * 8
 """For each tile and sequence: an int32 of the sequence table, checksums of keys and of values."""
 
 
+def staging_room(claimed: BudgetShares) -> int:
+    """Most that staging may have beside what is `claimed` for a group of tiles: half of what is
+    left, so that tables may grow and something is page cache; and no more than leaves room for
+    tails of two tiles, which taking back tokens needs."""
+    left = claimed.budget_bytes - claimed.fixed_bytes
+    return max(0, min(left // 2, left - claimed.tail_bytes))
+
+
 def tokens_ahead(tokens: int, tokens_max: int | None) -> int:
     """Tokens to prepare for when there are `tokens` now: the stated maximum, or an eighth more,
     so that buffers and plans change a few dozen times in a long generation, not at each step."""
@@ -32,7 +40,8 @@ class MemoryBudget:
     """Claims on the budget: staging, gather buffers, tails and tables.
 
     `gather_on_host` is False when the gather buffers are on a GPU with memory of its own.
-    `over_tiles`: they hold a group of tiles in fp32, not a whole layer.
+    `over_tiles`: they hold a group of tiles in fp32, not a whole layer. `layers_alike`: all have
+    the same heads.
     """
 
     def __init__(
@@ -42,10 +51,12 @@ class MemoryBudget:
         *,
         gather_on_host: bool = True,
         over_tiles: bool = False,
+        layers_alike: bool = True,
     ) -> None:
         self._tokens_max = tokens_max
         self._gather_on_host = gather_on_host
         self.over_tiles = over_tiles
+        self._layers_alike = layers_alike
         self._claimed: dict[int, tuple[int, int]] = {}
         self.capacity_tokens = 0
         self.keys_bytes = 0
@@ -84,14 +95,13 @@ class MemoryBudget:
         self.keys_bytes, self.values_bytes = self._gather_bytes(layers, capacity)
         self._claimed = {layer.index: (layer.batch, layer.tail_bytes) for layer in layers}
 
-    def left_bytes(self, layers: Collection[Layer], layer_count: int) -> int:
-        """What all but staging leave of the budget, however long the context; 0 where whole layers
-        are gathered, for their buffers grow with it."""
-        if not self.over_tiles:
+    def staging_room(self, layers: Collection[Layer], layer_count: int) -> int:
+        """Most that staging may have; 0 where whole layers are gathered, for their buffers grow
+        with the context, and where the first layer tells nothing of the others."""
+        if not self.over_tiles or not self._layers_alike:
             return 0
         group = max(layer.group_tiles * layer.rows for layer in layers)
-        claimed = self._divide(layers, layer_count, 0, group)
-        return max(0, claimed.budget_bytes - claimed.fixed_bytes)
+        return staging_room(self._divide(layers, layer_count, 0, group))
 
     def forget(self) -> None:
         """No layer is known any more; staging and gather buffers stay."""

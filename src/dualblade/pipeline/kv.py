@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dualblade.config import EngineConfig, Path
 from dualblade.errors import BudgetError, ConfigError, DualBladeError, NoSpace
 from dualblade.io import Engine
 from dualblade.metrics import (
@@ -31,7 +30,6 @@ from dualblade.metrics import (
 from dualblade.pipeline.attend import Arrived, NewRows
 from dualblade.pipeline.budget import MemoryBudget
 from dualblade.pipeline.checksums import Checksums
-from dualblade.pipeline.copies import MakeCopies, copies_for
 from dualblade.pipeline.facts import engine_facts, transfer_totals
 from dualblade.pipeline.gather import GatherBuffers, scatter
 from dualblade.pipeline.layer import HalfLayer, Layer, LayerMaker, check_continues, check_rows
@@ -39,38 +37,18 @@ from dualblade.pipeline.layers import LayeredKV
 from dualblade.pipeline.machinery import Machinery
 from dualblade.pipeline.read_ahead import Landing, ReadAhead
 from dualblade.pipeline.residence import MemorySource, MemoryWatch, Placements
+from dualblade.pipeline.settings import KVSettings
 from dualblade.pipeline.staging import CopyEvent, staging_shape
 from dualblade.pipeline.tails import TailLimit
 from dualblade.pipeline.timeline import Lane, now_ns
 from dualblade.pipeline.tuner import Mode, StepTimes, Tuner
 from dualblade.pipeline.unit import Unit
-from dualblade.residency import DoorSpeeds
 from dualblade.store import Store
 
 log = logging.getLogger("dualblade.pipeline")
 
 _EVENTS_MAX = 64
 """Changes of the tuner that are kept, the newest; each was logged."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KVSettings:
-    """What a `KVPipeline` is made of. `layer_count` counts the offloaded layers only; `over_tiles`:
-    attention works on tiles, and no layer is gathered whole. `layer_weights_bytes`: see
-    `staging_shape`. `memory` None: the budget holds, and nobody asks what memory there is. `speeds`
-    None: not measured."""
-
-    path: Path
-    budget_bytes: int
-    layer_count: int
-    tokens_max: int | None
-    device: torch.device
-    config: EngineConfig
-    over_tiles: bool = False
-    layer_weights_bytes: int = 0
-    memory: MemorySource | None = None
-    speeds: DoorSpeeds | None = None
-    copies: MakeCopies = copies_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +80,7 @@ class KVPipeline(LayeredKV):
             settings.tokens_max,
             gather_on_host=settings.device.type == "cpu",
             over_tiles=settings.over_tiles,
+            layers_alike=settings.layers_alike,
         )
         source = settings.memory or MemorySource(asked_bytes=settings.budget_bytes)
         self._placements = Placements(
@@ -295,7 +274,7 @@ class KVPipeline(LayeredKV):
                 self._settings.config,
                 self._settings.budget_bytes,
                 max(half.unit.geometry.slab_bytes for half in layer.halves),
-                left_bytes=self._budget.left_bytes(self._layers.values(), count),
+                room_bytes=self._budget.staging_room(self._layers.values(), count),
                 layer_weights_bytes=self._settings.layer_weights_bytes,
             )
         else:
@@ -400,6 +379,7 @@ class KVPipeline(LayeredKV):
         super().reset()
         self._placements.forget()
         self._budget.forget()
+        self._maker = self._maker.beside(self._budget.shares.staging_bytes)
 
     def _quiesce(self) -> None:
         self._drop_sweep()

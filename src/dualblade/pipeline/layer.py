@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -192,6 +192,11 @@ class LayerMaker:
     tokens_max: int | None
     tile_tokens: int | None
     tail_limit: TailLimit | None
+
+    def beside(self, staging_bytes: int) -> LayerMaker:
+        """One that leaves staging what it has."""
+        limit = self.tail_limit
+        return replace(self, tail_limit=limit and replace(limit, staging_bytes=staging_bytes))
 
     def make(self, index: int, key_rows: torch.Tensor, value_rows: torch.Tensor) -> Layer:
         """A layer for rows like these, [batch, kv_heads, n, dim]."""

@@ -14,7 +14,6 @@ from dualblade.pipeline.timeline import Lane, Timeline, now_ns
 from dualblade.units import BLOCK_BYTES, EXTENT_ALIGN_BYTES, KIB, MIB, round_up
 
 _SHARE_OF_BUDGET = 8
-_SHARE_OF_LEFT = 2
 _TOTAL_BYTES_MIN = 2 * MIB
 _TOTAL_BYTES_ENOUGH = 48 * MIB
 """Small budgets give more than their share for this, as far as others leave it: with 10 MiB a drive
@@ -66,21 +65,18 @@ def staging_shape(
     budget_bytes: int,
     slab_bytes_max: int,
     *,
-    left_bytes: int = 0,
+    room_bytes: int = 0,
     layer_weights_bytes: int = 0,
 ) -> StagingShape:
     """The slots for a budget. A slot holds at least one slab (`slab_bytes_max`); there are at
-    least 8, so that the least staging is 8 slabs. `left_bytes` of the budget are nobody's but
-    staging's and the page cache's, however long the context becomes. `layer_weights_bytes` are
-    multiplied between two layers' attention, while the drive is to go on; 0: in no time worth
-    mentioning."""
+    least 8, so that the least staging is 8 slabs. `room_bytes`: what a small budget may give beyond
+    its share (`staging_room`). `layer_weights_bytes` are multiplied between two layers' attention,
+    while the drive is to go on; 0: in no time worth mentioning."""
     share = min(
         max(budget_bytes // _SHARE_OF_BUDGET, _TOTAL_BYTES_MIN),
         _TOTAL_BYTES_MAX + layer_weights_bytes // _SHARE_OF_WEIGHTS,
     )
-    total = config.staging_bytes or max(
-        share, min(left_bytes // _SHARE_OF_LEFT, _TOTAL_BYTES_ENOUGH)
-    )
+    total = config.staging_bytes or max(share, min(room_bytes, _TOTAL_BYTES_ENOUGH))
     enough = max(total // _SLOTS_WANTED, _SLOT_BYTES_WANTED)
     slot = min(_SLOT_BYTES_MAX, enough, max(total // _SLOTS_MIN, _SLOT_BYTES_MIN))
     slot = max(slot // BLOCK_BYTES * BLOCK_BYTES, round_up(slab_bytes_max, BLOCK_BYTES))

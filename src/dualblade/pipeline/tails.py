@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dualblade.attention import group_tokens
 
 _SHARE_OF_BUDGET = 10
+_SHARE_OF_TABLES = 16
 _SHARE_LEFT = 4
 _TOKENS_WANTED = 16
 """What the attention kernel takes at a time. Tiles of fewer cost twice the processor time and
@@ -17,24 +18,28 @@ _FP32_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class TailLimit:
-    """Of a cache with `layer_count` layers. `over_tiles`: no layer is gathered whole."""
+    """Of a cache with `layer_count` layers. `over_tiles`: no layer is gathered whole.
+    `staging_bytes`: what staging has already; 0: none yet."""
 
     budget_bytes: int
     layer_count: int
     over_tiles: bool
+    staging_bytes: int = 0
 
     def bytes_max(self, token_elements: int, item_bytes: int) -> int:
         """Most memory for the tails of a layer whose tokens have `token_elements`, in keys and
         values of all sequences.
 
-        A tenth of the budget. Over tiles as much as 16 tokens have, if a quarter of the budget is
-        left beside a group of tiles, for staging and tables; with `exact` buffers grow with the
+        A tenth of the budget. Over tiles as much as 16 tokens have, if that and a group of tiles
+        leave staging what it has, or a quarter of the budget; with `exact` buffers grow with the
         context, and want the room.
         """
         share = self.budget_bytes // _SHARE_OF_BUDGET // self.layer_count
         if not self.over_tiles:
             return share
         group = _FP32_BYTES * token_elements * group_tokens(token_elements, _TOKENS_WANTED)
-        room = self.budget_bytes - self.budget_bytes // _SHARE_LEFT - group
+        tables = self.budget_bytes // _SHARE_OF_TABLES
+        left = max(self.budget_bytes // _SHARE_LEFT, self.staging_bytes + tables)
+        room = self.budget_bytes - group - left
         wanted = _TOKENS_WANTED * token_elements * item_bytes
-        return max(share, min(wanted, room // self.layer_count))
+        return max(share, wanted) if wanted * self.layer_count <= room else share

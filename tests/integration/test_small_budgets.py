@@ -1,0 +1,88 @@
+"""What a small budget is divided into, where staging takes more than its share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dualblade import DualBladeCache, EngineConfig
+from dualblade.metrics import CacheStats
+from dualblade.units import MIB
+
+CONFIG = LlamaConfig(
+    num_hidden_layers=16,
+    hidden_size=64,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    head_dim=64,
+    intermediate_size=64,
+    vocab_size=64,
+    max_position_embeddings=512,
+)
+"""64 KiB of KV a token in bfloat16."""
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(CONFIG).to(torch.bfloat16).eval()
+
+
+def run(model: LlamaForCausalLM, cache: DualBladeCache, batch: int) -> CacheStats:
+    with torch.inference_mode():
+        model(torch.ones(batch, 40, dtype=torch.long), cache=cache)
+        model(torch.ones(batch, 1, dtype=torch.long), cache=cache)
+    return cache.stats()
+
+
+def open_cache(model: LlamaForCausalLM, budget_bytes: int, **settings: int) -> DualBladeCache:
+    return DualBladeCache.for_model(
+        model,
+        path="direct",
+        attention="tiles",
+        memory_budget=budget_bytes,
+        config=EngineConfig(**settings),
+    )
+
+
+def test_staging_of_a_small_budget_is_more_than_an_eighth(model: LlamaForCausalLM) -> None:
+    with open_cache(model, 128 * MIB) as cache:
+        memory = run(model, cache, 1).memory
+    assert memory is not None
+    assert memory.staging_bytes == 48 * MIB
+
+
+def test_many_sequences_have_tiles_of_sixteen_tokens(model: LlamaForCausalLM) -> None:
+    with open_cache(model, 128 * MIB) as cache:
+        memory = run(model, cache, 64).memory
+    assert memory is not None
+    assert memory.tail_bytes == 64 * MIB
+    assert memory.staging_bytes == 16 * MIB
+    assert memory.used_bytes <= 128 * MIB
+
+
+@pytest.mark.parametrize("budget_bytes", [96 * MIB, 128 * MIB, 144 * MIB, 160 * MIB])
+def test_after_one_sequence_there_is_room_for_many(
+    model: LlamaForCausalLM, budget_bytes: int
+) -> None:
+    """Staging keeps what the first prompt gave it; tails of the second make do with the rest."""
+    with open_cache(model, budget_bytes) as cache:
+        first = run(model, cache, 1).memory
+        cache.reset()
+        then = run(model, cache, 64).memory
+    assert first is not None
+    assert then is not None
+    assert then.staging_bytes == first.staging_bytes
+    assert then.used_bytes <= budget_bytes
+
+
+def test_taking_back_tokens_finds_room_for_tails_of_two_tiles(model: LlamaForCausalLM) -> None:
+    with open_cache(model, 64 * MIB) as cache:
+        before = run(model, cache, 8).memory
+        cache.activate_past_recording()
+        after = run(model, cache, 8).memory
+    assert before is not None
+    assert after is not None
+    assert after.tail_bytes == 2 * before.tail_bytes
+    assert after.used_bytes <= 64 * MIB
