@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dualblade import DualBladeCache, EngineConfig
+from dualblade import DualBladeCache
 from dualblade.metrics import CacheStats
 from dualblade.units import MIB
 
@@ -36,13 +36,9 @@ def run(model: LlamaForCausalLM, cache: DualBladeCache, batch: int) -> CacheStat
     return cache.stats()
 
 
-def open_cache(model: LlamaForCausalLM, budget_bytes: int, **settings: int) -> DualBladeCache:
+def open_cache(model: LlamaForCausalLM, budget_bytes: int) -> DualBladeCache:
     return DualBladeCache.for_model(
-        model,
-        path="direct",
-        attention="tiles",
-        memory_budget=budget_bytes,
-        config=EngineConfig(**settings),
+        model, path="direct", attention="tiles", memory_budget=budget_bytes
     )
 
 

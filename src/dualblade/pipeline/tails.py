@@ -31,8 +31,8 @@ class TailLimit:
         values of all sequences.
 
         A tenth of the budget. Over tiles as much as 16 tokens have, if that and a group of tiles
-        leave staging what it has, or a quarter of the budget; with `exact` buffers grow with the
-        context, and want the room.
+        leave a quarter of the budget, and what staging has already with something for tables; with
+        `exact` buffers grow with the context, and want the room.
         """
         share = self.budget_bytes // _SHARE_OF_BUDGET // self.layer_count
         if not self.over_tiles:
