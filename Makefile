@@ -12,15 +12,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(shell find native -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
 
-.PHONY: demo test check check-native lab venv clean
+.PHONY: demo test check check-native lab test-packages venv clean
 
 demo: venv
 	$(BIN)/dualblade demo
 
-test: venv
+test: venv test-packages
 	$(BIN)/python -m pytest
 
-check: venv
+check: venv test-packages
 	$(BIN)/ruff format --check src tests scripts examples
 	$(BIN)/ruff check src tests scripts examples
 	$(BIN)/mypy
@@ -30,8 +30,11 @@ check: venv
 check-native: venv
 	bash native/check.sh
 
-lab: venv
+lab: venv test-packages
 	$(BIN)/python -m pytest tests/lab
+
+test-packages:
+	bash scripts/system_packages tests
 
 venv: $(VENV)/.installed
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What the lab boots, made once in build/lab: a Debian cloud kernel (NVMe and virtiofs built in), the
-# modules that make a drive part of something else (dm, md), and an initramfs of one busybox. Needs qemu, virtiofsd, busybox-static, cpio, xz (scripts/system_packages).
+# modules that make a drive part of something else (dm, md), and an initramfs of one busybox. Needs qemu, virtiofsd, busybox-static, cpio, xz (scripts/system_packages tests).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 lab=${DUALBLADE_LAB_CACHE:-$PWD/build/lab}

@@ -80,8 +80,8 @@ GUESTS = {
 def test_devices_in_guests(tmp_path: Path) -> None:
     absent = missing()
     if absent:
-        assert not os.environ.get("CI"), f"the lab needs {absent}: scripts/system_packages"
-        pytest.skip(f"the lab needs {', '.join(absent)}: scripts/system_packages installs them")
+        assert not os.environ.get("CI"), f"the lab needs {absent}: scripts/system_packages tests"
+        pytest.skip(f"the lab needs {', '.join(absent)}: run scripts/system_packages tests")
     faulthandler.cancel_dump_traceback_later()  # minutes here are no deadlock
     folder = Path("tests/lab/guest")
     here = {path.name for path in (ROOT / folder).glob("test_*.py")}
