@@ -83,7 +83,7 @@ class EngineConfig:
                          copying it to staging. Needs Linux 5.14 and a store of one member; else,
                          and off, it is read.
     trace_events         spans that are kept for `DualBladeCache.write_trace`, the newest; about
-                         200 bytes each, outside the budget. 0: none.
+                         170 bytes each, outside the budget. 0: none.
     discard              tell a device (TRIM) of each extent when it is freed. Off: all are told of
                          at close, and a discard stops the step in which it happens. For caches
                          that live long on drives that want to know. Files do not need it.

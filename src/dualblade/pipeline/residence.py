@@ -1,6 +1,6 @@
 """Which door each unit has, step by step: the plan in force and what it is re-made from.
 
-At the first layer of a step, on the `dual` path: ask what memory there is (at most ten times a
+At the first layer of a step, on the `dual` path: ask what memory there is (at most twice a
 second), take the hits that the last measured sweep had, and let the controller say which few units
 move. It moves them before the step reads or writes anything.
 """

@@ -40,7 +40,7 @@ Event = tuple[int, str, int, int, int, int]
 class Timeline:
     """Of one cache. `events_max`: newest spans that are kept for a trace; 0 keeps none.
 
-    Used by the model's thread. A span costs 0.4 us, kept for a trace 0.5 us (docs/decisions/0009).
+    Used by the model's thread. A span costs 0.25 us, kept for a trace 0.3 us (docs/decisions/0009).
     """
 
     def __init__(self, events_max: int = 0) -> None:
