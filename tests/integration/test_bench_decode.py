@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dualblade.bench import decode, workload
 from dualblade.bench.child_process import ChildOutcome
 from dualblade.bench.decode import DecodeBenchOptions, run_decode_bench
 from dualblade.bench.series import Watch
-from dualblade.bench.workload import MODES
+from dualblade.bench.workload import MODES, OFFLOADED
 from dualblade.errors import DualBladeError
 from dualblade.host.cgroup import MemoryCgroup, _find_parent
 from dualblade.units import MIB
@@ -29,6 +30,8 @@ MODEL = "random:llama?layers=8,hidden=128,heads=2,kv_heads=2,intermediate=128,vo
 KV_BYTES = 64 * MIB  # 8 layers x keys and values x 2 heads x 64 dims x 2 bytes = 4 KiB a token
 SHAPE: dict[str, Any] = {"model": MODEL, "batch": 4, "context": 4096, "steps": 3}
 STORED = ("dual", "page-cache", "direct", "mmap")
+HERE = tuple(mode for mode in MODES if mode != OFFLOADED)
+"""Those that want no GPU."""
 
 REASON = MemoryCgroup.available()
 needs_cgroup = pytest.mark.skipif(REASON is not None, reason=f"no memory cgroup: {REASON}")
@@ -53,7 +56,7 @@ CONTRACT = {
 @pytest.fixture(scope="module")
 def free_runs() -> dict[str, Any]:
     """All modes without a limit, the budget half of the KV."""
-    options = DecodeBenchOptions(**SHAPE, modes=MODES, memory_budget="32MiB", compare_fio=False)
+    options = DecodeBenchOptions(**SHAPE, modes=HERE, memory_budget="32MiB", compare_fio=False)
     return plain(run_decode_bench(options))
 
 
@@ -76,7 +79,7 @@ def of_mode(result: dict[str, Any], mode: str) -> dict[str, Any]:
     return dict(run)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", HERE)
 def test_every_mode_runs_without_a_limit(free_runs: dict[str, Any], mode: str) -> None:
     run = of_mode(free_runs, mode)
     assert set(run) >= CONTRACT
@@ -127,7 +130,7 @@ def test_the_result_says_what_it_was_measured_on(free_runs: dict[str, Any]) -> N
     assert free_runs["machine"]["device"]["file_system"]
     assert free_runs["command"]
     assert free_runs["options"]["model"] == MODEL
-    assert [entry["mode"] for entry in free_runs["summary"]] == list(MODES)
+    assert [entry["mode"] for entry in free_runs["summary"]] == list(HERE)
 
 
 @needs_cgroup
@@ -164,6 +167,15 @@ def test_mmap_with_exact_attention_is_bit_equal(tmp_path: Path) -> None:
     assert result["tokens_agree"] is True
     assert [run["error"] for run in result["runs"]] == [None] * 3
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: tests/integration/test_cuda")
+def test_transformers_offload_wants_a_gpu_and_others_go_on() -> None:
+    result = run_decode_bench(DecodeBenchOptions(**SHAPE, modes=("offloaded-cache", "memory")))
+    refused, done = result["runs"]
+    assert "keeps KV out of a GPU's memory, and the model is on the cpu" in refused["error"]
+    assert refused["step_seconds"] is None
+    assert done["error"] is None
 
 
 @needs_cgroup

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from dualblade import DualBladeCache
+from dualblade.bench.decode import DecodeBenchOptions, run_decode_bench
 from tests.integration.tiny_models import prompt, tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
@@ -40,3 +41,16 @@ def test_beams_and_crops_on_cuda() -> None:
         with DualBladeCache.for_model(model, memory_budget="16MiB") as cache:
             got = model.generate(**inputs, cache=cache, **settings)
         assert torch.equal(got, want)
+
+
+def test_offloaded_cache_is_a_mode_of_the_benchmarks() -> None:
+    options = DecodeBenchOptions(
+        model="random:llama?layers=4,hidden=64,heads=4,kv_heads=2,vocab=100,positions=1024",
+        context=512,
+        steps=3,
+        attention="exact",
+        modes=("dynamic-cache", "offloaded-cache", "dual"),
+    )
+    result = run_decode_bench(options)
+    assert [run["error"] for run in result["runs"]] == [None] * 3
+    assert result["tokens_agree"] is True

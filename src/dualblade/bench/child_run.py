@@ -157,8 +157,7 @@ def under_limit(options: ChildOptions) -> Iterator[Memory]:
 
 
 def open_cache(options: ChildOptions, model: Any) -> Any:
-    """An empty cache of the mode, but for YARDSTICK, which is transformers' own. Raises:
-    DualBladeError."""
+    """An empty cache of the mode, but for TRANSFORMERS. Raises: DualBladeError."""
     return (_mmap_cache if options.mode == MMAP else _dualblade_cache)(options, model)
 
 

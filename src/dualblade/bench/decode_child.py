@@ -24,7 +24,7 @@ from dualblade.bench.child_run import (
     under_limit,
 )
 from dualblade.bench.decode_rows import RandomRows, fill, kv_bytes
-from dualblade.bench.workload import YARDSTICK
+from dualblade.bench.workload import TRANSFORMERS
 from dualblade.host.process import process_io
 
 
@@ -110,10 +110,11 @@ def _filled_cache(
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         stack.enter_context(positions_checked())
-        if options.mode == YARDSTICK:
-            from dualblade.bench.decode_yardstick import filled_dynamic_cache
+        if options.mode in TRANSFORMERS:
+            from dualblade.bench.decode_yardstick import filled, transformers_cache
 
-            cache: Any = filled_dynamic_cache(model, rows, options.context)
+            empty = transformers_cache(model, options.mode)
+            cache: Any = filled(empty, model, rows, options.context)
         else:
             cache = stack.enter_context(open_cache(options, model))
             fill(rows, options.context, cache, model.device)

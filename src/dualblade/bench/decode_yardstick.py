@@ -1,4 +1,4 @@
-"""transformers' own cache, for comparison: what a decode step costs without dualblade."""
+"""transformers' own caches, for comparison: what a decode step costs without dualblade."""
 
 from __future__ import annotations
 
@@ -8,11 +8,24 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from dualblade.bench.decode_rows import LayerShape, RandomRows, whole_layer
+from dualblade.bench.workload import OFFLOADED
+from dualblade.errors import Unsupported
 
 
-def filled_dynamic_cache(model: Any, rows: RandomRows, tokens: int) -> DynamicCache:
-    """A DynamicCache that holds `tokens` random tokens."""
-    cache = DynamicCache(config=model.config)
+def transformers_cache(model: Any, mode: str) -> DynamicCache:
+    """An empty cache of one of TRANSFORMERS. Raises: Unsupported."""
+    is_offloaded = mode == OFFLOADED
+    if is_offloaded and model.device.type != "cuda":
+        raise Unsupported(
+            f"{OFFLOADED} keeps KV out of a GPU's memory, and the model is on the "
+            f"{model.device.type}",
+            hint="run it where torch finds a CUDA GPU; dynamic-cache is the same without a GPU",
+        )
+    return DynamicCache(config=model.config, offloading=is_offloaded)
+
+
+def filled(cache: DynamicCache, model: Any, rows: RandomRows, tokens: int) -> DynamicCache:
+    """`cache`, which was empty, with `tokens` random tokens."""
     for index in range(len(rows.shapes)):
         cache.update(*whole_layer(rows, index, tokens, model.device), index)
     return cache

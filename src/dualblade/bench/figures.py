@@ -242,6 +242,7 @@ _MODES = {
     "mmap": "#D55E00",
     "memory": "#5B6268",
     "dynamic-cache": "#A7ADB2",
+    "offloaded-cache": "#8C6D46",
 }
 _STAGES = {
     "waiting for reads": "#882255",

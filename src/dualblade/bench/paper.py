@@ -23,7 +23,7 @@ from dualblade.bench.prefill import PrefillBenchOptions, run_prefill_bench
 from dualblade.bench.scenario import Entry, Scenario
 from dualblade.bench.series import Watch
 from dualblade.bench.workload import (
-    YARDSTICK,
+    TRANSFORMERS,
     LeftForCache,
     Progress,
     parse_limit,
@@ -187,7 +187,7 @@ def needs_of(entry: Entry) -> Needs:
     cache = 0
     for text in options.memory_limits or ("none",):
         limit = parse_limit(text)
-        if limit is None and {"memory", YARDSTICK} & set(options.modes):
+        if limit is None and {"memory", *TRANSFORMERS} & set(options.modes):
             cache = max(cache, kv)
         elif isinstance(limit, LeftForCache):
             cache = max(cache, min(kv, limit.size_bytes))

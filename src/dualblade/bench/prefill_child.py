@@ -23,7 +23,7 @@ from dualblade.bench.child_run import (
     warm_up,
 )
 from dualblade.bench.decode_rows import kv_bytes
-from dualblade.bench.workload import YARDSTICK
+from dualblade.bench.workload import TRANSFORMERS
 from dualblade.host.process import process_io
 
 
@@ -56,10 +56,11 @@ def prefill(options: ChildOptions) -> dict[str, Any]:
     with under_limit(options) as memory, contextlib.ExitStack() as stack:
         stack.enter_context(positions_checked())
         stack.enter_context(torch.inference_mode())
-        if options.mode == YARDSTICK:
-            from transformers import DynamicCache  # here: costs seconds to import
+        if options.mode in TRANSFORMERS:
+            # here: costs seconds to import
+            from dualblade.bench.decode_yardstick import transformers_cache
 
-            cache: Any = DynamicCache(config=model.config)
+            cache: Any = transformers_cache(model, options.mode)
         else:
             cache = stack.enter_context(open_cache(options, model))
         before = _now()

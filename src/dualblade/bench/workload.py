@@ -32,13 +32,20 @@ from dualblade.units import MIB, format_size, parse_size
 YARDSTICK = "dynamic-cache"
 """A mode besides the path words: transformers' DynamicCache with the same rows."""
 
+OFFLOADED = "offloaded-cache"
+"""A mode: the same with its layers in host memory, but for the one that is attended to; the next
+one is copied to the GPU meanwhile. Wants a GPU."""
+
+TRANSFORMERS = (YARDSTICK, OFFLOADED)
+"""Modes whose cache is transformers' own."""
+
 MMAP = "mmap"
 """A mode: memory-mapped files, the way of earlier offloaders (mmap_kv)."""
 
 MMAP_ENDING = ".mmap"
 """Of the folder beside a kept store that has the mapped files."""
 
-MODES = (*(path.value for path in config.Path), MMAP, YARDSTICK)
+MODES = (*(path.value for path in config.Path), MMAP, *TRANSFORMERS)
 """And `static-N`: the `dual` path with N percent of the KV through the page cache,
 whether they fit or not. Each may go on with settings of its own: `dual+pipeline=serial`."""
 
@@ -57,8 +64,8 @@ def quiet(_line: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mode:
-    """A mode in parts: the path (or MMAP, YARDSTICK), settings of EngineConfig that are its own,
-    and its way into attention; None: that of the workload."""
+    """A mode in parts: the path (or MMAP, one of TRANSFORMERS), settings of EngineConfig that are
+    its own, and its way into attention; None: that of the workload."""
 
     path: str
     settings: Mapping[str, Any]
@@ -94,7 +101,7 @@ def static_percent(mode: str) -> int | None:
 
 def is_stored(mode: str) -> bool:
     """Whether the mode reads from the drive, and is compared with fio."""
-    return mode.partition("+")[0] not in (YARDSTICK, config.Path.MEMORY.value)
+    return mode.partition("+")[0] not in (*TRANSFORMERS, config.Path.MEMORY.value)
 
 
 def at_least(name: str, value: int, least: int) -> None:

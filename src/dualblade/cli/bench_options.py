@@ -15,9 +15,9 @@ Modes = Annotated[
         "--mode",
         metavar="PATH",
         help="dual, page-cache, direct, memory; mmap (memory-mapped files, the way of earlier "
-        "offloaders); dynamic-cache (transformers' own); static-N: N percent through the page "
-        "cache, whether they fit or not. Settings may follow: dual+pipeline=serial. May be "
-        "repeated.",
+        "offloaders); dynamic-cache (transformers' own); offloaded-cache (its layers in host "
+        "memory, with a GPU); static-N: N percent through the page cache, whether they fit or "
+        "not. Settings may follow: dual+pipeline=serial. May be repeated.",
     ),
 ]
 Batch = Annotated[int, typer.Option("--batch", min=1, metavar="B", help="Sequences.")]
