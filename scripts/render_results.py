@@ -113,6 +113,24 @@ def io() -> str:
     )
 
 
+def deepspeed() -> str:
+    data = load("deepspeed")
+
+    def speeds(name: str) -> str:
+        each = [pair[name]["bytes_per_second"] / GIB for pair in data["pairs"]]
+        return f"{statistics.median(each):.2f} GiB/s ({min(each):.2f}-{max(each):.2f})"
+
+    setting, ratio = data["deepspeed_setting"], data["throughput_ratio_median"]
+    return (
+        f"dualblade reads {speeds('dualblade')}, DeepSpeed {data['deepspeed']} "
+        f"{speeds('deepspeed')} with its best setting of {len(data['deepspeed_tried'])} (threads: "
+        f"{setting['threads']}, requests in flight: {setting['queue_depth']}): {ratio:.1f} times "
+        f"as fast, with {data['cpu_ratio_median']:.2f} of its processor time per GiB. Medians of "
+        f"{len(data['pairs'])} pairs; `{data['command']}` on {machine_line(data['machine'])}; "
+        "file: `results/deepspeed.json`."
+    )
+
+
 def striping() -> str:
     data = load("striping")
     rows = [
@@ -727,6 +745,7 @@ def ablation() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "io": io,
+    "deepspeed": deepspeed,
     "striping": striping,
     "decode": decode,
     "attention": attention,

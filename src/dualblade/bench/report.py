@@ -27,6 +27,7 @@ from dualblade.bench.report_section import Made, Named, Section
 from dualblade.bench.report_tables import (
     attention_section,
     control_section,
+    deepspeed_section,
     demo_section,
     generate_section,
     io_section,
@@ -122,6 +123,7 @@ def kind_of(result: Any) -> str | None:
     marks = {
         "striping": {"benchmark", "throttle_bytes_per_second", "runs"},
         "control": {"control_seconds_per_step", "share_of_a_10_ms_step", "machine"},
+        "deepspeed": {"deepspeed_setting", "pairs", "machine"},
         "envelope": {"benchmark", "calibration", "target"},
         "io": {"read_bytes_per_second", "effective_queue_depth", "machine"},
         "attention": {"bench", "kernel", "threads", "machine"},
@@ -161,6 +163,7 @@ SECTIONS: dict[str, Callable[[list[Named]], Made]] = {
     "growth": growth_section,
     "demo": demo_section,
     "io": io_section,
+    "deepspeed": deepspeed_section,
     "striping": striping_section,
     "control": control_section,
     "attention": attention_section,

@@ -59,6 +59,30 @@ def control_section(group: list[Named]) -> Made:
     return section, []
 
 
+def deepspeed_section(group: list[Named]) -> Made:
+    """`scripts/measure_deepspeed.py`: the engine beside DeepSpeed's async_io."""
+    ((name, result),) = group
+    setting, ratio = result["deepspeed_setting"], result["throughput_ratio_median"]
+    rows = []
+    for who in ("dualblade", "deepspeed"):
+        speeds = [pair[who]["bytes_per_second"] / GIB for pair in result["pairs"]]
+        cpu = statistics.median(pair[who]["cpu_seconds_per_gib"] for pair in result["pairs"])
+        spread = f"{min(speeds):.2f}-{max(speeds):.2f}"
+        rows.append([who, f"{statistics.median(speeds):.2f}", spread, f"{cpu:.3f}"])
+    section = Section(
+        title="The I/O engine beside DeepSpeed's",
+        file=name,
+        about=f"One file, requests of 1 MiB, O_DIRECT, {len(rows)} programs in turn; DeepSpeed "
+        f"{result['deepspeed']} with its best setting of {len(result['deepspeed_tried'])}: "
+        f"{setting['threads']} threads, {setting['queue_depth']} requests in flight.",
+        command=result["command"],
+        machine=result["machine"],
+        head=["engine", "read GiB/s", "spread", "CPU s per GiB"],
+        rows=rows,
+    )
+    return section, [(f"{ratio:.1f} x", "the bandwidth of DeepSpeed's async_io")]
+
+
 def striping_section(group: list[Named]) -> Made:
     """`scripts/measure_striping.py`: devices throttled to a speed that is known."""
     ((name, result),) = group
