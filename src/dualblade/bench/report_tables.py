@@ -72,7 +72,7 @@ def deepspeed_section(group: list[Named]) -> Made:
     section = Section(
         title="The I/O engine beside DeepSpeed's",
         file=name,
-        about=f"One file, requests of 1 MiB, O_DIRECT, {len(rows)} programs in turn; DeepSpeed "
+        about=f"One file, requests of 1 MiB, O_DIRECT, both in turn; DeepSpeed "
         f"{result['deepspeed']} with its best setting of {len(result['deepspeed_tried'])}: "
         f"{setting['threads']} threads, {setting['queue_depth']} requests in flight.",
         command=result["command"],
