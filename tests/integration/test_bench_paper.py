@@ -173,6 +173,20 @@ def test_what_cannot_be_found_is_told(tmp_path: Path) -> None:
     assert [s["name"] for s in json.loads(listed.stdout)["scenarios"]] == scenario_names()
 
 
+def test_one_run_of_a_scenario(tmp_path: Path) -> None:
+    scenario = read_scenario(written(tmp_path, GOOD))
+    assert [entry.name for entry in scenario.only(["two"]).entries] == ["two"]
+    assert scenario.only(["two", "one"]) == scenario, "in the file's order"
+    file, output = str(tmp_path / "mine.toml"), str(tmp_path / "out")
+    done = CliRunner().invoke(
+        app, ["bench", "paper", file, "--run", "tow", "--output", output], terminal_width=200
+    )
+    assert done.exit_code == 2
+    assert "scenario mine has no run 'tow'" in done.stderr
+    assert "did you mean 'two'? known: one, two" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def keep(path: Path, result: dict[str, Any]) -> None:
     path.write_text(json.dumps(result))
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,19 @@ class Scenario:
             replace(entry, options=replace(entry.options, store=store)) for entry in self.entries
         )
         return replace(self, entries=tuple(moved))
+
+    def only(self, names: Collection[str]) -> Scenario:
+        """The same with these entries alone, in the file's order. Raises: ConfigError."""
+        known = [entry.name for entry in self.entries]
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                raise ConfigError(
+                    f"scenario {self.name} has no run {name!r}",
+                    hint=(f"did you mean {near[0]!r}? " if near else "")
+                    + f"known: {', '.join(known)}",
+                )
+        return replace(self, entries=tuple(e for e in self.entries if e.name in names))
 
 
 def scenario_names() -> list[str]:

@@ -23,6 +23,12 @@ def bench_paper(
     output: Annotated[
         Path | None, typer.Option("--output", metavar="DIR", help="Folder for the results.")
     ] = None,
+    runs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--run", metavar="NAME", help="Only this run of the scenario; may be repeated."
+        ),
+    ] = None,
     list_: Annotated[
         bool, typer.Option("--list", help="Show the scenarios that there are, and run nothing.")
     ] = False,
@@ -41,6 +47,7 @@ def bench_paper(
       dualblade bench paper --list
       dualblade bench paper quick --output quick
       dualblade bench report quick --output quick.html
+      dualblade bench paper paper-24gib --run paper-llama-3.2-1b --output results
       dualblade bench paper my.toml --output results --store /mnt/nvme/kv.store
     """
     from dualblade.bench.paper import run_paper
@@ -52,11 +59,13 @@ def bench_paper(
         return
     if output is None:
         raise ConfigError("--output is missing", hint="name a folder for the results")
-    chosen = find_scenario(scenario).on(store)
+    whole = find_scenario(scenario).on(store)
+    chosen = whole.only(runs) if runs else whole
+    share = chosen.run_count / whole.run_count
     with Reporter() as reporter:
         reporter.tell(
-            f"{chosen.name}: {chosen.run_count} runs, about {chosen.minutes} minutes on 2 cores "
-            "with a drive of 3 GiB/s"
+            f"{chosen.name}: {chosen.run_count} runs, about {share * chosen.minutes:.0f} minutes "
+            "on 2 cores with a drive of 3 GiB/s"
         )
         result = run_paper(chosen, output, write_json_file, reporter.tell)
     if json:
