@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,21 @@ def test_other_options_are_refused_in_a_line(
     other = EnvelopeOptions(limits=("50%",), splits=(0, 50, 100), rounds=3, steps=4)
     with pytest.raises(ConfigError, match="begun with steps 8, not 4"):
         run_envelope(other, tmp_path / "log.jsonl")
+
+
+def test_more_rounds_are_added_to_a_log_and_fewer_are_refused(
+    machine: Callable[[int], Runs], tmp_path: Path
+) -> None:
+    log = tmp_path / "log.jsonl"
+    machine(100)
+    run_envelope(SMALL, log)
+    more = machine(100)
+    result = run_envelope(replace(SMALL, rounds=SMALL.rounds + 2), log)
+    modes = [mode for mode, *_ in more.payloads[1:]]  # the store is written first
+    assert len(modes) == 2 * (1 + 4), "two rounds of dual and four splits; nothing is run again"
+    assert result["summary"][0]["pairs"] == SMALL.rounds + 2
+    with pytest.raises(ConfigError, match=f"begun with rounds {SMALL.rounds}, not 1"):
+        run_envelope(replace(SMALL, rounds=1), log)
 
 
 def test_a_log_that_is_not_ours_or_not_free_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,10 @@ from typing import Any
 
 from dualblade.errors import ConfigError
 
+MAY_GROW = ("repeats", "rounds")
+"""Options of which more may be asked of a log that was begun with fewer: plans take them in turn,
+so that the runs of fewer come first."""
+
 
 class RunLog:
     """The runs of `options` in the file `path`, made if missing; a context manager.
@@ -97,7 +101,8 @@ class RunLog:
         """The facts of the log. Raises: ConfigError naming the first option that differs."""
         old = first["options"]
         for name in sorted({*old, *options}):
-            if old.get(name) != options.get(name):
+            has_grown = name in MAY_GROW and name in old and old[name] <= options.get(name, 0)
+            if old.get(name) != options.get(name) and not has_grown:
                 raise ConfigError(
                     f"{self._path} was begun with {name} {old.get(name)!r}, "
                     f"not {options.get(name)!r}",
