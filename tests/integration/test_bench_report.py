@@ -15,7 +15,7 @@ from dualblade.bench import report_decode
 from dualblade.bench.report import collect, kind_of, write_report
 from dualblade.bench.report_decode import ablation_section, decode_section
 from dualblade.bench.report_section import model_text
-from dualblade.bench.report_tables import striping_section
+from dualblade.bench.report_tables import flexllmgen_section, striping_section
 from dualblade.cli.app import app
 from dualblade.errors import ConfigError
 from dualblade.units import GIB, MIB
@@ -236,6 +236,30 @@ def test_striping_is_measured_against_the_throttles_together() -> None:
     section, cards = striping_section([("striping.json", result)])
     assert list(section.rows[1]) == ["3", "8", "270", "90 %", "240", "80 %", "0.020"]
     assert cards == [("90 %", "of the bandwidth of 3 striped devices")]
+
+
+def test_flexllmgen_is_one_row_beside_ours() -> None:
+    """As scripts/measure_flexllmgen.py writes it."""
+    result = {
+        "command": "measure",
+        "flexllmgen_commit": None,
+        "model": "opt-6.7b",
+        "batch": 12,
+        "context": 1984,
+        "memory_limit_bytes": 4 * GIB,
+        "step_ratio_median": {"mmap": 0.9, "dual": 0.25},
+        "rounds": [
+            {"flexllmgen": {"step_seconds": 2 * t}, "mmap": {"step_seconds": t},
+             "dual": {"step_seconds": t / 2}} for t in (1.0, 1.5)
+        ],
+        "machine": MACHINE,
+    }  # fmt: skip
+    assert kind_of(result) == "flexllmgen"
+    section, cards = flexllmgen_section([("flexllmgen.json", result)])
+    assert list(section.rows[0]) == ["flexllmgen", "2500", "2000-3000", "-"]
+    assert list(section.rows[2]) == ["dual", "625", "500-750", "0.25"]
+    assert "4.0 GiB of memory for each" in section.about
+    assert cards == [("0.25 x", "FlexLLMGen's step time")]
 
 
 def test_an_ablation_tells_what_each_step_gains() -> None:

@@ -83,6 +83,31 @@ def deepspeed_section(group: list[Named]) -> Made:
     return section, [(f"{ratio:.1f} x", "the bandwidth of DeepSpeed's async_io")]
 
 
+def flexllmgen_section(group: list[Named]) -> Made:
+    """`scripts/measure_flexllmgen.py`: decoding beside FlexLLMGen."""
+    ((name, result),) = group
+    rounds, limit = result["rounds"], result["memory_limit_bytes"]
+    rows = []
+    for who in rounds[0]:
+        steps = [1000 * each[who]["step_seconds"] for each in rounds]
+        spread = f"{min(steps):.0f}-{max(steps):.0f}"
+        ratio = number_text(result["step_ratio_median"].get(who), "{:.2f}")
+        rows.append([who, f"{statistics.median(steps):.0f}", spread, ratio])
+    section = Section(
+        title="Decoding beside FlexLLMGen",
+        file=name,
+        about=f"{result['model']}, {result['batch']} x {result['context']} tokens, float16 on a "
+        "GPU, all KV on the drive; "
+        + ("no memory limit" if limit is None else f"{limit / GIB:.1f} GiB of memory for each")
+        + "; in turn. FlexLLMGen's step is a mean, ours a median.",
+        command=result["command"],
+        machine=result["machine"],
+        head=["who", "ms/step", "spread", "/ FlexLLMGen"],
+        rows=rows,
+    )
+    return section, [(f"{result['step_ratio_median']['dual']:.2f} x", "FlexLLMGen's step time")]
+
+
 def striping_section(group: list[Named]) -> Made:
     """`scripts/measure_striping.py`: devices throttled to a speed that is known."""
     ((name, result),) = group
