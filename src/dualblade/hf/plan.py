@@ -238,7 +238,7 @@ def _residency(
     demands = tuple(
         UnitDemand(
             unit=UnitId(shape.index, part),
-            size_bytes=-(-request.tokens // tile) * geometry.tile_bytes(request.batch),
+            size_bytes=request.tokens // tile * geometry.tile_bytes(request.batch),
             grain_bytes=geometry.grain_bytes(request.batch),
         )
         for shape, tile in zip(stored, rows, strict=True)
