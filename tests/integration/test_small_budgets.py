@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dualblade import DualBladeCache
 from dualblade.metrics import CacheStats
-from dualblade.units import MIB
+from dualblade.units import KIB, MIB
 
 CONFIG = LlamaConfig(
     num_hidden_layers=16,
@@ -82,3 +82,26 @@ def test_taking_back_tokens_finds_room_for_tails_of_two_tiles(model: LlamaForCau
     assert after is not None
     assert after.tail_bytes == 2 * before.tail_bytes
     assert after.used_bytes <= 64 * MIB
+
+
+def test_staging_gives_way_where_all_kv_just_fits(model: LlamaForCausalLM) -> None:
+    """512 tokens of two sequences have 64 MiB; margin, tails and a group of tiles 30."""
+    staging = {}
+    for path in ("dual", "direct"):
+        with DualBladeCache.for_model(
+            model, path=path, attention="tiles", memory_budget=128 * MIB, max_tokens=512
+        ) as cache:
+            stats = run(model, cache, 2)
+        assert stats.memory is not None
+        staging[path] = stats.memory.staging_bytes
+    assert staging == {"dual": 32 * MIB, "direct": 48 * MIB}
+
+
+def test_a_plan_counts_the_tiles_that_are_stored(model: LlamaForCausalLM) -> None:
+    """Of 100 tokens 64 fill a tile; the others stay in the tail."""
+    with DualBladeCache.for_model(
+        model, attention="tiles", memory_budget=128 * MIB, max_tokens=100
+    ) as cache:
+        stats = run(model, cache, 1)
+    assert stats.plan is not None
+    assert sum(unit.bytes for unit in stats.plan) == 64 * 64 * KIB

@@ -56,6 +56,17 @@ def test_a_small_budget_gives_what_room_there_is_until_the_drive_is_busy() -> No
     assert total(192 * MIB, 82 * MIB, staging=8 * MIB) == 8 * MIB
 
 
+def test_staging_gives_way_where_it_alone_would_leave_kv_to_be_read() -> None:
+    def total(fitting_bytes: int, staging: int | None = None) -> int:
+        engine = EngineConfig(staging_bytes=staging)
+        return staging_shape(engine, 4 * GIB, 64 * KIB, fitting_bytes=fitting_bytes).total_bytes
+
+    assert total(0) == total(31 * MIB) == 64 * MIB, "some is to be read anyway"
+    assert total(32 * MIB) == total(64 * MIB) == total(111 * MIB) == 32 * MIB
+    assert total(112 * MIB) == 64 * MIB, "all fits with room to spare"
+    assert total(32 * MIB, staging=48 * MIB) == 48 * MIB
+
+
 def test_room_is_half_of_what_is_left_and_leaves_room_for_tails_of_two_tiles() -> None:
     def room(tails: int, gather: int = 16 * MIB) -> int:
         return staging_room(

@@ -62,6 +62,11 @@ class PlanRequest:
             raise ConfigError("context and batch must be at least 1")
         self.engine.check_path(self.path)
 
+    @property
+    def has_choice(self) -> bool:
+        """Whether anything but the request says which KV goes through the page cache."""
+        return self.path is Path.DUAL and self.engine.cache_percent is None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CachePlan:
@@ -175,14 +180,15 @@ def _shares(
     layer_weights_bytes: int,
 ) -> BudgetShares:
     slabs = [geometry.slab_bytes for geometry in _geometries(stored[0], rows[0], request)]
+    claimed = _claimed(stored, rows, request, round_up(request.tokens, CAPACITY_STEP_TOKENS))
     staging = staging_shape(
         request.engine,
         request.budget_bytes,
         max(slabs),
         room_bytes=_staging_room(stored, rows, request),
         layer_weights_bytes=layer_weights_bytes,
+        fitting_bytes=_fitting_staging(claimed, stored, rows, request),
     )
-    claimed = _claimed(stored, rows, request, round_up(request.tokens, CAPACITY_STEP_TOKENS))
     return replace(claimed, staging_bytes=staging.total_bytes)
 
 
@@ -195,6 +201,23 @@ def _staging_room(stored: Sequence[LayerShape], rows: Sequence[int], request: Pl
         for shape, tile in zip(stored, rows, strict=True)
     )
     return staging_room(_claimed(stored, rows, request, group))
+
+
+def _fitting_staging(
+    claimed: BudgetShares,
+    stored: Sequence[LayerShape],
+    rows: Sequence[int],
+    request: PlanRequest,
+) -> int:
+    """As `MemoryBudget.fitting_staging`; 0 on a path that has no choice."""
+    if not request.has_choice:
+        return 0
+    kv_bytes = sum(
+        request.tokens // tile * geometry.tile_bytes(request.batch)
+        for shape, tile in zip(stored, rows, strict=True)
+        for geometry in _geometries(shape, tile, request)
+    )
+    return max(0, claimed.page_cache_bytes - kv_bytes)
 
 
 def _claimed(

@@ -103,6 +103,14 @@ class MemoryBudget:
         group = max(layer.group_tiles * layer.rows for layer in layers)
         return staging_room(self._divide(layers, layer_count, 0, group))
 
+    def fitting_staging(self, layers: Collection[Layer], layer_count: int, tokens: int) -> int:
+        """Most that staging may have with all KV of `tokens` and a while more in the page cache; 0
+        where that does not fit."""
+        ahead = tokens_ahead(tokens, self._tokens_max)
+        stored = sum(layer.stored_bytes_at(ahead) for layer in layers) * layer_count // len(layers)
+        shares = self._divide(layers, layer_count, 0, round_up(ahead, CAPACITY_STEP_TOKENS))
+        return max(0, shares.page_cache_bytes - stored)
+
     def forget(self) -> None:
         """No layer is known any more; staging and gather buffers stay."""
         self._claimed.clear()

@@ -268,18 +268,21 @@ class KVPipeline(LayeredKV):
                     half.unit.make_room(tiles, other.batch)
 
     def _claim(self, layer: Layer, tokens: int) -> None:
-        count = self._settings.layer_count
+        count, layers = self._settings.layer_count, self._layers.values()
         if self._machinery is None:
             shape = staging_shape(
                 self._settings.config,
                 self._settings.budget_bytes,
                 max(half.unit.geometry.slab_bytes for half in layer.halves),
-                room_bytes=self._budget.staging_room(self._layers.values(), count),
+                room_bytes=self._budget.staging_room(layers, count),
                 layer_weights_bytes=self._settings.layer_weights_bytes,
+                fitting_bytes=self._budget.fitting_staging(layers, count, tokens)
+                if self._settings.has_choice
+                else 0,
             )
         else:
             shape = self._machinery.shape
-        self._budget.claim(self._layers.values(), count, shape.total_bytes, tokens)
+        self._budget.claim(layers, count, shape.total_bytes, tokens)
         if self._machinery is None:
             self._tuner = Tuner(
                 Mode(self._settings.config.pipeline),

@@ -110,6 +110,11 @@ class Layer:
             for h in self.halves
         )
 
+    def stored_bytes_at(self, tokens: int) -> int:
+        """Bytes of the tiles that are stored when there are `tokens`."""
+        tiles = tokens // self.rows
+        return sum(tiles * half.unit.geometry.tile_bytes(self.batch) for half in self.halves)
+
     def full_tiles(self, new_rows: int) -> int:
         """Tiles to store once `new_rows` rows are appended."""
         kept = self.rows if self.recall else 0

@@ -22,6 +22,13 @@ _TOTAL_BYTES_MAX = 64 * MIB
 """Enough to keep a 3 GiB/s drive busy through a layer's compute of 20 ms, and no more: what is more
 is page cache."""
 
+_TOTAL_BYTES_LEAST = 32 * MIB
+"""Where all KV fits beside it, and so nothing is read. It keeps a drive as busy: reads have three
+of its queues of 8 MiB. But a prompt's first pass waits for its writes."""
+
+_BARELY_BYTES = 48 * MIB
+"""An automatic budget falls by as much once the process computes."""
+
 _SHARE_OF_WEIGHTS = 6
 """What a drive reads while a processor multiplies a layer's weights: a sixth of their bytes, as a
 drive of 3.5 GB/s beside weights at 13 to 20 GB/s. Meanwhile no slot comes free."""
@@ -67,16 +74,22 @@ def staging_shape(
     *,
     room_bytes: int = 0,
     layer_weights_bytes: int = 0,
+    fitting_bytes: int = 0,
 ) -> StagingShape:
     """The slots for a budget. A slot holds at least one slab (`slab_bytes_max`); there are at
     least 8, so that the least staging is 8 slabs. `room_bytes`: what a small budget may give beyond
     its share (`staging_room`). `layer_weights_bytes` are multiplied between two layers' attention,
-    while the drive is to go on; 0: in no time worth mentioning."""
+    while the drive is to go on; 0: in no time worth mentioning. `fitting_bytes`: the most that
+    leaves room for all KV in the page cache; 0: no staging does. Where that is barely what staging
+    would take, or less, it takes as little as it can, so that it alone has nothing to read."""
     share = min(
         max(budget_bytes // _SHARE_OF_BUDGET, _TOTAL_BYTES_MIN),
         _TOTAL_BYTES_MAX + layer_weights_bytes // _SHARE_OF_WEIGHTS,
     )
-    total = config.staging_bytes or max(share, min(room_bytes, _TOTAL_BYTES_ENOUGH))
+    total = max(share, min(room_bytes, _TOTAL_BYTES_ENOUGH))
+    if _TOTAL_BYTES_LEAST <= fitting_bytes < total + _BARELY_BYTES:
+        total = min(total, _TOTAL_BYTES_LEAST)
+    total = config.staging_bytes or total
     enough = max(total // _SLOTS_WANTED, _SLOT_BYTES_WANTED)
     slot = min(_SLOT_BYTES_MAX, enough, max(total // _SLOTS_MIN, _SLOT_BYTES_MIN))
     slot = max(slot // BLOCK_BYTES * BLOCK_BYTES, round_up(slab_bytes_max, BLOCK_BYTES))
