@@ -18,6 +18,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +209,8 @@ def decode_row(item: dict[str, Any], run: dict[str, Any]) -> list[str]:
     ]
 
 
-def attention() -> str:
-    data = load("attention")
+def attention(name: str = "attention") -> str:
+    data = load(name)
     rows = []
     for run in data["runs"]:
         dims = (run[name] for name in ("batch", "query_heads", "kv_heads", "tokens", "dim"))
@@ -231,8 +232,27 @@ def attention() -> str:
     ]
     return (
         f"{table(head, rows)}\n\nGiB of KV per second, one query row; medians of 7; "
-        f"{data['kernel']} kernel, {data['threads']} threads. `{data['command']}`; file: "
-        "`results/attention.json`."
+        f"{data['kernel']} kernel, {data['threads']} threads. `{data['command']}` on "
+        f"{machine_line(data['machine'])}; file: `results/{name}.json`."
+    )
+
+
+def contention() -> str:
+    data = load("contention")
+
+    def of(key: str, scale: float, form: str) -> str:
+        return format(statistics.median(each[key] for each in data["rounds"]) * scale, form)
+
+    return (
+        f"fio reads {of('fio_bytes_per_second_alone', 1 / GIB, '.2f')} GiB/s alone and "
+        f"{of('fio_bytes_per_second_beside_steps', 1 / GIB, '.2f')} beside steps whose "
+        f"{data['kv_bytes'] / GIB:.2f} GiB of KV are in memory: {data['fio_ratio_median']:.2f} "
+        f"times. Such a step takes {of('step_seconds_alone', 1000, '.0f')} ms alone and "
+        f"{of('step_seconds_beside_fio', 1000, '.0f')} beside fio: "
+        f"{data['step_ratio_median']:.2f} times (medians of the ratios of "
+        f"{len(data['rounds'])} rounds). Narrow layers, as in the table above; "
+        f"`scripts/{data['command']}` on {machine_line(data['machine'])}; file: "
+        "`results/contention.json`."
     )
 
 
@@ -749,6 +769,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "striping": striping,
     "decode": decode,
     "attention": attention,
+    "attention-amx": partial(attention, "attention-amx"),
+    "contention": contention,
     "smollm2": smollm2,
     "context": context,
     "lookup": lookup,

@@ -26,6 +26,7 @@ from dualblade.bench.report_prefill import prefill_section
 from dualblade.bench.report_section import Made, Named, Section
 from dualblade.bench.report_tables import (
     attention_section,
+    contention_section,
     control_section,
     deepspeed_section,
     demo_section,
@@ -125,6 +126,7 @@ def kind_of(result: Any) -> str | None:
         "striping": {"benchmark", "throttle_bytes_per_second", "runs"},
         "control": {"control_seconds_per_step", "share_of_a_10_ms_step", "machine"},
         "deepspeed": {"deepspeed_setting", "pairs", "machine"},
+        "contention": {"fio_ratio_median", "step_ratio_median", "rounds", "machine"},
         "flexllmgen": {"flexllmgen_commit", "rounds", "machine"},
         "envelope": {"benchmark", "calibration", "target"},
         "io": {"read_bytes_per_second", "effective_queue_depth", "machine"},
@@ -168,6 +170,7 @@ SECTIONS: dict[str, Callable[[list[Named]], Made]] = {
     "deepspeed": deepspeed_section,
     "flexllmgen": flexllmgen_section,
     "striping": striping_section,
+    "contention": contention_section,
     "control": control_section,
     "attention": attention_section,
     "generate": generate_section,

@@ -108,6 +108,36 @@ def flexllmgen_section(group: list[Named]) -> Made:
     return section, [(f"{result['step_ratio_median']['dual']:.2f} x", "FlexLLMGen's step time")]
 
 
+def contention_section(group: list[Named]) -> Made:
+    """`scripts/measure_contention.py`: fio beside steps that read nothing."""
+    ((name, result),) = group
+
+    def medians(*keys: str, scale: float, form: str) -> list[str]:
+        each = (statistics.median(one[key] for one in result["rounds"]) for key in keys)
+        return [format(scale * median, form) for median in each]
+
+    fio = ("fio_bytes_per_second_alone", "fio_bytes_per_second_beside_steps")
+    step = ("step_seconds_alone", "step_seconds_beside_fio")
+    rows = [
+        ["fio, GiB/s", *medians(*fio, scale=1 / GIB, form=".2f")],
+        ["step, ms", *medians(*step, scale=1000, form=".0f")],
+    ]
+    for row, ratio in zip(rows, ("fio_ratio_median", "step_ratio_median"), strict=True):
+        row.append(f"{result[ratio]:.2f}")
+
+    section = Section(
+        title="Computing and reading at once",
+        file=name,
+        about=f"fio beside decode steps that have all {result['kv_bytes'] / GIB:.2f} GiB of KV in "
+        f"memory, in turn with each alone; medians of {len(result['rounds'])} rounds.",
+        command=result["command"],
+        machine=result["machine"],
+        head=["", "alone", "beside the other", "ratio"],
+        rows=rows,
+    )
+    return section, []
+
+
 def striping_section(group: list[Named]) -> Made:
     """`scripts/measure_striping.py`: devices throttled to a speed that is known."""
     ((name, result),) = group
