@@ -148,6 +148,10 @@ class EngineConfig:
                 hint="leave one of them out",
             )
 
+    def has_choice(self, path: Path) -> bool:
+        """Whether nobody but the plan says which KV goes through the page cache."""
+        return path is Path.DUAL and self.cache_percent is None
+
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> EngineConfig:
         """Settings by name; sizes may be words. Raises: ConfigError with the nearest key."""

@@ -81,6 +81,10 @@ class TileGeometry:
         """Stored bytes of the whole tiles in `tokens` rows of `batch` sequences."""
         return tokens // self.rows * self.tile_bytes(batch)
 
+    def planned_bytes(self, batch: int, tokens: int) -> int:
+        """The same for a plan: of fewer tokens than a tile has, those of the tile to come."""
+        return self.stored_bytes(batch, max(tokens, self.rows))
+
 
 def choose_tile_rows(
     *, kv_heads: int, dims: tuple[int, int], item_bytes: int, batch: int, tail_bytes_max: int | None

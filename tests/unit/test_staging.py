@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dualblade.config import EngineConfig
-from dualblade.pipeline.budget import staging_room
+from dualblade.pipeline.budget import fitting_staging, staging_room
 from dualblade.pipeline.staging import StagingShape, staging_shape
-from dualblade.residency import BudgetShares
+from dualblade.residency import BudgetShares, DoorSpeeds
 from dualblade.units import GIB, KIB, MIB
 
 
@@ -67,6 +69,20 @@ def test_staging_gives_way_where_it_alone_would_leave_kv_to_be_read() -> None:
     assert total(32 * MIB, staging=48 * MIB) == 48 * MIB
 
 
+def test_what_leaves_room_for_all_kv_is_asked_only_where_it_would_be_used() -> None:
+    claimed = BudgetShares(
+        budget_bytes=GIB, staging_bytes=0, gather_bytes=16 * MIB, tail_bytes=16 * MIB, table_bytes=0
+    )
+    speeds = DoorSpeeds(
+        direct_bytes_per_s=3e9, cache_hit_bytes_per_s=1e12, cache_miss_bytes_per_s=1e9
+    )
+    assert fitting_staging(claimed, 900 * MIB, None) == 60 * MIB, "32 are a margin"
+    assert fitting_staging(claimed, 1000 * MIB, None) == 0
+    assert fitting_staging(claimed, 900 * MIB, speeds) == 60 * MIB
+    copied = replace(speeds, cache_hit_bytes_per_s=10e9)
+    assert fitting_staging(claimed, 900 * MIB, copied) == 0, "a part is read directly anyway"
+
+
 def test_room_is_half_of_what_is_left_and_leaves_room_for_tails_of_two_tiles() -> None:
     def room(tails: int, gather: int = 16 * MIB) -> int:
         return staging_room(
@@ -85,12 +101,14 @@ def test_room_is_half_of_what_is_left_and_leaves_room_for_tails_of_two_tiles() -
     assert room(4 * MIB, gather=120 * MIB) == 0
 
 
-def test_sixteen_slots_unless_they_would_be_small() -> None:
+def test_slots_of_four_mib_or_sixteen_unless_they_would_be_small() -> None:
     def slots(staging: int) -> tuple[int, int]:
         got = shape(4 * GIB, staging=staging)
         return got.slot_bytes, got.read_slots + got.write_slots
 
-    assert slots(32 * MIB) == (2 * MIB, 16)
+    assert slots(48 * MIB) == (4 * MIB, 12)
+    assert slots(32 * MIB) == (4 * MIB, 8)
+    assert slots(16 * MIB) == (MIB, 16)
     assert slots(6 * MIB) == (512 * KIB, 12)
     assert slots(2 * MIB) == (256 * KIB, 8)
     assert slots(512 * KIB) == (64 * KIB, 8)

@@ -15,7 +15,12 @@ from dualblade.geometry import Part, TileGeometry, UnitId, choose_tile_rows
 from dualblade.hf.geometry import LayerShape, are_alike, layer_shapes
 from dualblade.host.profile import ComputeSpeeds
 from dualblade.metrics import UnitPlacement
-from dualblade.pipeline.budget import CAPACITY_STEP_TOKENS, TABLE_ITEM_BYTES, staging_room
+from dualblade.pipeline.budget import (
+    CAPACITY_STEP_TOKENS,
+    TABLE_ITEM_BYTES,
+    fitting_staging,
+    staging_room,
+)
 from dualblade.pipeline.gather import GatherBuffers
 from dualblade.pipeline.residence import describe
 from dualblade.pipeline.staging import staging_shape
@@ -61,11 +66,6 @@ class PlanRequest:
         if self.tokens < 1 or self.batch < 1:
             raise ConfigError("context and batch must be at least 1")
         self.engine.check_path(self.path)
-
-    @property
-    def has_choice(self) -> bool:
-        """Whether anything but the request says which KV goes through the page cache."""
-        return self.path is Path.DUAL and self.engine.cache_percent is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,14 +210,14 @@ def _fitting_staging(
     request: PlanRequest,
 ) -> int:
     """As `MemoryBudget.fitting_staging`; 0 on a path that has no choice."""
-    if not request.has_choice:
+    if not request.engine.has_choice(request.path) or not are_alike(stored):
         return 0
     kv_bytes = sum(
-        request.tokens // tile * geometry.tile_bytes(request.batch)
+        geometry.planned_bytes(request.batch, request.tokens)
         for shape, tile in zip(stored, rows, strict=True)
         for geometry in _geometries(shape, tile, request)
     )
-    return max(0, claimed.page_cache_bytes - kv_bytes)
+    return fitting_staging(claimed, kv_bytes, request.speeds)
 
 
 def _claimed(
@@ -261,7 +261,7 @@ def _residency(
     demands = tuple(
         UnitDemand(
             unit=UnitId(shape.index, part),
-            size_bytes=request.tokens // tile * geometry.tile_bytes(request.batch),
+            size_bytes=geometry.planned_bytes(request.batch, request.tokens),
             grain_bytes=geometry.grain_bytes(request.batch),
         )
         for shape, tile in zip(stored, rows, strict=True)

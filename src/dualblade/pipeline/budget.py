@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from dualblade.pipeline.gather import GatherBuffers
 from dualblade.pipeline.layer import HalfLayer, Layer
-from dualblade.residency import BudgetShares
+from dualblade.residency import BudgetShares, DoorSpeeds, worth_caching
 from dualblade.units import round_up
 
 _GROWTH_SHARE = 8
@@ -26,6 +26,13 @@ def staging_room(claimed: BudgetShares) -> int:
     tails of two tiles, which taking back tokens needs."""
     left = claimed.budget_bytes - claimed.fixed_bytes
     return max(0, min(left // 2, left - claimed.tail_bytes))
+
+
+def fitting_staging(claimed: BudgetShares, kv_bytes: int, speeds: DoorSpeeds | None) -> int:
+    """Most that staging may have beside what is `claimed` if all KV is to be in the page cache; 0
+    where it does not fit, or would not all be put there."""
+    is_worth_it = worth_caching(kv_bytes, kv_bytes, speeds).cache_bytes == kv_bytes
+    return max(0, claimed.page_cache_bytes - kv_bytes) if is_worth_it else 0
 
 
 def tokens_ahead(tokens: int, tokens_max: int | None) -> int:
@@ -103,13 +110,20 @@ class MemoryBudget:
         group = max(layer.group_tiles * layer.rows for layer in layers)
         return staging_room(self._divide(layers, layer_count, 0, group))
 
-    def fitting_staging(self, layers: Collection[Layer], layer_count: int, tokens: int) -> int:
-        """Most that staging may have with all KV of `tokens` and a while more in the page cache; 0
-        where that does not fit."""
-        ahead = tokens_ahead(tokens, self._tokens_max)
-        stored = sum(layer.stored_bytes_at(ahead) for layer in layers) * layer_count // len(layers)
-        shares = self._divide(layers, layer_count, 0, round_up(ahead, CAPACITY_STEP_TOKENS))
-        return max(0, shares.page_cache_bytes - stored)
+    def fitting_staging(
+        self, layers: Collection[Layer], layer_count: int, speeds: DoorSpeeds | None
+    ) -> int:
+        """See `fitting_staging`; 0 too where nobody said how many tokens there will be, or where
+        the first layer tells nothing of the others."""
+        if self._tokens_max is None or not self._layers_alike:
+            return 0
+        capacity = round_up(self._tokens_max, CAPACITY_STEP_TOKENS)
+        kv_bytes = sum(layer.planned_bytes(self._tokens_max) for layer in layers)
+        return fitting_staging(
+            self._divide(layers, layer_count, 0, capacity),
+            kv_bytes * layer_count // len(layers),
+            speeds,
+        )
 
     def forget(self) -> None:
         """No layer is known any more; staging and gather buffers stay."""

@@ -276,8 +276,8 @@ class KVPipeline(LayeredKV):
                 max(half.unit.geometry.slab_bytes for half in layer.halves),
                 room_bytes=self._budget.staging_room(layers, count),
                 layer_weights_bytes=self._settings.layer_weights_bytes,
-                fitting_bytes=self._budget.fitting_staging(layers, count, tokens)
-                if self._settings.has_choice
+                fitting_bytes=self._budget.fitting_staging(layers, count, self._settings.speeds)
+                if self._settings.config.has_choice(self._settings.path)
                 else 0,
             )
         else:

@@ -110,10 +110,9 @@ class Layer:
             for h in self.halves
         )
 
-    def stored_bytes_at(self, tokens: int) -> int:
-        """Bytes of the tiles that are stored when there are `tokens`."""
-        tiles = tokens // self.rows
-        return sum(tiles * half.unit.geometry.tile_bytes(self.batch) for half in self.halves)
+    def planned_bytes(self, tokens: int) -> int:
+        """Bytes of both units when there are `tokens`, as a plan counts them."""
+        return sum(half.unit.geometry.planned_bytes(self.batch, tokens) for half in self.halves)
 
     def full_tiles(self, new_rows: int) -> int:
         """Tiles to store once `new_rows` rows are appended."""

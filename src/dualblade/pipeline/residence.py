@@ -294,7 +294,7 @@ class Placements:
         demands = []
         for index in range(self._layer_count):
             layer = layers.get(index, like)
-            tiles = horizon // layer.rows
+            tiles = max(horizon // layer.rows, 1)
             for part, half in zip(Part, layer.halves, strict=True):
                 stored = layer.stored_tiles if index in layers else 0
                 size = half.unit.stored_bytes if stored else 0

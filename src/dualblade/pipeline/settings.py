@@ -36,8 +36,3 @@ class KVSettings:
     memory: MemorySource | None = None
     speeds: DoorSpeeds | None = None
     copies: MakeCopies = copies_for
-
-    @property
-    def has_choice(self) -> bool:
-        """Whether anything but the settings says which KV goes through the page cache."""
-        return self.path is Path.DUAL and self.config.cache_percent is None

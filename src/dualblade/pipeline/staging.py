@@ -22,9 +22,9 @@ _TOTAL_BYTES_MAX = 64 * MIB
 """Enough to keep a 3 GiB/s drive busy through a layer's compute of 20 ms, and no more: what is more
 is page cache."""
 
-_TOTAL_BYTES_LEAST = 32 * MIB
-"""Where all KV fits beside it, and so nothing is read. It keeps a drive as busy: reads have three
-of its queues of 8 MiB. But a prompt's first pass waits for its writes."""
+_TOTAL_BYTES_GIVEN_WAY = 32 * MIB
+"""Where all KV fits beside it, and so nothing is read. It would keep a drive as busy, but a
+prompt's first pass waits for its writes."""
 
 _BARELY_BYTES = 48 * MIB
 """An automatic budget falls by as much once the process computes."""
@@ -41,7 +41,8 @@ _SLOTS_MIN = 8
 
 _SLOTS_WANTED = 16
 _SLOT_BYTES_WANTED = 512 * KIB
-"""Of few slots the queue runs dry between two; of small ones attention is called too often."""
+"""Of few slots the queue runs dry between two; of small ones attention is called too often. Eight
+of the largest are better than sixteen of half."""
 
 _WRITE_SLOTS_SHARE = 4
 _QUEUES_HELD = 3
@@ -87,11 +88,13 @@ def staging_shape(
         _TOTAL_BYTES_MAX + layer_weights_bytes // _SHARE_OF_WEIGHTS,
     )
     total = max(share, min(room_bytes, _TOTAL_BYTES_ENOUGH))
-    if _TOTAL_BYTES_LEAST <= fitting_bytes < total + _BARELY_BYTES:
-        total = min(total, _TOTAL_BYTES_LEAST)
+    if _TOTAL_BYTES_GIVEN_WAY <= fitting_bytes < total + _BARELY_BYTES:
+        total = min(total, _TOTAL_BYTES_GIVEN_WAY)
     total = config.staging_bytes or total
-    enough = max(total // _SLOTS_WANTED, _SLOT_BYTES_WANTED)
-    slot = min(_SLOT_BYTES_MAX, enough, max(total // _SLOTS_MIN, _SLOT_BYTES_MIN))
+    slot = _SLOT_BYTES_MAX
+    if total < _SLOTS_MIN * slot:
+        enough = max(total // _SLOTS_WANTED, _SLOT_BYTES_WANTED)
+        slot = min(enough, max(total // _SLOTS_MIN, _SLOT_BYTES_MIN))
     slot = max(slot // BLOCK_BYTES * BLOCK_BYTES, round_up(slab_bytes_max, BLOCK_BYTES))
     count = max(total // slot, _SLOTS_MIN)
     write_slots = max(min(total, _TOTAL_BYTES_MAX) // slot // _WRITE_SLOTS_SHARE, 2)

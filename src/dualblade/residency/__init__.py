@@ -12,7 +12,7 @@ from dualblade.residency.plan import (
     plan_by_size,
     plan_fixed,
 )
-from dualblade.residency.speeds import DoorSpeeds, StepTime, predict
+from dualblade.residency.speeds import DoorSpeeds, StepTime, predict, worth_caching
 
 __all__ = [
     "WHOLE",
@@ -36,4 +36,5 @@ __all__ = [
     "plan_by_size",
     "plan_fixed",
     "predict",
+    "worth_caching",
 ]
