@@ -193,8 +193,9 @@ def test_more_rounds_are_added_to_a_log_and_fewer_are_refused(
     modes = [mode for mode, *_ in more.payloads[1:]]  # the store is written first
     assert len(modes) == 2 * (1 + 4), "two rounds of dual and four splits; nothing is run again"
     assert result["summary"][0]["pairs"] == SMALL.rounds + 2
-    with pytest.raises(ConfigError, match=f"begun with rounds {SMALL.rounds}, not 1"):
-        run_envelope(replace(SMALL, rounds=1), log)
+    with pytest.raises(ConfigError, match=f"begun with rounds {SMALL.rounds + 2}, not "):
+        run_envelope(SMALL, log)
+    assert run_envelope(replace(SMALL, rounds=SMALL.rounds + 2), log) == result
 
 
 def test_a_log_that_is_not_ours_or_not_free_is_refused(tmp_path: Path) -> None:

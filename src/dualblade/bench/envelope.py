@@ -117,7 +117,8 @@ def run_envelope(
         return {"machine": machine_facts(folder), "calibration": calibrate(options, progress)}
 
     asked = {name: value for name, value in asdict(options).items() if name != "store"}
-    with RunLog(log_path, {**asked, "store": str(store)}, find_facts) as log:
+    asked["store"] = str(store)
+    with RunLog(log_path, asked, find_facts, may_grow="rounds") as log:
         if next_run(options, log.runs) is not None:
             with store_left_as_found(store):
                 _measure(

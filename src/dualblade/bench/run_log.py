@@ -1,7 +1,8 @@
 """Finished runs of a long benchmark, one JSON object a line, so that it can go on where it stopped.
 
 The first line says what was asked for and what was found out before the first run; every other
-line is a run. A line is on the drive before the next run begins. One process writes at a time.
+line is a run, or what was asked for when more was asked for. A line is on the drive before the next
+run begins. One process writes at a time.
 """
 
 from __future__ import annotations
@@ -15,16 +16,13 @@ from typing import Any
 
 from dualblade.errors import ConfigError
 
-MAY_GROW = ("repeats", "rounds")
-"""Options of which more may be asked of a log that was begun with fewer: plans take them in turn,
-so that the runs of fewer come first."""
-
 
 class RunLog:
     """The runs of `options` in the file `path`, made if missing; a context manager.
 
     `facts` come from `find_facts`, which is called for a new log alone, so that all runs of a log
-    share them. Both are plain values.
+    share them. Both are plain values. `may_grow` names an option of which more may be asked later:
+    then the runs of fewer must come first, in their order.
 
     Raises: ConfigError when the file is of other options, is no log, or is being written to.
     """
@@ -34,8 +32,11 @@ class RunLog:
         path: Path,
         options: Mapping[str, Any],
         find_facts: Callable[[], Mapping[str, Any]],
+        *,
+        may_grow: str | None = None,
     ) -> None:
         self._path = path
+        self._may_grow = may_grow
         self.runs: list[dict[str, Any]] = []
         self._is_locked = False
         try:
@@ -46,8 +47,11 @@ class RunLog:
             self._lock()
             lines = self._whole_lines()
             if lines:
-                self.facts = self._check(lines[0], _plain(options))
-                self.runs = lines[1:]
+                heads = [line for line in lines if _is_head(line)]
+                self.facts = heads[0]["facts"]
+                self.runs = [line for line in lines if not _is_head(line)]
+                if self._check(heads[-1]["options"], _plain(options)):
+                    self._write({"options": _plain(options), "facts": self.facts})
             else:
                 self.facts = _plain(find_facts())
                 self._write({"options": _plain(options), "facts": self.facts})
@@ -87,7 +91,7 @@ class RunLog:
         whole = data[: data.rfind(b"\n") + 1]
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
-            known = not lines or {"options", "facts"} == set(lines[0])
+            known = not lines or _is_head(lines[0])
         except ValueError:
             known = False
         if not known or (data and not whole):
@@ -97,24 +101,27 @@ class RunLog:
         self._file.truncate(len(whole))
         return lines
 
-    def _check(self, first: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-        """The facts of the log. Raises: ConfigError naming the first option that differs."""
-        old = first["options"]
-        for name in sorted({*old, *options}):
-            has_grown = name in MAY_GROW and name in old and old[name] <= options.get(name, 0)
-            if old.get(name) != options.get(name) and not has_grown:
-                raise ConfigError(
-                    f"{self._path} was begun with {name} {old.get(name)!r}, "
-                    f"not {options.get(name)!r}",
-                    hint="repeat the old options to go on, or name another --output",
-                )
-        facts: dict[str, Any] = first["facts"]
-        return facts
+    def _check(self, old: dict[str, Any], options: dict[str, Any]) -> bool:
+        """Whether more is asked for than was. Raises: ConfigError naming the first option that
+        differs."""
+        differ = [name for name in sorted({*old, *options}) if old.get(name) != options.get(name)]
+        if differ == [self._may_grow] and old[differ[0]] < options[differ[0]]:
+            return True
+        for name in differ:
+            raise ConfigError(
+                f"{self._path} was begun with {name} {old.get(name)!r}, not {options.get(name)!r}",
+                hint="repeat the old options to go on, or name another --output",
+            )
+        return False
 
     def _write(self, line: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def _is_head(line: Any) -> bool:
+    return isinstance(line, dict) and line.keys() == {"options", "facts"}
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,13 +40,13 @@ class Watch:
 def opened_log(
     watch: Watch, options: Mapping[str, Any], find_facts: Callable[[], Mapping[str, Any]]
 ) -> Iterator[RunLog]:
-    """The log of these options; a private one that is gone afterwards when nothing is kept.
-    Raises: ConfigError, see RunLog."""
+    """The log of these options, of which more `repeats` may be asked; a private one that is gone
+    afterwards when nothing is kept. Raises: ConfigError, see RunLog."""
     with contextlib.ExitStack() as stack:
         path = watch.log_path
         if path is None:
             path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "runs.jsonl"
-        yield stack.enter_context(RunLog(path, options, find_facts))
+        yield stack.enter_context(RunLog(path, options, find_facts, may_grow="repeats"))
 
 
 def run_all(
