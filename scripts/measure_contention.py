@@ -3,19 +3,21 @@
 
     python scripts/measure_contention.py [--model MODEL] [--context N] > results/contention.json
 
-In turn: decode steps with all KV in memory; fio on the drive (O_DIRECT, 1 MiB, 8 in flight, huge
-pages); both at once. What fio still delivers beside the steps is the roof of any engine that reads
-while this model computes, and what a step then takes is the floor of such a step. On a drive that
-shares memory and processor with the model both are slower than alone.
+In turn, and in another order each time: decode steps with all KV in memory; fio on the drive
+(O_DIRECT, 1 MiB, 8 in flight, huge pages); both at once. What fio still delivers beside the steps
+is the roof of any engine that reads while this model computes, and what a step then takes is the
+floor of such a step. On a drive that shares memory and processor with the model both are slower
+than alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
-import threading
+import sys
 import time
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -41,34 +43,25 @@ def main() -> None:
     )
     parser.add_argument("--model", default=NARROW)
     parser.add_argument("--context", type=int, default=4096)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser.add_argument("--repeats", type=int, default=12)
     asked = parser.parse_args()
+    if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is imported; as `dualblade` has it
+        passive = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+        os.execve(sys.executable, [sys.executable, *sys.argv], passive)
     options = ChildOptions(
         task="run", model=asked.model, dtype="bfloat16", batch=1, context=asked.context, seed=0,
-        steps=2000, attention="tiles",
+        steps=1000, attention="tiles",
     )  # fmt: skip
     folder = cache_directory()
     yardstick = FioYardstick(folder, size_bytes=GIB, chunk_bytes=MIB, queue_depth=8)
     model, rows = load(options)
     rounds: list[dict[str, float]] = []
-    with yardstick as fio, torch.inference_mode(), open_cache(options, model) as cache:
-        fill(rows, options.context, cache, model.device)
-        decoder = Decoder(model, cache, options.batch)
-        for _ in range(10):
-            decoder.step()
-        for _ in range(asked.repeats):
-            alone = steps_until(decoder, time.perf_counter() + asked.seconds)
-            fio_alone = fio.measure(asked.seconds)["read_bytes_per_second"]
-            beside, fio_beside = both(decoder, fio, asked.seconds)
-            rounds.append(
-                {
-                    "step_seconds_alone": alone,
-                    "step_seconds_beside_fio": beside,
-                    "fio_bytes_per_second_alone": fio_alone,
-                    "fio_bytes_per_second_beside_steps": fio_beside,
-                }
-            )
+    with yardstick as fio, torch.inference_mode():
+        for turn in range(asked.repeats):
+            with open_cache(options, model) as cache:
+                fill(rows, options.context, cache, model.device)
+                rounds.append(one_round(Decoder(model, cache, options.batch), fio, turn, asked))
     write_json(
         {
             "command": command_line(),
@@ -85,29 +78,52 @@ def main() -> None:
     )
 
 
+def one_round(
+    decoder: Decoder, fio: FioYardstick, turn: int, asked: argparse.Namespace
+) -> dict[str, float]:
+    """Steps, fio and both, beginning with another one each turn."""
+    found: dict[str, float] = {}
+
+    def steps() -> None:
+        found["step_seconds_alone"] = steps_until(decoder, time.perf_counter() + asked.seconds)
+
+    def reads() -> None:
+        found["fio_bytes_per_second_alone"] = fio.measure(asked.seconds)["read_bytes_per_second"]
+
+    def both() -> None:
+        step, speed = at_once(decoder, fio, asked.seconds)
+        found["step_seconds_beside_fio"] = step
+        found["fio_bytes_per_second_beside_steps"] = speed
+
+    for _ in range(5):
+        decoder.step()
+    ways = (steps, reads, both)
+    for way in ways[turn % 3 :] + ways[: turn % 3]:
+        way()
+    return found
+
+
 def ratio(rounds: list[dict[str, float]], one: str, other: str) -> float:
     return statistics.median(each[one] / each[other] for each in rounds)
 
 
 def steps_until(decoder: Decoder, end: float) -> float:
-    """Median seconds of the steps that begin before `end`."""
-    seconds = []
+    """Median seconds of the steps that begin before `end`, one at least."""
+    seconds = [decoder.timed()[0]]
     while time.perf_counter() < end:
         seconds.append(decoder.timed()[0])
     return statistics.median(seconds)
 
 
-def both(decoder: Decoder, fio: FioYardstick, seconds: float) -> tuple[float, float]:
+def at_once(decoder: Decoder, fio: FioYardstick, seconds: float) -> tuple[float, float]:
     """Median seconds of a step while fio reads, and what fio read a second meanwhile."""
-    told: list[dict[str, Any]] = []
-    reader = threading.Thread(target=lambda: told.append(fio.measure(seconds)))
-    reader.start()
-    took = []
-    while reader.is_alive():
-        took.append(decoder.timed()[0])
-    reader.join()
-    inner = took[len(took) // 4 : -max(1, len(took) // 8)]  # without its beginning and its end
-    return statistics.median(inner), told[0]["read_bytes_per_second"]
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(fio.measure, seconds)
+        took = [decoder.timed()[0]]
+        while not reading.done():
+            took.append(decoder.timed()[0])
+        inner = took[len(took) // 4 :]  # fio takes a while to begin
+        return statistics.median(inner), reading.result()["read_bytes_per_second"]
 
 
 if __name__ == "__main__":

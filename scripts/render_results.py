@@ -239,20 +239,24 @@ def attention(name: str = "attention") -> str:
 
 def contention() -> str:
     data = load("contention")
+    rounds = data["rounds"]
 
     def of(key: str, scale: float, form: str) -> str:
-        return format(statistics.median(each[key] for each in data["rounds"]) * scale, form)
+        return format(statistics.median(each[key] for each in rounds) * scale, form)
 
+    def times(one: str, other: str) -> str:
+        each = sorted(each[one] / each[other] for each in rounds)
+        return f"{statistics.median(each):.2f} times ({each[0]:.2f}-{each[-1]:.2f})"
+
+    fio = ("fio_bytes_per_second_beside_steps", "fio_bytes_per_second_alone")
+    step = ("step_seconds_beside_fio", "step_seconds_alone")
     return (
-        f"fio reads {of('fio_bytes_per_second_alone', 1 / GIB, '.2f')} GiB/s alone and "
-        f"{of('fio_bytes_per_second_beside_steps', 1 / GIB, '.2f')} beside steps whose "
-        f"{data['kv_bytes'] / GIB:.2f} GiB of KV are in memory: {data['fio_ratio_median']:.2f} "
-        f"times. Such a step takes {of('step_seconds_alone', 1000, '.0f')} ms alone and "
-        f"{of('step_seconds_beside_fio', 1000, '.0f')} beside fio: "
-        f"{data['step_ratio_median']:.2f} times (medians of the ratios of "
-        f"{len(data['rounds'])} rounds). Narrow layers, as in the table above; "
-        f"`scripts/{data['command']}` on {machine_line(data['machine'])}; file: "
-        "`results/contention.json`."
+        f"fio reads {of(fio[1], 1 / GIB, '.2f')} GiB/s alone and {of(fio[0], 1 / GIB, '.2f')} "
+        f"beside decode steps whose {data['kv_bytes'] / GIB:.2f} GiB of KV are in memory: "
+        f"{times(*fio)}. Such a step takes {of(step[1], 1000, '.0f')} ms alone and "
+        f"{of(step[0], 1000, '.0f')} beside fio: {times(*step)}. Medians of {len(rounds)} rounds, "
+        f"ratios within a round; `scripts/{data['command']}` on {machine_line(data['machine'])}; "
+        "file: `results/contention.json`."
     )
 
 

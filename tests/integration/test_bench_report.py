@@ -247,9 +247,9 @@ def test_flexllmgen_is_one_row_beside_ours() -> None:
         "batch": 12,
         "context": 1984,
         "memory_limit_bytes": 4 * GIB,
-        "step_ratio_median": {"mmap": 0.9, "dual": 0.25},
+        "step_ratio_median": {"direct": None, "dual": 0.25},
         "rounds": [
-            {"flexllmgen": {"step_seconds": 2 * t}, "mmap": {"step_seconds": t},
+            {"flexllmgen": {"step_seconds": 2 * t}, "direct": {"step_seconds": None},
              "dual": {"step_seconds": t / 2}} for t in (1.0, 1.5)
         ],
         "machine": MACHINE,
@@ -257,6 +257,7 @@ def test_flexllmgen_is_one_row_beside_ours() -> None:
     assert kind_of(result) == "flexllmgen"
     section, cards = flexllmgen_section([("flexllmgen.json", result)])
     assert list(section.rows[0]) == ["flexllmgen", "2500", "2000-3000", "-"]
+    assert list(section.rows[1]) == ["direct", "killed", "-", "-"]
     assert list(section.rows[2]) == ["dual", "625", "500-750", "0.25"]
     assert "4.0 GiB of memory for each" in section.about
     assert cards == [("0.25 x", "FlexLLMGen's step time")]

@@ -89,10 +89,14 @@ def flexllmgen_section(group: list[Named]) -> Made:
     rounds, limit = result["rounds"], result["memory_limit_bytes"]
     rows = []
     for who in rounds[0]:
-        steps = [1000 * each[who]["step_seconds"] for each in rounds]
-        spread = f"{min(steps):.0f}-{max(steps):.0f}"
+        each = (one[who]["step_seconds"] for one in rounds)
+        steps = [1000 * seconds for seconds in each if seconds is not None]
         ratio = number_text(result["step_ratio_median"].get(who), "{:.2f}")
-        rows.append([who, f"{statistics.median(steps):.0f}", spread, ratio])
+        if steps:
+            spread = f"{min(steps):.0f}-{max(steps):.0f}"
+            rows.append([who, f"{statistics.median(steps):.0f}", spread, ratio])
+        else:
+            rows.append([who, "killed", "-", "-"])
     section = Section(
         title="Decoding beside FlexLLMGen",
         file=name,
@@ -105,7 +109,8 @@ def flexllmgen_section(group: list[Named]) -> Made:
         head=["who", "ms/step", "spread", "/ FlexLLMGen"],
         rows=rows,
     )
-    return section, [(f"{result['step_ratio_median']['dual']:.2f} x", "FlexLLMGen's step time")]
+    ratio = result["step_ratio_median"]["dual"]
+    return section, [] if ratio is None else [(f"{ratio:.2f} x", "FlexLLMGen's step time")]
 
 
 def contention_section(group: list[Named]) -> Made:
