@@ -374,10 +374,12 @@ def prefill() -> str:
 def envelope() -> str:
     if not (RESULTS / "envelope.json").exists():
         return "Not measured yet: `dualblade bench envelope --output results/envelope.json`."
-    data = load("envelope")
+    data, again = load("envelope"), load("envelope-110")
     rows = []
-    for entry in data["summary"]:
+    for entry in [*data["summary"], *again["summary"]]:
         row = [entry["memory_limit"].replace("%", " %")]
+        if entry in again["summary"]:
+            row = [f"{row[0]}, as it is now"]
         if entry["dual_to_best"] is None:
             rows.append([*row, "", "", "", "", "", f"{entry['oom_killed']}"])
             continue
@@ -401,7 +403,8 @@ def envelope() -> str:
         f"{data['calibration']['kv_bytes'] / GIB:.2f} GiB, in a memory cgroup. Split: the part of "
         f"the KV through the page cache. Medians of {asked['rounds']} pairs run in turn, of "
         f"{len(data['runs'])} runs in all; `{data['command']}` on {machine_line(data['machine'])}; "
-        "file: `results/envelope.json`."
+        "file: `results/envelope.json`. As it is now: staging gives way there since; "
+        f"`{again['command']}`."
     )
 
 
@@ -575,22 +578,22 @@ def paper() -> str:
         "OPT-2.7B": "paper-opt-2.7b",
         "Llama-3.2-1B": "paper-llama-3.2-1b",
     }
-    rows, of = [], []
+    rows, of, machines = [], [], set()
     for name, file in shapes.items():
         data = load(f"paper-24gib/{file}")
         head, its = against_limits(data)
         rows += [[name, *row] for row in its]
         options = data["options"]
+        machines.add(machine_line(data["machine"]))
         of.append(
             f"{name}: {options['batch']} x {options['context']} tokens, "
-            f"{kv_bytes(data) / GIB:.1f} GiB of KV, {options['repeats']} runs, on "
-            f"{machine_line(data['machine'])}"
+            f"{kv_bytes(data) / GIB:.1f} GiB of KV, {options['repeats']} runs"
         )
     return (
         f"{table(['shape', *head], rows)}\n\nMilliseconds a step; medians of runs in turn, "
         f"bfloat16, attention tiles. Memory: left for the cache beside weights and activations. "
-        f"{'. '.join(of)}. `dualblade bench paper paper-24gib --output results/paper-24gib`; "
-        "files: `results/paper-24gib/`."
+        f"{'. '.join(of)}. `dualblade bench paper paper-24gib --output results/paper-24gib` on "
+        f"{' and '.join(sorted(machines))}; files: `results/paper-24gib/`."
     )
 
 
