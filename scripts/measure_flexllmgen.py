@@ -101,13 +101,13 @@ def ours(mode: str, options: argparse.Namespace) -> dict[str, float | None]:
         command += ["--memory-limit", str(options.memory_limit)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         try:
-            told, _ = child.communicate()
+            text, _ = child.communicate()
         except KeyboardInterrupt:
             child.wait()  # it got the same Ctrl-C
             raise
     if child.returncode:
         raise SystemExit(f"{mode} ended with {child.returncode}: {' '.join(command)}")
-    (run,) = json.loads(told)["runs"]
+    (run,) = json.loads(text)["runs"]
     if run["error"] is not None:
         raise SystemExit(f"{mode}: {run['error']}")
     return {"step_seconds": run["step_seconds_median"]}
