@@ -82,7 +82,7 @@ def staging_shape(
     its share (`staging_room`). `layer_weights_bytes` are multiplied between two layers' attention,
     while the drive is to go on; 0: in no time worth mentioning. `fitting_bytes`: the most that
     leaves room for all KV in the page cache; 0: no staging does. Where that is barely what staging
-    would take, or less, it takes as little as it can, so that it alone has nothing to read."""
+    would take, or less, it gives way, and all KV stays in memory."""
     share = min(
         max(budget_bytes // _SHARE_OF_BUDGET, _TOTAL_BYTES_MIN),
         _TOTAL_BYTES_MAX + layer_weights_bytes // _SHARE_OF_WEIGHTS,
