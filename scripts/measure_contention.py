@@ -24,24 +24,19 @@ import torch
 from dualblade.bench.child_run import ChildOptions, load, open_cache
 from dualblade.bench.decode_child import Decoder
 from dualblade.bench.decode_rows import fill, kv_bytes
+from dualblade.bench.envelope import MODEL
 from dualblade.bench.fio import FioYardstick
 from dualblade.cli.output import write_json
 from dualblade.host.machine import command_line, machine_facts
 from dualblade.store import cache_directory
 from dualblade.units import GIB, MIB
 
-NARROW = (
-    "random:llama?layers=24,hidden=256,heads=32,kv_heads=32,head_dim=64,intermediate=256,"
-    "vocab=1000,positions=8192"
-)
-"""The model of the scenarios quick and budgets, but for its positions."""
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default=NARROW)
+    parser.add_argument("--model", default=MODEL)
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
     parser.add_argument("--repeats", type=int, default=12)

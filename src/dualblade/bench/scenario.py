@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -106,11 +106,8 @@ class Scenario:
         known = [entry.name for entry in self.entries]
         for name in names:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
                 raise ConfigError(
-                    f"scenario {self.name} has no run {name!r}",
-                    hint=(f"did you mean {near[0]!r}? " if near else "")
-                    + f"known: {', '.join(known)}",
+                    f"scenario {self.name} has no run {name!r}", hint=_nearest(name, known)
                 )
         return replace(self, entries=tuple(e for e in self.entries if e.name in names))
 
@@ -126,11 +123,9 @@ def find_scenario(word: str) -> Scenario:
         return read_scenario(Path(word))
     names = scenario_names()
     if word not in names:
-        near = difflib.get_close_matches(word, names, n=1)
         raise ConfigError(
             f"unknown scenario {word!r}",
-            hint=(f"did you mean {near[0]!r}? " if near else "")
-            + f"known: {', '.join(names)}; or a file that ends in .toml",
+            hint=f"{_nearest(word, names)}; or a file that ends in .toml",
         )
     return read_scenario(FOLDER / f"{word}.toml")
 
@@ -215,12 +210,15 @@ def _settings(benchmark: str) -> dict[str, str]:
 def _check_keys(path: Path, where: str, given: Mapping[str, Any], known: set[str]) -> None:
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
             raise ConfigError(
-                f"{path}:{where} unknown key {key!r}",
-                hint=(f"did you mean {near[0]!r}? " if near else "")
-                + f"known: {', '.join(sorted(known))}",
+                f"{path}:{where} unknown key {key!r}", hint=_nearest(key, sorted(known))
             )
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    """The hint for a word that is not one of `known`."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(known)}"
 
 
 def _told_in(path: Path, make: Any, value: Any, where: str = "") -> Any:
