@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 import dualblade
 from dualblade import DualBladeCache, EngineConfig
 from tests.integration.tiny_models import EAGER_ONLY, FAMILIES, prompt, tiny_model
+from tests.stepping import take_turn
 
 PATHS = ("memory", "page-cache", "direct", "dual")
 NEW_TOKENS = 70  # crosses a tile's edge at least once
@@ -146,6 +147,31 @@ def test_bits_do_not_depend_on_how_tiles_come(settings: dict[str, Any]) -> None:
         other = generate(model, cache, inputs, prefill_chunk_size=128)
     for ours, theirs in zip(other.logits, first.logits, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1)])
+def test_a_batch_that_changes_has_groups_of_its_own(before: int, after: int) -> None:
+    """What was read ahead came in pieces that end where groups of the old batch did, and that a
+    group of more sequences has no room for."""
+
+    def step(cache: DualBladeCache, batch: int, tokens: int) -> torch.Tensor:
+        seen = []
+        for layer in range(3):
+            generator = torch.Generator().manual_seed(layer)
+            shape = (batch, 32, tokens, 64)
+            keys, values = (torch.randn(shape, generator=generator).bfloat16() for _ in range(2))
+            seen.append(take_turn(cache, keys, values, layer))
+        return torch.stack(seen)
+
+    seen = []
+    for path in ("memory", "direct"):
+        settings = EngineConfig(staging_bytes=32 << 20)
+        with tiles(tiny_model(), path, memory_budget="256MiB", config=settings) as cache:
+            step(cache, before, tokens=2200)
+            step(cache, before, tokens=1)
+            cache.batch_select_indices(torch.zeros(after, dtype=torch.int64))
+            seen.append(step(cache, after, tokens=40))
+    assert torch.equal(*seen)
 
 
 @pytest.mark.parametrize("path", PATHS)

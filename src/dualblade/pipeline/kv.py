@@ -365,6 +365,13 @@ class KVPipeline(LayeredKV):
         assert self._machinery is not None, "no rows yet"
         return self._machinery
 
+    def select(self, index: int, indices: torch.Tensor) -> None:
+        """See `LayeredKV.select`."""
+        before = self.batch(index)
+        super().select(index, indices)
+        if self._reads is not None and self.batch(index) != before:
+            self._reads.cancel()  # its pieces end where groups of the old batch did
+
     def _drop_tokens(self, layer: Layer, count: int) -> None:
         machinery = self._require_machinery()
         if count > layer.tail_rows:
