@@ -16,6 +16,7 @@ from dualblade.host import mapped
 from dualblade.host.groups import FilePages
 from dualblade.host.memory import MemoryProbe, OwnMemory
 from dualblade.io import Arena, Engine, open_engine
+from dualblade.pipeline import read_ahead
 from dualblade.pipeline.read_ahead import _Lying
 from dualblade.store import Door, InPlace, Store
 from dualblade.store.formatting import carry_out_format, plan_format
@@ -216,8 +217,9 @@ def attending(cache: Cache, rows: int = 1) -> torch.Tensor:
     seen = []
     for layer in range(LAYERS):
         generator = torch.Generator().manual_seed(100 + layer)
-        new = [torch.randn(1, HEADS, rows, DIM, generator=generator) for _ in range(2)]
-        asked = torch.randn(1, 2 * HEADS, rows, DIM, generator=generator)
+        shape = (cache.batch, HEADS, rows, DIM)
+        new = [torch.randn(shape, generator=generator) for _ in range(2)]
+        asked = torch.randn(cache.batch, 2 * HEADS, rows, DIM, generator=generator)
         query = AttentionQuery(query=asked, past=cache.pipeline.tokens(layer), scaling=DIM**-0.5)
         seen.append(cache.pipeline.offer(layer, *new).attend(query))
     return torch.stack(seen)
@@ -288,6 +290,32 @@ def test_the_farthest_read_ahead_gives_its_slot_up(cache: Cache, copied: Cache) 
     cache.store._drop(first)
     assert torch.equal(cache.step(), copied.step())
     assert torch.equal(cache.step(), copied.step())
+
+
+@pytest.mark.parametrize("goes", range(3))
+def test_a_tile_larger_than_what_is_handed_out_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, goes: int
+) -> None:
+    """It comes sequence by sequence. That its pages go meanwhile has none of them come twice, which
+    attention would count twice."""
+    monkeypatch.setattr(Cache, "batch", 4)
+    monkeypatch.setattr(read_ahead, "_TOGETHER_BYTES", 16 * KIB)
+    caches = [Cache(tmp_path / "kv", in_place=True), Cache(tmp_path / "copied", in_place=False)]
+    for made in caches:
+        made.step(256)
+        made.step()
+    plain, asked = InPlace.hold, 0
+
+    def hold(self: InPlace) -> memoryview | None:
+        nonlocal asked
+        asked += 1
+        return None if asked == goes + 1 else plain(self)
+
+    monkeypatch.setattr(InPlace, "hold", hold)
+    assert torch.equal(attending(caches[0]), attending(caches[1]))
+    assert asked > goes
+    for made in caches:
+        made.close()
 
 
 @pytest.mark.parametrize("step", [Cache.step, attending])

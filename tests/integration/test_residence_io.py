@@ -57,7 +57,7 @@ class Memory:
 class Cache:
     """A pipeline, and one step over all its layers."""
 
-    layers, heads, dim = LAYERS, HEADS, DIM
+    layers, heads, dim, batch = LAYERS, HEADS, DIM, 1
 
     def __init__(self, store_path: Path, **settings: Any) -> None:
         self.memory = Memory()
@@ -79,7 +79,7 @@ class Cache:
         seen = []
         for layer in range(self.layers):
             generator = torch.Generator().manual_seed(layer)
-            shape = (1, self.heads, tokens, self.dim)
+            shape = (self.batch, self.heads, tokens, self.dim)
             rows = [torch.randn(shape, generator=generator) for _ in range(2)]
             seen += [tensor.double().sum() for tensor in self.pipeline.update(layer, *rows)]
         return torch.stack(seen)

@@ -342,7 +342,10 @@ class ReadAhead:
         for half in layer.halves:
             self._before_visit(half.unit)
         visit = _Visit(index)
-        if self._in_place and all(half.unit.is_cached_whole for half in layer.halves):
+        units = [half.unit for half in layer.halves]
+        # Of a tile that were cut between sequences, some could be handed out before it is cut anew.
+        are_small = all(unit.tile_bytes_max <= _TOGETHER_BYTES for unit in units)
+        if self._in_place and are_small and all(unit.is_cached_whole for unit in units):
             visit.is_large = True
             self._plan(visit, 0, _TOGETHER_BYTES, max(layer.stored_tiles, 1))
         else:

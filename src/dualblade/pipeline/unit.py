@@ -198,6 +198,12 @@ class Unit:
         """Whether all of it goes through the page cache."""
         return all(segment.extent.door is Door.PAGE_CACHE for segment in self.segments)
 
+    @property
+    def tile_bytes_max(self) -> int:
+        """Bytes of the largest of its tiles."""
+        batches = (segment.batch for segment in self.segments)
+        return self.geometry.tile_bytes(max(batches, default=0))
+
     def place(self, cached_bytes: int) -> None:
         """Have the first `cached_bytes` go through the page cache, the rest direct. Segments may be
         cut or joined: nobody may hold pieces of them, unless the unit goes as a whole.
@@ -264,10 +270,9 @@ class Unit:
 
     def free(self) -> None:
         """Give all extents back."""
-        self.crop(0)
-        for segment in self.segments:
-            self._space.free(segment.extent)
-        self.segments.clear()
+        self.stored_tiles = 0
+        while self.segments:
+            self._space.free(self.segments.pop().extent)
 
 
 def paired_pieces(
