@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,8 @@ from dualblade import (
     StorageError,
     Unsupported,
 )
+from dualblade.store import Extent, Store
+from dualblade.store.format import DATA_OFFSET
 from dualblade.units import MIB
 from tests.fault.disks import disk_with_failing_writeback, ext4_disk, needs_root
 from tests.integration.tiny_models import prompt, tiny_model
@@ -300,3 +306,101 @@ def test_a_cache_of_a_smaller_model_says_so() -> None:
         step(cache, 1)
         with pytest.raises(ConfigError, match="a model of 3 layers"):
             cache.update(*rows(1), 3)
+
+
+# -- the end, in every way ------------------------------------------------------------------------
+
+
+def a_step_old(store: Path | None = None, **settings: Any) -> DualBladeCache:
+    settings = {"memory_budget": "32MiB", "attention": "exact", **settings}
+    cache = DualBladeCache.for_model(tiny_model(), store=store, **settings)
+    step(cache, 200)
+    step(cache, 1)
+    return cache
+
+
+def open_files() -> int:
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_cache_that_is_dropped_closes_its_store(tmp_path: Path) -> None:
+    before, store = open_files(), tmp_path / "kv.store"
+    cache = a_step_old(store)
+    assert open_files() > before
+    del cache
+    assert open_files() == before
+    assert store.stat().st_size == DATA_OFFSET
+
+
+def test_a_closed_cache_holds_no_memory_and_still_tells() -> None:
+    with a_step_old() as cache:
+        pipeline, before = cache._pipeline, cache.stats()
+        addresses = [pipeline._machinery.arena.address, pipeline._gather._keys.data_ptr()]
+        assert all(map(is_mapped, addresses))
+    assert not any(map(is_mapped, addresses))
+    after = cache.stats()
+    assert (after.memory.tail_bytes, after.memory.page_cache_bytes) == (0, 0)
+    assert (after.kv_bytes, after.stored_bytes) == (before.kv_bytes, before.stored_bytes)
+    assert after.tuning == before.tuning
+
+
+def is_mapped(address: int) -> bool:
+    ranges = (line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines())
+    bounds = ([int(bound, 16) for bound in some.split("-")] for some in ranges)
+    return any(start <= address < end for start, end in bounds)
+
+
+def test_a_close_that_ctrl_c_ends_is_ended_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by an impatient second Ctrl-C, while a slow drive takes what was written behind."""
+    before, store = open_files(), tmp_path / "kv.store"
+    cache = a_step_old(store)
+    plain, interrupts = Store._settle, iter([KeyboardInterrupt])
+
+    def settle(extent: Extent) -> None:
+        for interrupt in interrupts:
+            raise interrupt
+        plain(extent)
+
+    monkeypatch.setattr(Store, "_settle", staticmethod(settle))
+    with pytest.raises(KeyboardInterrupt):
+        cache.close()
+    with pytest.raises(Closed):
+        step(cache, 1)
+    cache.close()
+    assert store.stat().st_size == DATA_OFFSET
+    a_step_old(store).close()  # nobody has it any more
+    del cache
+    assert open_files() == before
+
+
+@pytest.mark.parametrize("path", ["direct", "page-cache"])
+@pytest.mark.parametrize("use", ["step(cache, 1)", "cache.reset()", "cache.crop(-150)"])
+def test_a_forked_child_leaves_the_parents_kv_alone(tmp_path: Path, path: str, use: str) -> None:
+    """It leaves the `with` by an exception, as a program does that forks and goes on."""
+    store = tmp_path / "kv.store"
+    program = f"""
+import os, sys
+from dualblade import Closed
+from tests.fault.test_cache_trouble import a_step_old, step
+from pathlib import Path
+with a_step_old(Path({str(store)!r}), path={path!r}) as cache:
+    size, child = os.stat({str(store)!r}).st_size, os.fork()
+    if child == 0:
+        try:
+            {use}
+        except Closed as exc:
+            assert "parent" in str(exc), exc
+            sys.exit(3)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    assert os.stat({str(store)!r}).st_size == size
+    step(cache, 1)
+    print(cache.stats().checksums.mismatches)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.stderr == ""
+    assert done.stdout == "3\n0\n"

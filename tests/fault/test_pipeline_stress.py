@@ -12,7 +12,7 @@ import random
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -161,7 +161,11 @@ class Schedule:
 
     def close(self) -> None:
         machinery = self.kv._machinery
+        if self.trouble == "interrupt":  # the end, too
+            with interrupted_at(self.random.randrange(60)), suppress(KeyboardInterrupt):
+                self.kv.close()
         self.kv.close()
+        assert self.kv._machinery is None
         if machinery is not None:
             assert not machinery.writes._writes
         self.engine.drain(timeout_seconds=0)

@@ -76,10 +76,12 @@ class DualBladeCache(Cache):
         self._pipeline = pipeline
         self._store = store
         self._profile: DeviceProfile | None = None
+        # A cache that is dropped without close must leave neither its store open nor the model with
+        # its attention.
+        self._end = None if pipeline is None else weakref.finalize(self, pipeline.close)
         self._give_back: Callable[[], object] = lambda: None
         if model is not None:  # last: what fails above leaves the model as it was
             lend(model)
-            # A cache that is dropped without close must not leave the model with its attention.
             self._give_back = weakref.finalize(self, give_back, model)
 
     @classmethod
@@ -181,10 +183,11 @@ class DualBladeCache(Cache):
 
     def close(self) -> None:
         """End all transfers, discard the KV, free memory, give the model its attention back. Twice
-        is once."""
+        is once; after Ctrl-C it goes on where it was."""
         self._give_back()  # once
-        if self._pipeline is not None:
+        if self._pipeline is not None and self._end is not None:
             self._pipeline.close()
+            self._end.detach()
 
     def __enter__(self) -> DualBladeCache:
         return self

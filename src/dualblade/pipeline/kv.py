@@ -38,7 +38,7 @@ from dualblade.pipeline.machinery import Machinery
 from dualblade.pipeline.read_ahead import Landing, ReadAhead
 from dualblade.pipeline.residence import MemorySource, MemoryWatch, Placements
 from dualblade.pipeline.settings import KVSettings
-from dualblade.pipeline.staging import CopyEvent, staging_shape
+from dualblade.pipeline.staging import CopyEvent, StagingShape, staging_shape
 from dualblade.pipeline.tails import TailLimit
 from dualblade.pipeline.timeline import Lane, now_ns
 from dualblade.pipeline.tuner import Mode, StepTimes, Tuner
@@ -71,7 +71,8 @@ class KVPipeline(LayeredKV):
         self._store = store
         self._engine = engine
         self._settings = settings
-        self._machinery: Machinery | None = None
+        self._shape: StagingShape | None = None
+        self._machinery: Machinery | None = None  # made for that shape
         self._reads: ReadAhead | None = None
         self.checksums = Checksums(store, settings.config.checksums)
         self._gather = GatherBuffers(settings.device)
@@ -269,7 +270,7 @@ class KVPipeline(LayeredKV):
 
     def _claim(self, layer: Layer, tokens: int) -> None:
         count, layers = self._settings.layer_count, self._layers.values()
-        if self._machinery is None:
+        if self._shape is None:
             shape = staging_shape(
                 self._settings.config,
                 self._settings.budget_bytes,
@@ -281,7 +282,7 @@ class KVPipeline(LayeredKV):
                 else 0,
             )
         else:
-            shape = self._machinery.shape
+            shape = self._shape
         self._budget.claim(layers, count, shape.total_bytes, tokens)
         if self._machinery is None:
             self._tuner = Tuner(
@@ -292,6 +293,7 @@ class KVPipeline(LayeredKV):
                 tell=self._note_tuning,
             )
             device, sums, timeline = self._settings.device, self.checksums, self._timeline
+            self._shape = shape
             self._machinery = Machinery(
                 shape, self._store, self._engine, device, sums, timeline, self._settings.copies
             )
@@ -404,20 +406,26 @@ class KVPipeline(LayeredKV):
             self._reads = None
 
     def close(self) -> None:
-        """End all transfers, discard the store, free memory. Twice is once."""
-        if self._closed:
-            return
+        """End all transfers, discard the store, free memory. Twice is once; what Ctrl-C left is
+        ended by the next call. In a forked child only its descriptors are closed."""
         self._closed = True
-        self._offer = None
-        self._drop_sweep()
-        if self._machinery is not None:
-            self._machinery.writes.abandon()
+        if self._store.is_inherited:
+            self._store.close()
+            return
+        self._offer = self._reads = None  # the store ends all its transfers
         try:
             self._store.close()
         finally:
             self._engine.close()
-            if self._machinery is not None:
-                self._machinery.close()
+            self._free_memory()  # only then is nothing in flight any more, whatever was raised
+
+    def _free_memory(self) -> None:
+        if self._machinery is not None:
+            self._machinery.close()
+            self._machinery = None
+        self._gather = GatherBuffers(self._settings.device)
+        for layer in self._layers.values():
+            layer.drop_tails()
 
     def engine_facts(self) -> EngineFacts:
         """The engine in force."""
@@ -461,13 +469,13 @@ class KVPipeline(LayeredKV):
 
     def tuning(self) -> PipelineTuning | None:
         """How reads and compute share a step; None before the first rows."""
-        if self._tuner is None or self._machinery is None:
+        if self._tuner is None or self._shape is None:
             return None
         return PipelineTuning(
             mode=self._settings.config.pipeline,
             slots=self._tuner.setting.slots,
-            slots_max=self._machinery.shape.read_slots,
-            slot_bytes=self._machinery.shape.slot_bytes,
+            slots_max=self._shape.read_slots,
+            slot_bytes=self._shape.slot_bytes,
             lookahead=self._tuner.setting.lookahead,
             events=tuple(self._tuned),
         )

@@ -155,6 +155,11 @@ class Layer:
             half.tail = half.tail.index_select(0, indices.to(half.tail.device))
         self.batch = len(indices)
 
+    def drop_tails(self) -> None:
+        """Free the tails' memory; only to be counted from here on."""
+        for half in self.halves:
+            half.tail = half.tail.new_empty((*half.tail.shape[:2], 0, half.tail.shape[3]))
+
     def fit_tails(self) -> None:
         """Have tails of the capacity that `recall` asks for; rows are kept."""
         for half in self.halves:

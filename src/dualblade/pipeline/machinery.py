@@ -88,6 +88,7 @@ class Machinery:
         return tile_view(memory, geometry, dtype, piece.tiles, piece.sequences)
 
     def close(self) -> None:
-        """Free staging; nothing may be in flight any more."""
+        """Free staging; the drive may not touch it any more."""
+        self.writes.abandon()
         self.copies.close()
         self.arena.close()

@@ -88,7 +88,7 @@ class WriteBehind:
             self._finish_oldest()
 
     def abandon(self) -> None:
-        """Forget writes that were not handed to the store yet; the store ends the others."""
+        """Forget all writes: the store is closed. Waits for copies into their slots."""
         for write in self._writes:
             if write.slot.busy is not None:
                 with suppress(Exception):  # the end is not hindered by a copy that failed

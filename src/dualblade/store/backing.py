@@ -75,7 +75,10 @@ class FileBacking:
             raise storage_error("close", self.path, exc) from exc
         finally:
             # A private file is gone with its descriptors.
-            close_descriptors(self.direct_fd, self.buffered_fd)
+            self.let_go()
+
+    def let_go(self) -> None:
+        close_descriptors(self.direct_fd, self.buffered_fd)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

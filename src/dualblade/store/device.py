@@ -69,7 +69,10 @@ class DeviceBacking:
         except OSError as exc:
             raise storage_error("close", self.path, exc) from exc
         finally:
-            close_descriptors(self.direct_fd, self.buffered_fd)
+            self.let_go()
+
+    def let_go(self) -> None:
+        close_descriptors(self.direct_fd, self.buffered_fd)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

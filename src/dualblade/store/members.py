@@ -84,6 +84,11 @@ class Members:
         if problem is not None:
             raise problem
 
+    def let_go(self) -> None:
+        """As Backing.let_go, for all."""
+        for backing in self.backings:
+            backing.let_go()
+
 
 def as_places(path: Place | Sequence[Place] | None) -> tuple[Place, ...] | None:
     """The members that `path` names; None for None (a private store).

@@ -101,6 +101,10 @@ class Backing(Protocol):
         """
         ...
 
+    def let_go(self) -> None:
+        """Close the descriptors, and leave all as it is."""
+        ...
+
 
 def close_descriptors(*fds: int | None) -> None:
     """Close those that are open."""

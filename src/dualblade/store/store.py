@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -108,7 +109,8 @@ class Store:
         self._allocator = ExtentAllocator(DATA_OFFSET, members.capacity_bytes)
         self._end = DATA_OFFSET
         self._live: set[Extent] = set()
-        self._closed = False
+        self._process = os.getpid()
+        self._closed = self._released = False
         self._coherent = all(backing.coherent for backing in members.backings)
         self._paths = members.descriptors
         # Stripes of several members do not lie side by side; an engine that must see all reads
@@ -140,6 +142,11 @@ class Store:
         """
         members = open_members(path, engine, direct=direct, capacity_bytes=capacity_bytes)
         return cls(members, engine, keep_blocks=keep_blocks, discard=discard)
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this process is a fork of the one that opened it, whose it is."""
+        return os.getpid() != self._process
 
     @property
     def path(self) -> str:
@@ -344,18 +351,24 @@ class Store:
         return self._members.pieces()
 
     def close(self) -> None:
-        """Wait for transfers, discard the content, unlock. Twice is once.
+        """Wait for transfers, discard the content, unlock. Twice is once; what Ctrl-C left is ended
+        by the next call. A forked child closes its descriptors, and no more.
 
         Raises: StorageError when the superblock could not be written; all is released anyway.
         """
-        if self._closed:
-            return
         self._closed = True
+        if self._released:
+            return
+        if self.is_inherited:
+            self._released = True
+            self._members.let_go()
+            return
         for extent in self._live:
             self._settle(extent)
             self._unmap(extent)
         for fd in self._paths:
             self._engine.unregister_file(fd)
+        self._released = True
         self._members.close(keep_blocks=self._keep_blocks, end=self._end)
 
     def __enter__(self) -> Store:
@@ -460,3 +473,7 @@ class Store:
     def _check_open(self) -> None:
         if self._closed:
             raise Closed(f"the store {self.path} is closed")
+        if self.is_inherited:
+            raise Closed(
+                f"the store {self.path} is the parent process's", hint="open one after the fork"
+            )
