@@ -308,6 +308,31 @@ def test_a_cache_of_a_smaller_model_says_so() -> None:
             cache.update(*rows(1), 3)
 
 
+def test_a_first_layer_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
+    """There was room for its keys, not for its values."""
+    config = dualblade.EngineConfig(disk_capacity_bytes=2 * MIB)
+    with DualBladeCache.for_model(
+        tiny_model(), store=tmp_path / "kv", memory_budget="16MiB", config=config
+    ) as cache:
+        for _ in range(2):
+            with pytest.raises(NoSpace):
+                take_turn(cache, *rows(100), 0)
+            assert cache._store.used_bytes == 0
+            assert cache.get_seq_length() == 0
+        step(cache, 10)  # in tails
+
+
+@pytest.mark.parametrize("indices", [[0, 3], [-4], []])
+def test_sequences_that_are_none_change_nothing(indices: list[int]) -> None:
+    with DualBladeCache.for_model(tiny_model(), memory_budget="16MiB") as cache:
+        step(cache, 100, batch=3)
+        with pytest.raises(ConfigError, match="no sequences of a batch of 3"):
+            cache.batch_select_indices(torch.tensor(indices, dtype=torch.int64))
+        step(cache, 1, batch=3)
+        cache.batch_select_indices(torch.tensor([-1, 0]))
+        step(cache, 1, batch=2)
+
+
 # -- the end, in every way ------------------------------------------------------------------------
 
 

@@ -19,6 +19,10 @@ ROWS_MAX = 32
 """Query rows of one KV head, at most. The kernel's time grows with the rows; from about here on
 torch's products of large matrices are faster although tiles are copied together for them."""
 
+_SCRATCH_BYTES = 7
+"""For each query row and token that it is given: a weight, and of corrections 48 floats to a tile
+of 64 tokens (native/attention/attention.hpp, Run)."""
+
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -67,6 +71,13 @@ class KernelAttention:
         plain = query.mask is None and query.bias is None and query.softcap is None
         fits = tensor.is_cpu and tensor.dtype in _DTYPES
         return plain and fits and query.rows(kv_heads) <= ROWS_MAX
+
+    @staticmethod
+    def needs_little(query: AttentionQuery, kv_heads: int) -> bool:
+        """Whether its scratch memory is little, however many tokens it is given at a time: at most
+        half of what their keys take."""
+        key_bytes = query.query.shape[3] * query.query.element_size()
+        return 2 * _SCRATCH_BYTES * query.rows(kv_heads) <= key_bytes
 
     def keys(self, rows: Rows) -> None:
         """See `Running`."""

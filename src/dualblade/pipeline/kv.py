@@ -11,6 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -230,19 +231,20 @@ class KVPipeline(LayeredKV):
                 self._drop_sweep()
             check_continues(layer, key_rows, value_rows)
             self._reserve(layer, key_rows.shape[2])
-        except DualBladeError as exc:
-            if in_step:
-                self._was_refused = self._failure is None and isinstance(exc, BudgetError | NoSpace)
+        except BaseException as exc:
+            is_refusal = self._failure is None and isinstance(exc, DualBladeError)
+            made = self._layers.pop(index, None) if is_new else None
+            if made is not None and is_refusal:
+                made.free()
+            if in_step and isinstance(exc, DualBladeError):
+                self._was_refused = is_refusal and isinstance(exc, BudgetError | NoSpace)
                 self._failure = exc
-            elif is_new:
-                self._layers.pop(index, None)
             raise
         return layer
 
     def _reserve(self, layer: Layer, new_rows: int) -> None:
         """Memory, plan and blocks for `new_rows` more rows. At the first layer of a step for all
         layers, so that a step that does not fit is refused whole."""
-        layer.fit_tails()
         tokens = layer.tokens + new_rows
         if self._settings.tokens_max is not None and tokens > self._settings.tokens_max:
             raise ConfigError(
@@ -255,6 +257,8 @@ class KVPipeline(LayeredKV):
             for other in self._layers.values()
             if other is layer or (layer.index == 0 and other.tokens == layer.tokens)
         ]
+        for other in together:
+            other.fit_tails()
         if layer.index == 0:
             self._placements.look(self._budget.shares)
             self._budget.raise_to(self._placements.budget_bytes)
@@ -380,11 +384,8 @@ class KVPipeline(LayeredKV):
             self._drop_sweep()
             for half in layer.halves:
                 machinery.writes.wait(half.unit.id)
-        layer.drop_tokens(
-            count,
-            machinery.shape.slot_bytes,
-            lambda half, piece: machinery.fetch(layer, half, piece),
-        )
+        fetch = partial(machinery.fetch, layer)
+        layer.drop_tokens(count, machinery.shape.slot_bytes, fetch)
 
     def reset(self) -> None:
         """Forget all tokens; staging stays for the next prompt. Raises: DeviceError, Closed."""

@@ -150,10 +150,15 @@ class Layer:
 
     def select(self, indices: torch.Tensor) -> None:
         """Sequence i becomes what `indices[i]` was; stored tiles stay where they are."""
+        tails = [half.tail.index_select(0, indices.to(half.tail.device)) for half in self.halves]
         self.table.select(indices.cpu().numpy())
-        for half in self.halves:
-            half.tail = half.tail.index_select(0, indices.to(half.tail.device))
+        self.keys.tail, self.values.tail = tails
         self.batch = len(indices)
+
+    def free(self) -> None:
+        """Give all extents back. Raises: StorageError, Closed."""
+        for half in self.halves:
+            half.unit.free()
 
     def drop_tails(self) -> None:
         """Free the tails' memory; only to be counted from here on."""

@@ -81,11 +81,13 @@ class LayeredKV(ABC):
         self._check_whole(layer, new)
         began, stalled = now_ns(), timeline.stalled_ns
         computed = began
-        by_kernel = KernelAttention.serves(query, layer.keys.unit.geometry.kv_heads)
+        kv_heads = layer.keys.unit.geometry.kv_heads
+        by_kernel = KernelAttention.serves(query, kv_heads)
+        any_size = by_kernel and KernelAttention.needs_little(query, kv_heads)
 
         def arriving() -> Iterator[Arrived]:
             nonlocal computed
-            for some in self._arriving(layer, any_size=by_kernel):
+            for some in self._arriving(layer, any_size=any_size):
                 began = now_ns()
                 yield some
                 computed = now_ns()
@@ -155,11 +157,20 @@ class LayeredKV(ABC):
         return layer.batch if layer is not None and layer.tokens else 0
 
     def select(self, index: int, indices: torch.Tensor) -> None:
-        """In layer `index`, sequence i becomes what `indices[i]` was. No stored byte moves."""
+        """In layer `index`, sequence i becomes what `indices[i]` was (negative: from the end). No
+        stored byte moves. Raises: ConfigError before anything changed."""
         self.check_usable()
         self._settle()
-        if self.batch(index):
-            self._layers[index].select(indices)
+        batch = self.batch(index)
+        if not batch:
+            return
+        chosen = torch.where(indices < 0, indices + batch, indices)
+        if not len(chosen) or not bool(((chosen >= 0) & (chosen < batch)).all()):
+            raise ConfigError(
+                f"{indices.tolist()} are no sequences of a batch of {batch}",
+                hint=f"name some of 0 to {batch - 1}",
+            )
+        self._layers[index].select(chosen)
 
     def set_recall(self, index: int, recall: bool) -> None:
         """Keep a tile's worth of rows more in the tail, for candidates that may be taken back."""
@@ -196,8 +207,7 @@ class LayeredKV(ABC):
         self._settle()
         self._quiesce()
         for layer in self._layers.values():
-            for half in layer.halves:
-                half.unit.free()
+            layer.free()
         self._layers.clear()
         self._timeline.pause()
 
