@@ -82,7 +82,7 @@ void Attention::begin(const Query& query) {
     const std::int64_t sums = query.heads() * work_.lanes * kernel_.sums(work_);
     work_.sums.assign(static_cast<std::size_t>(sums), 0.0f);
     // Also wakes the threads: they are at hand when the first keys come.
-    pool_.run(query.heads(), [&](std::int64_t head) { kernel_.pack(work_, head); });
+    pool_->run(query.heads(), [&](std::int64_t head) { kernel_.pack(work_, head); });
 }
 
 void Attention::make_room(const Run& keys) {
@@ -93,24 +93,24 @@ void Attention::make_room(const Run& keys) {
 
 void Attention::keys(const Run& run) {
     make_room(run);
-    pool_.run(work_.items(), [&](std::int64_t item) { kernel_.keys(work_, run, item); });
+    pool_->run(work_.items(), [&](std::int64_t item) { kernel_.keys(work_, run, item); });
 }
 
 void Attention::values(const Run& run) {
-    pool_.run(work_.items(), [&](std::int64_t item) { kernel_.values(work_, run, item); });
+    pool_->run(work_.items(), [&](std::int64_t item) { kernel_.values(work_, run, item); });
 }
 
 void Attention::both(const Run& keys, const Run& values) {
     make_room(keys);
-    pool_.run(work_.items(), [&](std::int64_t item) {
+    pool_->run(work_.items(), [&](std::int64_t item) {
         kernel_.keys(work_, keys, item);
         kernel_.values(work_, values, item);
     });
 }
 
 void Attention::finish(const float* sinks, void* out) {
-    pool_.run(work_.query.heads(),
-              [&](std::int64_t head) { kernel_.finish(work_, sinks, out, head); });
+    pool_->run(work_.query.heads(),
+               [&](std::int64_t head) { kernel_.finish(work_, sinks, out, head); });
 }
 
 }  // namespace dualblade

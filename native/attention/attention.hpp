@@ -6,6 +6,8 @@
 // runs, and how many threads there are, changes no bit of the result.
 #pragma once
 
+#include <unistd.h>
+
 #include <cstdint>
 #include <memory>
 #include <new>
@@ -107,7 +109,14 @@ const Kernel* find_kernel(const char* wanted);
 // Used by one thread at a time.
 class Attention {
   public:
-    Attention(int threads, const Kernel& kernel) : pool_(threads), kernel_(kernel) {}
+    Attention(int threads, const Kernel& kernel)
+        : owner_(getpid()), pool_(std::make_unique<Pool>(threads)), kernel_(kernel) {}
+    ~Attention() {
+        // In a forked child the threads do not exist: joining them would hang.
+        [[maybe_unused]] auto* leaked = getpid() == owner_ ? nullptr : pool_.release();
+    }
+    Attention(const Attention&) = delete;
+    Attention& operator=(const Attention&) = delete;
 
     void begin(const Query& query);
     void keys(const Run& run);
@@ -122,7 +131,8 @@ class Attention {
   private:
     void make_room(const Run& keys);
 
-    Pool pool_;
+    pid_t owner_;
+    std::unique_ptr<Pool> pool_;
     const Kernel& kernel_;
     Work work_;
 };

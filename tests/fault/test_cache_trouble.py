@@ -429,3 +429,24 @@ with a_step_old(Path({str(store)!r}), path={path!r}) as cache:
     )
     assert done.stderr == ""
     assert done.stdout == "3\n0\n"
+
+
+def test_a_forked_child_ends_though_attention_had_threads() -> None:
+    """They are none of the child's: it neither waits for them at its end nor uses them."""
+    program = """
+import os, sys, time, torch
+from dualblade.attention import kernel
+from tests.fault.test_cache_trouble import a_step_old, step
+torch.get_num_threads = lambda: 3  # set, torch itself would crash at the child's end
+with a_step_old(attention="tiles"):
+    time.sleep(0.1)  # they sleep by then
+    child = os.fork()
+    if child == 0:
+        kernel._native.cache_clear()
+        sys.exit(3)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.stderr, done.stdout) == ("", "3\n")
