@@ -162,6 +162,27 @@ def test_foreign_broken_and_nested_files(tmp_path: Path) -> None:
     assert "a &lt;b&gt;processor" in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.parametrize(
+    "strange",
+    [
+        {"benchmark": "decode"},
+        {**LIMITED, "options": None},
+        {**LIMITED, "summary": None},
+        {**LIMITED, "summary": [{}]},
+        {**LIMITED, "summary": [{**LIMITED["summary"][0], "memory_limit": "lots"}]},
+        {**decode_result({("direct", None): 0.1}), "options": None},
+    ],
+)
+def test_a_file_that_looks_like_ours_stops_no_other(
+    strange: dict[str, Any], tmp_path: Path
+) -> None:
+    write(tmp_path, "strange.json", strange)
+    write(tmp_path, "ours.json", LIMITED)
+    page = collect(tmp_path)
+    assert [section.file for section in page.sections] == ["ours.json"]
+    assert [line.split(":")[0] for line in page.skipped] == ["strange.json"]
+
+
 def test_a_section_says_where_another_mode_is_faster() -> None:
     section, cards = decode_section([("x", LIMITED)])
     assert section.notes == ["With 25 %, direct is faster: dual takes 1.25 times as long."]

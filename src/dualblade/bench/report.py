@@ -37,6 +37,10 @@ from dualblade.bench.report_tables import (
 )
 from dualblade.errors import ConfigError, Unsupported
 
+STRANGE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What a file of an older or newer version, or of somebody else, raises on its way to a section;
+ConfigError, of a limit that is none, is a ValueError."""
+
 
 @dataclass(frozen=True, slots=True)
 class Card:
@@ -89,25 +93,12 @@ def collect(folder: Path) -> Page:
     if not folder.is_dir():
         raise ConfigError(f"no folder {folder}")
     page = Page()
-    found: dict[str, list[Named]] = {kind: [] for kind in SECTIONS}
-    for path in sorted(folder.rglob("*.json")):
-        name = str(path.relative_to(folder))
-        try:
-            result = json.loads(path.read_text())
-        except (OSError, ValueError) as exc:
-            page.skipped.append(f"{name}: {exc}")
-            continue
-        kind = kind_of(result)
-        if kind is None:
-            page.skipped.append(f"{name}: not a result of ours")
-        else:
-            found[kind].append((name, result))
-    for kind, results in found.items():
-        for group in _grouped(kind, results):
-            names = ", ".join(name for name, _ in group)
+    for kind, groups in _found(folder, page).items():
+        for group in groups.values():
             try:
                 section, cards = SECTIONS[kind](group)
-            except (LookupError, TypeError, ValueError) as exc:  # of an older or newer version
+            except STRANGE as exc:
+                names = ", ".join(name for name, _ in group)
                 page.skipped.append(f"{names}: {type(exc).__name__} {exc}")
                 continue
             page.sections.append(section)
@@ -116,6 +107,24 @@ def collect(folder: Path) -> Page:
     if not page.sections:
         raise ConfigError(f"no results in {folder}", hint="make some: dualblade bench --help")
     return page
+
+
+def _found(folder: Path, page: Page) -> dict[str, dict[Any, list[Named]]]:
+    """The results below `folder` by kind, and of a kind by what makes them one section."""
+    found: dict[str, dict[Any, list[Named]]] = {kind: {} for kind in SECTIONS}
+    for path in sorted(folder.rglob("*.json")):
+        name = str(path.relative_to(folder))
+        try:
+            result = json.loads(path.read_text())
+            kind = kind_of(result)
+            if kind is None:
+                page.skipped.append(f"{name}: not a result of ours")
+            else:
+                key = _section_key(kind, name, result)
+                found[kind].setdefault(key, []).append((name, result))
+        except (OSError, *STRANGE) as exc:
+            page.skipped.append(f"{name}: {type(exc).__name__} {exc}")
+    return found
 
 
 def kind_of(result: Any) -> str | None:
@@ -137,26 +146,22 @@ def kind_of(result: Any) -> str | None:
     kind = next((kind for kind, mark in marks.items() if mark <= set(result)), None)
     if result.get("benchmark") == "decode":
         kind = "growth" if is_growth(result) else "decode"
-        if result.get("options", {}).get("ablation"):
+        if (result.get("options") or {}).get("ablation"):
             kind = "ablation"
     return "prefill" if result.get("benchmark") == "prefill" else kind
 
 
-def _grouped(kind: str, results: list[Named]) -> list[list[Named]]:
-    """Files that make one section: runs of one mode at several contexts; generations."""
+def _section_key(kind: str, name: str, result: dict[str, Any]) -> Any:
+    """Equal for files that make one section: runs of one mode at several contexts; generations."""
     if kind == "generate":
-        return [results] if results else []
+        return kind
     if kind != "growth":
-        return [[one] for one in results]
-    series: dict[tuple[Any, ...], list[Named]] = {}
-    for name, result in results:
-        options = result["options"]
-        same = [options[key] for key in ("model", "dtype", "memory_budget")]
-        if "scenario" not in result:
-            same.append(options["batch"])
-        key = (*same, stored_mode(result), result["summary"][0]["memory_limit"])
-        series.setdefault(key, []).append((name, result))
-    return list(series.values())
+        return name
+    options = result["options"]
+    same = [options[key] for key in ("model", "dtype", "memory_budget")]
+    if "scenario" not in result:
+        same.append(options["batch"])
+    return (*same, stored_mode(result), result["summary"][0]["memory_limit"])
 
 
 SECTIONS: dict[str, Callable[[list[Named]], Made]] = {
