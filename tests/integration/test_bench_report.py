@@ -34,7 +34,7 @@ MACHINE: dict[str, Any] = {
 
 def decode_result(seconds: dict[tuple[str, str | None], float | None]) -> dict[str, Any]:
     """What bench decode writes, as far as a report reads it; None: killed."""
-    options = {"model": "m", "batch": 1, "context": 9, "dtype": "bfloat16"}
+    options = {"model": "m", "batch": 1, "context": 9, "dtype": "bfloat16", "attention": "tiles"}
     runs, summary = [], []
     for (mode, limit), step in seconds.items():
         died = step is None
@@ -77,11 +77,21 @@ def decode_result(seconds: dict[tuple[str, str | None], float | None]) -> dict[s
             "steps": 2,
             "repeats": 1,
             "memory_budget": "auto",
+            "engine": {},
         },
         "machine": MACHINE,
         "summary": summary,
         "runs": runs,
     }
+
+
+def growing(context: int, limit: str | None = None) -> dict[str, Any]:
+    """`direct` beside `memory`, with KV and step as long as the context."""
+    result = decode_result({("memory", limit): 0.05, ("direct", limit): 0.1 * context})
+    result["options"]["context"] = context
+    for run in result["runs"]:
+        run |= {"context": context, "kv_bytes": context * GIB}
+    return result
 
 
 LIMITED = decode_result(
@@ -205,13 +215,50 @@ def test_three_limits_are_lines_and_one_mode_over_contexts_is_growth(tmp_path: P
     times = {(mode, f"{part}%"): part / 50 for mode in ("dual", "mmap") for part in (10, 25, 50)}
     write(tmp_path, "lines.json", decode_result(times))
     for context in (1, 2):
-        one = decode_result({("memory", None): 0.05, ("direct", None): 0.1 * context})
-        one["options"]["context"] = context
-        write(tmp_path, f"context-{context}.json", one)
+        write(tmp_path, f"context-{context}.json", growing(context))
     lines, growth = collect(tmp_path).sections
     assert "under memory limits" in lines.figures[0]
     assert growth.title.startswith("Growing contexts, direct: ")
     assert [row[2] for row in growth.rows] == ["100", "200"], "of the path alone, not of memory"
+
+
+@pytest.mark.parametrize(
+    ("where", "other"),
+    [
+        ("options", {"attention": "exact"}),
+        ("options", {"engine": {"queue_depth": 2}}),
+        ("options", {"memory_budget": "64MiB"}),
+        ("scenario", {"name": "s", "run": "r", "device_bytes_per_second": 10**9}),
+        ("scenario", {"name": "another", "run": "r", "device_bytes_per_second": None}),
+        ("machine", {"cpu_model": "another"}),
+        ("machine", {"kernel": "6.19"}),
+        ("machine", {"git": {"commit": "another", "dirty": False}}),
+        ("machine", {"device": {"mount_point": "/mnt", "queue": None}}),
+    ],
+)
+def test_what_was_measured_otherwise_is_no_part_of_a_series(
+    where: str, other: dict[str, Any], tmp_path: Path
+) -> None:
+    scenario = {"name": "s", "run": "r", "device_bytes_per_second": None}
+    for context in (1, 2, 3):
+        one = {**growing(context), "scenario": scenario}
+        if context == 3:
+            one[where] = {**one[where], **other}
+        write(tmp_path, f"context-{context}.json", one)
+    growth, alone = sorted(collect(tmp_path).sections, key=lambda section: section.file)
+    assert growth.file == "context-1.json, context-2.json"
+    assert alone.file == "context-3.json"
+    assert alone.title.startswith("r: decoding")
+
+
+def test_one_size_again_and_a_run_under_a_limit_are_no_growth(tmp_path: Path) -> None:
+    for name in ("a.json", "b.json"):
+        write(tmp_path, name, growing(1))
+    for context in (1, 2):
+        write(tmp_path, f"limited-{context}.json", growing(context, limit="1GiB"))
+    titles = {section.title for section in collect(tmp_path).sections}
+    assert len(collect(tmp_path).sections) == 4
+    assert titles == {"Decoding m"}
 
 
 def test_a_key_figure_leads_to_its_section(tmp_path: Path) -> None:
@@ -292,7 +339,6 @@ def test_an_ablation_tells_what_each_step_gains() -> None:
     result["options"] |= {
         "modes": list(steps),
         "ablation": ["baseline", "our engine", "+ direct", "+ residency"],
-        "attention": "tiles",
     }
     assert kind_of(result) == "ablation"
     section, cards = ablation_section([("x", result)])

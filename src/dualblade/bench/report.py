@@ -18,9 +18,10 @@ from dualblade.bench.report_decode import (
     ablation_section,
     decode_section,
     envelope_section,
+    grows,
     growth_section,
     is_growth,
-    stored_mode,
+    series_key,
 )
 from dualblade.bench.report_prefill import prefill_section
 from dualblade.bench.report_section import Made, Named, Section
@@ -96,14 +97,15 @@ def collect(folder: Path) -> Page:
     for kind, groups in _found(folder, page).items():
         for group in groups.values():
             try:
-                section, cards = SECTIONS[kind](group)
+                made = _made(kind, group)
             except STRANGE as exc:
                 names = ", ".join(name for name, _ in group)
                 page.skipped.append(f"{names}: {type(exc).__name__} {exc}")
                 continue
-            page.sections.append(section)
-            number = len(page.sections)
-            page.cards += [Card(value, what, number, section.title) for value, what in cards]
+            for section, cards in made:
+                page.sections.append(section)
+                number = len(page.sections)
+                page.cards += [Card(value, what, number, section.title) for value, what in cards]
     if not page.sections:
         raise ConfigError(f"no results in {folder}", hint="make some: dualblade bench --help")
     return page
@@ -152,16 +154,17 @@ def kind_of(result: Any) -> str | None:
 
 
 def _section_key(kind: str, name: str, result: dict[str, Any]) -> Any:
-    """Equal for files that make one section: runs of one mode at several contexts; generations."""
+    """Equal for files that make one section: one series of contexts; generations."""
     if kind == "generate":
         return kind
-    if kind != "growth":
-        return name
-    options = result["options"]
-    same = [options[key] for key in ("model", "dtype", "memory_budget")]
-    if "scenario" not in result:
-        same.append(options["batch"])
-    return (*same, stored_mode(result), result["summary"][0]["memory_limit"])
+    return series_key(result) if kind == "growth" else name
+
+
+def _made(kind: str, group: list[Named]) -> list[Made]:
+    """The sections of a group; of a series whose sizes are all one, each file stands alone."""
+    if kind == "growth" and not grows(group):
+        return [decode_section([one]) for one in group]
+    return [SECTIONS[kind](group)]
 
 
 SECTIONS: dict[str, Callable[[list[Named]], Made]] = {

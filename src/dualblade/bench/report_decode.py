@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -289,15 +290,38 @@ def stored_mode(result: dict[str, Any]) -> str | None:
 
 
 def is_growth(result: dict[str, Any]) -> bool:
-    """One mode without limits, or `direct` beside `memory`: a part of a series of contexts."""
-    count = len(result["summary"])
-    return count == 1 or (count == 2 and stored_mode(result) == "direct")
+    """One mode, or `direct` beside `memory`, without limits: a part of a series of contexts."""
+    summary = result["summary"]
+    if len(summary) != 1 and (len(summary) != 2 or stored_mode(result) != "direct"):
+        return False
+    return all(entry["memory_limit"] is None for entry in summary)
+
+
+def series_key(result: dict[str, Any]) -> tuple[Any, ...]:
+    """Equal for results that differ in the size of their KV alone: not in what was measured, nor
+    in the drive and the machine that measured it. Only a scenario varies the sequences, too."""
+    options, machine, scenario = result["options"], result["machine"], result.get("scenario") or {}
+    device, git = machine.get("device") or {}, machine.get("git") or {}
+    return (
+        stored_mode(result),
+        *(options[name] for name in ("model", "dtype", "attention", "memory_budget")),
+        json.dumps(options["engine"], sort_keys=True),
+        scenario.get("name") or options["batch"],
+        scenario.get("device_bytes_per_second"),
+        *(machine[name] for name in ("cpu_model", "cpu_count", "memory_bytes", "kernel")),
+        device.get("mount_point"),
+        git.get("commit"),
+    )
+
+
+def grows(group: list[Named]) -> bool:
+    """Whether the files of a series have at least two sizes of KV between them."""
+    sizes = {run["kv_bytes"] for _, result in group for run in result["runs"]}
+    return len(sizes - {None}) > 1
 
 
 def growth_section(group: list[Named]) -> Made:
-    """One mode at several contexts, each a file; of a single one, a table of it."""
-    if len(group) < 2:
-        return decode_section(group)
+    """One mode at several contexts, each a file."""
     mode = stored_mode(group[0][1])
     runs = [(name, run) for name, result in group for run in result["runs"]]
     done = [(n, r) for n, r in runs if r["mode"] == mode and r["step_seconds_median"] is not None]
@@ -311,8 +335,9 @@ def growth_section(group: list[Named]) -> Made:
     section = Section(
         title=f"Growing contexts, {mode}: {model_text(options['model'])}",
         file=", ".join(name for name, _ in group),
-        about=f"{options['model']}, {options['dtype']}, budget {options['memory_budget']}. Time "
-        "should follow the bytes, and memory stay flat.",
+        about=f"{options['model']}, {options['dtype']}, attention {options['attention']}, budget "
+        f"{options['memory_budget']}{drive_text(result)}. Time should follow the bytes, and memory "
+        "stay flat.",
         command=result["command"],
         machine=result["machine"],
         figures=[figures.svg_text(figures.growth_figure(points))],
