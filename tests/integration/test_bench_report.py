@@ -78,6 +78,7 @@ def decode_result(seconds: dict[tuple[str, str | None], float | None]) -> dict[s
             "repeats": 1,
             "memory_budget": "auto",
             "engine": {},
+            "store": None,
         },
         "machine": MACHINE,
         "summary": summary,
@@ -193,6 +194,35 @@ def test_a_file_that_looks_like_ours_stops_no_other(
     assert [line.split(":")[0] for line in page.skipped] == ["strange.json"]
 
 
+@pytest.mark.parametrize(
+    ("facts", "told"),
+    [
+        ({}, "Linux 6.18, torch 2, transformers 5, dualblade 0 at 0123456789ab"),
+        ({"device": {"file_system": "ext4", "queue": {"name": "vda"}}}, "6.18, ext4 on vda, torch"),
+        ({"device": {"file_system": "overlay", "queue": None}}, "Linux 6.18, overlay, torch 2"),
+        ({"device": None, "git": None}, "transformers 5, dualblade 0"),
+        ({"git": {"commit": None, "dirty": False}}, "transformers 5, dualblade 0"),
+        ({"cpu_model": None}, "2 x an unnamed processor, 24 GiB"),
+    ],
+)
+def test_a_page_tells_the_machine_as_far_as_it_is_known(
+    facts: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    write(tmp_path, "decode.json", {**LIMITED, "machine": {**MACHINE, **facts}})
+    page = write_report(tmp_path, tmp_path / "page.html")
+    assert page.skipped == []
+    assert told in page.sections[0].machine
+    assert told in (tmp_path / "page.html").read_text()
+
+
+def test_a_machine_that_cannot_be_told_costs_its_own_section(tmp_path: Path) -> None:
+    write(tmp_path, "strange.json", {**LIMITED, "machine": {"date": "2026-01-01"}})
+    write(tmp_path, "ours.json", LIMITED)
+    page = write_report(tmp_path, tmp_path / "page.html")
+    assert [section.file for section in page.sections] == ["ours.json"]
+    assert page.skipped == ["strange.json: KeyError 'cpu_count'"]
+
+
 def test_a_section_says_where_another_mode_is_faster() -> None:
     section, cards = decode_section([("x", LIMITED)])
     assert section.notes == ["With 25 %, direct is faster: dual takes 1.25 times as long."]
@@ -228,12 +258,13 @@ def test_three_limits_are_lines_and_one_mode_over_contexts_is_growth(tmp_path: P
         ("options", {"attention": "exact"}),
         ("options", {"engine": {"queue_depth": 2}}),
         ("options", {"memory_budget": "64MiB"}),
+        ("options", {"store": "/dev/nvme1n1"}),
         ("scenario", {"name": "s", "run": "r", "device_bytes_per_second": 10**9}),
         ("scenario", {"name": "another", "run": "r", "device_bytes_per_second": None}),
         ("machine", {"cpu_model": "another"}),
         ("machine", {"kernel": "6.19"}),
         ("machine", {"git": {"commit": "another", "dirty": False}}),
-        ("machine", {"device": {"mount_point": "/mnt", "queue": None}}),
+        ("machine", {"device": {"mount_point": "/mnt", "file_system": "ext4", "queue": None}}),
     ],
 )
 def test_what_was_measured_otherwise_is_no_part_of_a_series(

@@ -15,6 +15,7 @@ from dualblade.bench.report_section import (
     Section,
     drive_text,
     limit_text,
+    machine_text,
     median,
     mib,
     model_text,
@@ -64,7 +65,7 @@ def envelope_section(group: list[Named]) -> Made:
             f"{len(result['runs'])} runs."
         ),
         command=result["command"],
-        machine=result["machine"],
+        machine=machine_text(result["machine"]),
         notes=above or [f"dual is within {result['target']} of the best split at every limit."],
         figures=[figures.svg_text(figures.envelope_figure(result))],
         head=["memory", "best split", "its ms/step", "dual ms/step", "dual / best", "killed"],
@@ -115,7 +116,7 @@ def decode_section(group: list[Named]) -> Made:
             f"{options['steps']} steps, least to most beside."
         ),
         command=result["command"],
-        machine=result["machine"],
+        machine=machine_text(result["machine"]),
         notes=_beaten(summary),
         figures=_decode_figures(result, done),
         head=[
@@ -231,7 +232,7 @@ def ablation_section(group: list[Named]) -> Made:
             f"the gain of a step is to the row above. Medians of {options['repeats']} runs."
         ),
         command=result["command"],
-        machine=result["machine"],
+        machine=machine_text(result["machine"]),
         notes=[
             f"With {limit_text(entry['memory_limit'])}, {names[entry['mode']]} makes a step "
             f"{-100 * gain:.0f} % longer."
@@ -304,7 +305,7 @@ def series_key(result: dict[str, Any]) -> tuple[Any, ...]:
     device, git = machine.get("device") or {}, machine.get("git") or {}
     return (
         stored_mode(result),
-        *(options[name] for name in ("model", "dtype", "attention", "memory_budget")),
+        *(options[name] for name in ("model", "dtype", "attention", "memory_budget", "store")),
         json.dumps(options["engine"], sort_keys=True),
         scenario.get("name") or options["batch"],
         scenario.get("device_bytes_per_second"),
@@ -339,7 +340,7 @@ def growth_section(group: list[Named]) -> Made:
         f"{options['memory_budget']}{drive_text(result)}. Time should follow the bytes, and memory "
         "stay flat.",
         command=result["command"],
-        machine=result["machine"],
+        machine=machine_text(result["machine"]),
         figures=[figures.svg_text(figures.growth_figure(points))],
         head=[
             "sequences x tokens",

@@ -13,6 +13,7 @@ from dualblade.bench.report_section import (
     Section,
     drive_text,
     limit_text,
+    machine_text,
     mib,
     number_text,
     percent_text,
@@ -57,7 +58,7 @@ def prefill_section(group: list[Named]) -> Made:
             f"least to most beside."
         ),
         command=result["command"],
-        machine=result["machine"],
+        machine=machine_text(result["machine"]),
         notes=_beaten(summary),
         figures=[figures.svg_text(figures.prefill_figure(summary))],
         head=[

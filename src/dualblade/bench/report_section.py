@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dualblade.bench import figures
-from dualblade.units import MIB
+from dualblade.units import GIB, MIB
 
 BEATEN = 1.05
 """Another mode is called faster than `dual` from here on: medians of few runs differ by less."""
@@ -22,7 +22,7 @@ class Section:
     file: str
     about: str
     command: str = ""
-    machine: Mapping[str, Any] | None = None
+    machine: str = ""
     notes: Sequence[str] = ()
     figures: Sequence[str] = ()
     head: Sequence[str] = ()
@@ -66,6 +66,27 @@ def drive_text(result: Mapping[str, Any]) -> str:
     """The speed that a scenario held the drive to, if it did."""
     speed = result.get("scenario", {}).get("device_bytes_per_second")
     return "" if speed is None else f", drive held to {speed / 1e6:.0f} MB/s"
+
+
+def machine_text(machine: Mapping[str, Any]) -> str:
+    """What it was measured on and with, in a line; what the file does not know is left out."""
+    device, git = machine.get("device"), machine.get("git")
+    words = [
+        machine["date"],
+        f"{machine['cpu_count']} x {machine['cpu_model'] or 'an unnamed processor'}",
+        f"{machine['memory_bytes'] / GIB:.0f} GiB",
+        f"Linux {machine['kernel']}",
+    ]
+    if device:
+        queue = device["queue"]  # null where no single drive is below: tmpfs, overlay, a network
+        words.append(device["file_system"] + (f" on {queue['name']}" if queue else ""))
+    words += [f"{name} {machine['versions'][name]}" for name in _PACKAGES]
+    if git and git["commit"]:
+        words[-1] += f" at {git['commit'][:12]}{' and changes' if git['dirty'] else ''}"
+    return ", ".join(words)
+
+
+_PACKAGES = ("torch", "transformers", "dualblade")
 
 
 def limit_text(text: str | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from dualblade.bench.report_section import Made, Named, Section, number_text
+from dualblade.bench.report_section import Made, Named, Section, machine_text, number_text
 from dualblade.units import GIB, MIB
 
 
@@ -20,7 +20,7 @@ def io_section(group: list[Named]) -> Made:
         about=f"Engine {result['engine']}, requests of {options['chunk_bytes'] / MIB:g} MiB, "
         f"{options['queue_depth']} in flight, O_DIRECT.",
         command=result["command"],
-        machine=result["machine"],
+        machine=machine_text(result["machine"]),
         head=["read GiB/s", "write GiB/s", "read / fio", "CPU s per GiB", "queue depth"],
         rows=[
             [
@@ -47,7 +47,7 @@ def control_section(group: list[Named]) -> Made:
         about=f"What the probe, the hits and the controller take of a decode step with "
         f"{result['units']} units, all in the page cache; {result['steps']} steps.",
         command=result["command"],
-        machine=result["machine"],
+        machine=machine_text(result["machine"]),
         head=["mean ms", "median ms", "p99 ms", "of a 10 ms step"],
         rows=[
             [
@@ -76,7 +76,7 @@ def deepspeed_section(group: list[Named]) -> Made:
         f"{result['deepspeed']} with its best setting of {len(result['deepspeed_tried'])}: "
         f"{setting['threads']} threads, {setting['queue_depth']} requests in flight.",
         command=result["command"],
-        machine=result["machine"],
+        machine=machine_text(result["machine"]),
         head=["engine", "read GiB/s", "spread", "CPU s per GiB"],
         rows=rows,
     )
@@ -105,7 +105,7 @@ def flexllmgen_section(group: list[Named]) -> Made:
         + ("no memory limit" if limit is None else f"{limit / GIB:.1f} GiB of memory for each")
         + "; in turn. FlexLLMGen's step is a mean, ours a median.",
         command=result["command"],
-        machine=result["machine"],
+        machine=machine_text(result["machine"]),
         head=["who", "ms/step", "spread", "/ FlexLLMGen"],
         rows=rows,
     )
@@ -136,7 +136,7 @@ def contention_section(group: list[Named]) -> Made:
         about=f"fio beside decode steps that have all {result['kv_bytes'] / GIB:.2f} GiB of KV in "
         f"memory, in turn with each alone; medians of {len(result['rounds'])} rounds.",
         command=result["command"],
-        machine=result["machine"],
+        machine=machine_text(result["machine"]),
         head=["", "alone", "beside the other", "ratio"],
         rows=rows,
     )
@@ -169,7 +169,7 @@ def striping_section(group: list[Named]) -> Made:
         about=f"One file striped over devices that are throttled to {throttle / 1e6:.0f} MB/s "
         "each; percent of what all of them together may give.",
         command=result["command"],
-        machine=most["machine"],
+        machine=machine_text(most["machine"]),
         head=[
             "devices",
             "in flight on each",
@@ -202,7 +202,7 @@ def attention_section(group: list[Named]) -> Made:
         file=name,
         about=f"GiB of KV per second; {result['kernel']} kernel, {result['threads']} threads.",
         command=result["command"],
-        machine=result["machine"],
+        machine=machine_text(result["machine"]),
         head=["B, H, G, T, D", "tiles", "exact", "contiguous", "memory read", "tiles / exact"],
         rows=rows,
     )
@@ -230,7 +230,7 @@ def demo_section(group: list[Named]) -> Made:
         about=f"{result['prompt_tokens']} tokens of prompt, KV {result['kv_bytes'] / MIB:.0f} MiB, "
         f"{result['kv_to_budget']:.1f} times the budget. {same}",
         command=result["command"],
-        machine=result["machine"],
+        machine=machine_text(result["machine"]),
         head=["path", "prefill s", "ms/token", "MiB read/token", "peak MiB"],
         rows=rows,
     )
