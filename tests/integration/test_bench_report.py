@@ -53,7 +53,6 @@ def decode_result(seconds: dict[tuple[str, str | None], float | None]) -> dict[s
                 "device_read_bytes_per_step": None if died else 100 * MIB,
                 "peak_memory_bytes": None if died else GIB,
                 "base_memory_bytes": None if died else GIB // 2,
-                "fio_read_bytes_per_second": 200 * MIB,
                 "seconds_per_step": None
                 if died
                 else {"read_wait": 0.2, "attention": 0.1, "gather": 0.0, "append": 0.0},
@@ -66,6 +65,10 @@ def decode_result(seconds: dict[tuple[str, str | None], float | None]) -> dict[s
                 "step_seconds_median": step,
                 "step_seconds_spread": None if died else [step, step],
                 "step_to_memory": None,
+                "cpu_seconds_per_step": None if died else 0.1,
+                "device_read_bytes_per_step": None if died else 100 * MIB,
+                "peak_memory_bytes": None if died else GIB,
+                "ssd_utilisation": None if step is None else 0.5 / step,  # fio has 200 MiB/s
             }
         )
     return {
@@ -292,6 +295,19 @@ def test_one_size_again_and_a_run_under_a_limit_are_no_growth(tmp_path: Path) ->
     assert titles == {"Decoding m"}
 
 
+def test_a_peak_that_the_kernel_does_not_keep_is_a_dash(tmp_path: Path) -> None:
+    """memory.peak of a cgroup is there since Linux 5.19."""
+    for context in (1, 2):
+        one = growing(context)
+        for entry in [*one["runs"], *one["summary"]]:
+            entry["peak_memory_bytes"] = None
+        write(tmp_path, f"context-{context}.json", one)
+    write(tmp_path, "alone.json", {**one, "options": {**one["options"], "model": "another"}})
+    decode, growth = collect(tmp_path).sections
+    assert [row[-1] for row in decode.rows] == ["-", "-"]
+    assert [row[-1] for row in growth.rows] == ["-", "-"]
+
+
 def test_a_key_figure_leads_to_its_section(tmp_path: Path) -> None:
     write(tmp_path, "growth.json", decode_result({("direct", None): 0.1}))
     write(tmp_path, "limited.json", LIMITED)
@@ -365,8 +381,6 @@ def test_flexllmgen_is_one_row_beside_ours() -> None:
 def test_an_ablation_tells_what_each_step_gains() -> None:
     steps = {"mmap": 1.0, "page-cache": 0.8, "direct": 1.0, "dual": 0.5}
     result = decode_result({(mode, "25%"): seconds for mode, seconds in steps.items()})
-    for entry in result["summary"]:
-        entry |= {"device_read_bytes_per_step": MIB, "cpu_seconds_per_step": 0.1}
     result["options"] |= {
         "modes": list(steps),
         "ablation": ["baseline", "our engine", "+ direct", "+ residency"],

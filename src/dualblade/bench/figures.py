@@ -175,11 +175,11 @@ def _where(entry: Mapping[str, Any]) -> str | None:
 
 
 def utilisation_figure(entries: Sequence[tuple[str, str | None, float]]) -> Figure:
-    """(mode, limit, part of fio's bandwidth) as bars."""
+    """(mode, limit, percent of fio's bandwidth) as bars."""
     return _bars(
         [
-            (f"{mode}, {limit_word(limit)}", 100 * part, None, mode_color(mode))
-            for mode, limit, part in entries
+            (f"{mode}, {limit_word(limit)}", percent, None, mode_color(mode))
+            for mode, limit, percent in entries
         ],
         "How much of the drive's bandwidth was used",
         "percent of fio's",

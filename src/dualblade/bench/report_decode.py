@@ -16,7 +16,6 @@ from dualblade.bench.report_section import (
     drive_text,
     limit_text,
     machine_text,
-    median,
     mib,
     model_text,
     ms_spread,
@@ -82,28 +81,19 @@ def decode_section(group: list[Named]) -> Made:
     done = [run for run in runs if run["step_seconds_median"] is not None]
     if not done:
         raise ValueError("no run of it got through")
-    rows = []
-    for entry in summary:
-        same = [
-            run
-            for run in done
-            if (run["mode"], run["memory_limit"]) == (entry["mode"], entry["memory_limit"])
+    rows = [
+        [
+            entry["mode"],
+            limit_text(entry["memory_limit"]),
+            ms_spread(entry["step_seconds_median"], entry["step_seconds_spread"], "killed"),
+            number_text(entry.get("step_to_memory"), "{:.2f}"),
+            number_text(mib(entry["device_read_bytes_per_step"]), "{:.0f}"),
+            number_text(_drive_used(entry), "{:.0f} %"),
+            number_text(entry["cpu_seconds_per_step"], "{:.2f}"),
+            number_text(mib(entry["peak_memory_bytes"]), "{:.0f}"),
         ]
-        used = median([part for run in same if (part := _utilisation(run)) is not None])
-        rows.append(
-            [
-                entry["mode"],
-                limit_text(entry["memory_limit"]),
-                ms_spread(entry["step_seconds_median"], entry["step_seconds_spread"], "killed"),
-                number_text(entry.get("step_to_memory"), "{:.2f}"),
-                number_text(
-                    median([r["device_read_bytes_per_step"] / MIB for r in same]), "{:.0f}"
-                ),
-                number_text(None if used is None else 100 * used, "{:.0f} %"),
-                number_text(median([r["cpu_seconds_per_step"] for r in same]), "{:.2f}"),
-                number_text(median([r["peak_memory_bytes"] / MIB for r in same]), "{:.0f}"),
-            ]
-        )
+        for entry in summary
+    ]
     first = done[0]
     engines = sorted({run["engine"] for run in done if run["engine"]})
     section = Section(
@@ -136,18 +126,18 @@ def decode_section(group: list[Named]) -> Made:
 
 def _decode_figures(result: dict[str, Any], done: Sequence[dict[str, Any]]) -> list[str]:
     drawn = [figures.decode_figure(result)]
-    used: dict[tuple[str, str | None], list[float]] = {}
+    used = [
+        (entry["mode"], entry["memory_limit"], percent)
+        for entry in result["summary"]
+        if (percent := _drive_used(entry)) is not None and is_stored(entry["mode"])
+    ]
+    if used:
+        drawn.append(figures.utilisation_figure(used))
     stages: dict[str, list[dict[str, float]]] = {}
     for run in done:
-        part = _utilisation(run)
-        if part is not None and is_stored(run["mode"]):
-            used.setdefault((run["mode"], run["memory_limit"]), []).append(part)
         parts = _stages(run)
         if parts is not None:
             stages.setdefault(f"{run['mode']}, {limit_text(run['memory_limit'])}", []).append(parts)
-    if used:
-        bars = [(mode, limit, statistics.median(some)) for (mode, limit), some in used.items()]
-        drawn.append(figures.utilisation_figure(bars))
     if stages:
         drawn.append(
             figures.stages_figure(
@@ -176,12 +166,11 @@ def _stages(run: dict[str, Any]) -> dict[str, float] | None:
     return {name: 1000 * seconds for name, seconds in parts.items()}
 
 
-def _utilisation(run: dict[str, Any]) -> float | None:
-    """Bytes per second that the drive gave over fio's; older files have it not ready."""
-    speed = run["fio_read_bytes_per_second"]
-    if not speed:
-        return None
-    return float(run["device_read_bytes_per_step"] / run["step_seconds_median"] / speed)
+def _drive_used(entry: dict[str, Any]) -> float | None:
+    """Percent of the bytes per second that fio had; None where it was not beside, and of files
+    that are too old to tell."""
+    part = entry.get("ssd_utilisation")
+    return None if part is None else 100 * part
 
 
 def _beaten(summary: Sequence[dict[str, Any]]) -> list[str]:
@@ -357,12 +346,18 @@ def growth_section(group: list[Named]) -> Made:
                 f"{1000 * run['step_seconds_median']:.0f}",
                 f"{1000 * run['step_seconds_median'] * GIB / run['kv_bytes']:.0f}",
                 f"{run['cpu_seconds_per_step'] * GIB / run['kv_bytes']:.2f}",
-                f"{(run['peak_memory_bytes'] - run['base_memory_bytes']) / MIB:.0f}",
+                number_text(mib(_beyond_model(run)), "{:.0f}"),
             ]
             for _, run in done
         ],
     )
     return section, []
+
+
+def _beyond_model(run: dict[str, Any]) -> int | None:
+    """Bytes; None where the kernel keeps no peak (of a cgroup, before 5.19)."""
+    peak, base = run["peak_memory_bytes"], run["base_memory_bytes"]
+    return None if peak is None or base is None else peak - base
 
 
 def _sequences(run: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -128,8 +127,3 @@ def number_text(value: float | None, form: str) -> str:
 def mib(size_bytes: float | None) -> float | None:
     """In MiB; None stays."""
     return None if size_bytes is None else size_bytes / MIB
-
-
-def median(values: Sequence[float]) -> float | None:
-    """None of no values."""
-    return statistics.median(values) if values else None

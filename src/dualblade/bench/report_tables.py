@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from dualblade.bench.report_section import Made, Named, Section, machine_text, number_text
+from dualblade.bench.report_section import Made, Named, Section, machine_text, mib, number_text
 from dualblade.units import GIB, MIB
 
 
@@ -219,7 +219,7 @@ def demo_section(group: list[Named]) -> Made:
             f"{run['prefill_seconds']:.1f}",
             f"{1000 * run['decode_seconds_per_token']:.0f}",
             f"{run['device_read_bytes_per_token'] / MIB:.1f}",
-            f"{run['peak_memory_bytes'] / MIB:.0f}",
+            number_text(mib(run["peak_memory_bytes"]), "{:.0f}"),
         ]
         for run in result["runs"]
     ]
