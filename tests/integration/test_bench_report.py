@@ -378,6 +378,32 @@ def test_flexllmgen_is_one_row_beside_ours() -> None:
     assert cards == [("0.25 x", "FlexLLMGen's step time")]
 
 
+def test_a_generation_of_one_token_is_a_row_with_dashes(tmp_path: Path) -> None:
+    whole = {
+        "cache": {"path": "dual", "attention": "tiles"},
+        "dtype": "bfloat16",
+        "prompt_tokens": 9,
+        "new_tokens": 3,
+        "prefill_seconds": 1.0,
+        "decode_seconds_per_token": 0.05,
+        "tokens_per_sweep": 1.0,
+        "read_bytes_per_token": 2 * MIB,
+    }
+    nothing = dict.fromkeys(
+        ("decode_seconds_per_token", "tokens_per_sweep", "read_bytes_per_token")
+    )
+    write(tmp_path, "a.json", whole)
+    write(tmp_path, "b.json", {**whole, "new_tokens": 1, **nothing})
+    write(tmp_path, "c.json", {**whole, "new_tokens": 0, "prefill_seconds": None, **nothing})
+    page = collect(tmp_path)
+    assert page.skipped == []
+    assert [row[3:] for row in page.sections[0].rows] == [
+        ["1.0", "50", "1.00", "2.0"],
+        ["1.0", "-", "-", "-"],
+        ["-", "-", "-", "-"],
+    ]
+
+
 def test_an_ablation_tells_what_each_step_gains() -> None:
     steps = {"mmap": 1.0, "page-cache": 0.8, "direct": 1.0, "dual": 0.5}
     result = decode_result({(mode, "25%"): seconds for mode, seconds in steps.items()})

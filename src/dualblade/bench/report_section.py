@@ -124,6 +124,11 @@ def number_text(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
+def ms(seconds: float | None) -> float | None:
+    """In milliseconds; None stays."""
+    return None if seconds is None else 1000 * seconds
+
+
 def mib(size_bytes: float | None) -> float | None:
     """In MiB; None stays."""
     return None if size_bytes is None else size_bytes / MIB

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from dualblade.bench.report_section import Made, Named, Section, machine_text, mib, number_text
+from dualblade.bench.report_section import Made, Named, Section, machine_text, mib, ms, number_text
 from dualblade.units import GIB, MIB
 
 
@@ -216,8 +216,8 @@ def demo_section(group: list[Named]) -> Made:
     rows = [
         [
             run["path"],
-            f"{run['prefill_seconds']:.1f}",
-            f"{1000 * run['decode_seconds_per_token']:.0f}",
+            number_text(run["prefill_seconds"], "{:.1f}"),
+            number_text(ms(run["decode_seconds_per_token"]), "{:.0f}"),
             f"{run['device_read_bytes_per_token'] / MIB:.1f}",
             number_text(mib(run["peak_memory_bytes"]), "{:.0f}"),
         ]
@@ -238,16 +238,16 @@ def demo_section(group: list[Named]) -> Made:
 
 
 def generate_section(group: list[Named]) -> Made:
-    """Any number of `generate --json`."""
+    """Any number of `generate --json`. A single token has no time of decoding."""
     rows = [
         [
             name,
             f"{run['cache']['path']}, {run['cache']['attention']}, {run['dtype']}",
             f"{run['prompt_tokens']} + {run['new_tokens']}",
-            f"{run['prefill_seconds']:.1f}",
-            f"{1000 * run['decode_seconds_per_token']:.0f}",
-            f"{run['tokens_per_sweep']:.2f}",
-            f"{run['read_bytes_per_token'] / MIB:.1f}",
+            number_text(run["prefill_seconds"], "{:.1f}"),
+            number_text(ms(run["decode_seconds_per_token"]), "{:.0f}"),
+            number_text(run["tokens_per_sweep"], "{:.2f}"),
+            number_text(mib(run["read_bytes_per_token"]), "{:.1f}"),
         ]
         for name, run in group
     ]
