@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from dualblade.bench import report_decode
 from dualblade.bench.report import collect, kind_of, write_report
 from dualblade.bench.report_decode import ablation_section, decode_section
+from dualblade.bench.report_prefill import prefill_section
 from dualblade.bench.report_section import model_text
 from dualblade.bench.report_tables import flexllmgen_section, striping_section
 from dualblade.cli.app import app
@@ -44,6 +45,8 @@ def decode_result(seconds: dict[tuple[str, str | None], float | None]) -> dict[s
                 "memory_limit": limit,
                 "attention": "tiles",
                 "engine": "io_uring",
+                "oom_killed": died,
+                "error": None,
                 "kv_bytes": GIB,
                 "batch": 1,
                 "context": 9,
@@ -237,6 +240,47 @@ def test_a_section_says_where_another_mode_is_faster() -> None:
     assert len(section.figures) == 3
 
 
+def test_who_failed_was_not_killed_and_survivors_are_counted() -> None:
+    result = decode_result({("dual", "25%"): 0.5, ("mmap", "25%"): None, ("direct", "25%"): None})
+    dual, killed, failed = result["runs"]
+    failed |= {"oom_killed": False, "error": "no space left"}
+    result["runs"] += [{**dual, **failed, "mode": "dual"}, {**killed, "mode": "dual"}, failed]
+    section, _ = decode_section([("x", result)])
+    assert [row[2] for row in section.rows] == [
+        "500 (500-500), 1 of 3 runs",
+        "killed",
+        "failed",
+    ]
+    assert section.notes == ["Failed (2 x direct, 1 x dual): no space left"]
+
+
+def test_a_prefill_that_failed_was_not_killed() -> None:
+    entry: dict[str, Any] = {
+        "mode": "dual",
+        "store_state": "fresh",
+        "memory_limit": None,
+        "prefill_seconds": 1.0,
+        "prefill_seconds_spread": [1.0, 1.0],
+        "prefill_to_memory": None,
+        "stall_fraction": 0.1,
+        "cpu_seconds": 1.0,
+        **dict.fromkeys(("device_written_bytes", "device_read_bytes", "peak_memory_bytes"), MIB),
+    }
+    run = {**entry, "attention": "tiles", "kv_bytes": GIB, "oom_killed": False, "error": None}
+    broken = {**run, "prefill_seconds": None, "error": "no space left"}
+    other = {**entry, "mode": "direct", "prefill_seconds": None, "prefill_seconds_spread": None}
+    result = {
+        **decode_result({}),
+        "benchmark": "prefill",
+        "summary": [entry, other],
+        "runs": [run, broken, {**broken, "mode": "direct"}],
+    }
+    result["options"]["prefill_chunk"] = 8
+    section, _ = prefill_section([("x", result)])
+    assert [row[3] for row in section.rows] == ["1.00 (1.00-1.00), 1 of 2 runs", "failed"]
+    assert section.notes == ["Failed (1 x dual, 1 x direct): no space left"]
+
+
 def test_stages_of_a_step_add_up() -> None:
     parts = report_decode._stages(LIMITED["runs"][0])
     assert parts is not None
@@ -365,7 +409,8 @@ def test_flexllmgen_is_one_row_beside_ours() -> None:
         "step_ratio_median": {"direct": None, "dual": 0.25},
         "rounds": [
             {"flexllmgen": {"step_seconds": 2 * t}, "direct": {"step_seconds": None},
-             "dual": {"step_seconds": t / 2}} for t in (1.0, 1.5)
+             "dual": {"step_seconds": t / 2}, "page-cache": {"step_seconds": t if t > 1 else None}}
+            for t in (1.0, 1.5)
         ],
         "machine": MACHINE,
     }  # fmt: skip
@@ -374,6 +419,7 @@ def test_flexllmgen_is_one_row_beside_ours() -> None:
     assert list(section.rows[0]) == ["flexllmgen", "2500", "2000-3000", "-"]
     assert list(section.rows[1]) == ["direct", "killed", "-", "-"]
     assert list(section.rows[2]) == ["dual", "625", "500-750", "0.25"]
+    assert list(section.rows[3]) == ["page-cache", "1500, 1 of 2 runs", "1500-1500", "-"]
     assert "4.0 GiB of memory for each" in section.about
     assert cards == [("0.25 x", "FlexLLMGen's step time")]
 

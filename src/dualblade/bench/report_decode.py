@@ -14,14 +14,17 @@ from dualblade.bench.report_section import (
     Named,
     Section,
     drive_text,
+    failure_notes,
     limit_text,
     machine_text,
     mib,
     model_text,
     ms_spread,
     number_text,
+    of_runs,
     percent_text,
     ratio_spread,
+    runs_of,
     title_text,
     workload_text,
 )
@@ -85,7 +88,7 @@ def decode_section(group: list[Named]) -> Made:
         [
             entry["mode"],
             limit_text(entry["memory_limit"]),
-            ms_spread(entry["step_seconds_median"], entry["step_seconds_spread"], "killed"),
+            _step_text(result, entry),
             number_text(entry.get("step_to_memory"), "{:.2f}"),
             number_text(mib(entry["device_read_bytes_per_step"]), "{:.0f}"),
             number_text(_drive_used(entry), "{:.0f} %"),
@@ -107,7 +110,7 @@ def decode_section(group: list[Named]) -> Made:
         ),
         command=result["command"],
         machine=machine_text(result["machine"]),
-        notes=_beaten(summary),
+        notes=_beaten(summary) + failure_notes(runs),
         figures=_decode_figures(result, done),
         head=[
             "mode",
@@ -164,6 +167,12 @@ def _stages(run: dict[str, Any]) -> dict[str, float] | None:
     whole = statistics.mean(run["step_seconds"])
     parts["model"] = max(0.0, whole - sum(parts.values()))
     return {name: 1000 * seconds for name, seconds in parts.items()}
+
+
+def _step_text(result: dict[str, Any], entry: dict[str, Any]) -> str:
+    """The time of a step, or how its runs ended."""
+    text = ms_spread(entry["step_seconds_median"], entry["step_seconds_spread"])
+    return of_runs(text, runs_of(result, entry), "step_seconds_median")
 
 
 def _drive_used(entry: dict[str, Any]) -> float | None:
@@ -227,7 +236,8 @@ def ablation_section(group: list[Named]) -> Made:
             f"{-100 * gain:.0f} % longer."
             for entry, gain, _ in gains
             if gain is not None and gain < 0
-        ],
+        ]
+        + failure_notes(result["runs"]),
         figures=[figures.svg_text(figures.decode_figure(result))],
         head=["step", "mode", "limit", "ms/step", "gain", "in all", "MiB read/step", "CPU s/step"],
         rows=[
@@ -235,7 +245,7 @@ def ablation_section(group: list[Named]) -> Made:
                 names[entry["mode"]],
                 entry["mode"],
                 limit_text(entry["memory_limit"]),
-                ms_spread(entry["step_seconds_median"], entry["step_seconds_spread"], "killed"),
+                _step_text(result, entry),
                 percent_text(gain),
                 percent_text(whole),
                 number_text(mib(entry["device_read_bytes_per_step"]), "{:.0f}"),
@@ -330,6 +340,7 @@ def growth_section(group: list[Named]) -> Made:
         "stay flat.",
         command=result["command"],
         machine=machine_text(result["machine"]),
+        notes=failure_notes([run for _, run in runs]),
         figures=[figures.svg_text(figures.growth_figure(points))],
         head=[
             "sequences x tokens",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,17 +94,45 @@ def limit_text(text: str | None) -> str:
     return figures.limit_word(text)
 
 
-def ms_spread(seconds: float | None, spread: Sequence[float] | None, none: str = "-") -> str:
-    """ms (least-most); `none` where there is no time."""
+def runs_of(result: Mapping[str, Any], entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The runs that an entry of the summary is of."""
+    same = [name for name in ("mode", "store_state", "memory_limit") if name in entry]
+    return [run for run in result["runs"] if all(run[name] == entry[name] for name in same)]
+
+
+def of_runs(text: str, runs: Sequence[Mapping[str, Any]], name: str) -> str:
+    """`text`, of the runs that have `name`; said is how many these are where others were killed or
+    failed, and how they ended where none has it."""
+    done = sum(run[name] is not None for run in runs)
+    if done == 0:
+        return "killed" if any(run["oom_killed"] for run in runs) else "failed"
+    return text if done == len(runs) else f"{text}, {done} of {len(runs)} runs"
+
+
+def failure_notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each error that ended runs, and of which modes."""
+    failed: dict[str, list[str]] = {}
+    for run in runs:
+        if run["error"] is not None:
+            failed.setdefault(run["error"], []).append(run["mode"])
+    return [
+        f"Failed ({', '.join(f'{count} x {mode}' for mode, count in Counter(modes).items())}): "
+        f"{error}"
+        for error, modes in failed.items()
+    ]
+
+
+def ms_spread(seconds: float | None, spread: Sequence[float] | None) -> str:
+    """ms (least-most)."""
     if seconds is None or spread is None:
-        return none
+        return "-"
     return f"{1000 * seconds:.0f} ({1000 * spread[0]:.0f}-{1000 * spread[1]:.0f})"
 
 
 def seconds_spread(seconds: float | None, spread: Sequence[float] | None) -> str:
     """Seconds (least-most)."""
     if seconds is None or spread is None:
-        return "killed"
+        return "-"
     return f"{seconds:.2f} ({spread[0]:.2f}-{spread[1]:.2f})"
 
 

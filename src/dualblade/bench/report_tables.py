@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import statistics
 
-from dualblade.bench.report_section import Made, Named, Section, machine_text, mib, ms, number_text
+from dualblade.bench.report_section import (
+    Made,
+    Named,
+    Section,
+    machine_text,
+    mib,
+    ms,
+    number_text,
+    of_runs,
+)
 from dualblade.units import GIB, MIB
 
 
@@ -89,12 +98,14 @@ def flexllmgen_section(group: list[Named]) -> Made:
     rounds, limit = result["rounds"], result["memory_limit_bytes"]
     rows = []
     for who in rounds[0]:
-        each = (one[who]["step_seconds"] for one in rounds)
+        runs = [one[who] for one in rounds]  # without a time: killed
+        each = (run["step_seconds"] for run in runs)
         steps = [1000 * seconds for seconds in each if seconds is not None]
         ratio = number_text(result["step_ratio_median"].get(who), "{:.2f}")
         if steps:
             spread = f"{min(steps):.0f}-{max(steps):.0f}"
-            rows.append([who, f"{statistics.median(steps):.0f}", spread, ratio])
+            middle = of_runs(f"{statistics.median(steps):.0f}", runs, "step_seconds")
+            rows.append([who, middle, spread, ratio])
         else:
             rows.append([who, "killed", "-", "-"])
     section = Section(
