@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from dualblade.bench import report_decode
 from dualblade.bench.report import collect, kind_of, write_report
-from dualblade.bench.report_decode import ablation_section, decode_section
+from dualblade.bench.report_decode import ablation_section, decode_section, envelope_section
 from dualblade.bench.report_prefill import prefill_section
 from dualblade.bench.report_section import model_text
 from dualblade.bench.report_tables import flexllmgen_section, striping_section
@@ -279,6 +279,66 @@ def test_a_prefill_that_failed_was_not_killed() -> None:
     section, _ = prefill_section([("x", result)])
     assert [row[3] for row in section.rows] == ["1.00 (1.00-1.00), 1 of 2 runs", "failed"]
     assert section.notes == ["Failed (1 x dual, 1 x direct): no space left"]
+
+
+def envelope_entry(limit: str, ratio: float | None = 1.0) -> dict[str, Any]:
+    """One limit as bench envelope sums it up; no ratio: every run of dual was killed."""
+    dual, killed = (None, 3) if ratio is None else (0.1 * ratio, 0)
+    return {
+        "memory_limit": limit,
+        "memory_limit_bytes": GIB,
+        "best_static_percent": 40,
+        "best_static_seconds": 0.1,
+        "best_static_seconds_spread": [0.1, 0.1],
+        "dual_seconds": dual,
+        "dual_seconds_spread": None if dual is None else [dual, dual],
+        "dual_to_best": ratio,
+        "dual_to_best_spread": None if ratio is None else [ratio, ratio],
+        "pairs": 0 if ratio is None else 3,
+        "dual_oom_killed": killed,
+        "oom_killed": killed,
+        "errors": [],
+        "splits": [{"percent": 40, "step_seconds_median": 0.1}],
+    }
+
+
+def envelope_result(*summary: dict[str, Any], reached: bool) -> dict[str, Any]:
+    return {
+        **decode_result({}),
+        "benchmark": "envelope",
+        "options": {"model": "m", "batch": 1, "context": 9, "dtype": "bfloat16", "rounds": 3},
+        "calibration": {"kv_bytes": GIB},
+        "target": 1.05,
+        "reached": reached,
+        "summary": summary,
+        "runs": [],
+    }
+
+
+def test_an_envelope_is_within_its_target_only_where_dual_ran() -> None:
+    good, failed = envelope_entry("50%"), envelope_entry("25%")
+    section, cards = envelope_section([("x", envelope_result(good, reached=True))])
+    assert section.notes == ["dual is within 1.05 of the best split at every limit."]
+    assert cards[0][0] == "1.00 x"
+    killed = envelope_entry("10%", None)
+    failed |= {"pairs": 2, "errors": ["no space left"]}
+    slow = envelope_entry("75%", 1.5)
+    result = envelope_result(good, killed, failed, slow, reached=False)
+    section, cards = envelope_section([("x", result)])
+    assert section.notes == [
+        "At 10 % dual was killed for want of memory: 3 x.",
+        "At 10 % dual has no time beside one of the best split.",
+        "At 25 % runs failed: no space left",
+        "At 75 % the best fixed split is faster: dual takes 1.50 times as long.",
+    ]
+    assert cards == [], "the worst is not known"
+    ratios = [row[4] for row in section.rows]
+    assert ratios == [
+        "1.00 (1.00-1.00)",
+        "-",
+        "1.00 (1.00-1.00), 2 of 3 rounds",
+        "1.50 (1.50-1.50)",
+    ]
 
 
 def test_stages_of_a_step_add_up() -> None:

@@ -35,27 +35,6 @@ from dualblade.units import GIB, MIB
 def envelope_section(group: list[Named]) -> Made:
     """What `bench envelope` wrote: one file."""
     ((name, result),) = group
-    rows = []
-    for entry in result["summary"]:
-        rows.append(
-            [
-                limit_text(entry["memory_limit"]),
-                "-"
-                if entry["best_static_percent"] is None
-                else f"{entry['best_static_percent']} %",
-                ms_spread(entry["best_static_seconds"], entry["best_static_seconds_spread"]),
-                ms_spread(entry["dual_seconds"], entry["dual_seconds_spread"]),
-                ratio_spread(entry["dual_to_best"], entry["dual_to_best_spread"]),
-                str(entry["oom_killed"]),
-            ]
-        )
-    ratios = [e["dual_to_best"] for e in result["summary"] if e["dual_to_best"] is not None]
-    above = [
-        f"At {limit_text(e['memory_limit'])} the best fixed split is faster: "
-        f"dual takes {e['dual_to_best']:.2f} times as long."
-        for e in result["summary"]
-        if e["dual_to_best"] is not None and e["dual_to_best"] > result["target"]
-    ]
     options, kv = result["options"], result["calibration"]["kv_bytes"]
     section = Section(
         title="The automatic split against fixed ones",
@@ -68,13 +47,49 @@ def envelope_section(group: list[Named]) -> Made:
         ),
         command=result["command"],
         machine=machine_text(result["machine"]),
-        notes=above or [f"dual is within {result['target']} of the best split at every limit."],
+        notes=_envelope_notes(result),
         figures=[figures.svg_text(figures.envelope_figure(result))],
         head=["memory", "best split", "its ms/step", "dual ms/step", "dual / best", "killed"],
-        rows=rows,
+        rows=[_envelope_row(entry, options["rounds"]) for entry in result["summary"]],
     )
-    worst = f"{max(ratios):.2f} x" if ratios else "-"
-    return section, [(worst, "step of dual to the best fixed split, at the worst limit")]
+    ratios = [entry["dual_to_best"] for entry in result["summary"]]
+    if None in ratios:  # the worst is not known
+        return section, []
+    return section, [
+        (f"{max(ratios):.2f} x", "step of dual to the best fixed split, at the worst limit")
+    ]
+
+
+def _envelope_row(entry: dict[str, Any], rounds: int) -> list[str]:
+    percent, pairs = entry["best_static_percent"], entry["pairs"]
+    some = f", {pairs} of {rounds} rounds" if 0 < pairs < rounds else ""
+    return [
+        limit_text(entry["memory_limit"]),
+        number_text(percent, "{} %"),
+        ms_spread(entry["best_static_seconds"], entry["best_static_seconds_spread"]),
+        ms_spread(entry["dual_seconds"], entry["dual_seconds_spread"]),
+        ratio_spread(entry["dual_to_best"], entry["dual_to_best_spread"]) + some,
+        str(entry["oom_killed"]),
+    ]
+
+
+def _envelope_notes(result: dict[str, Any]) -> list[str]:
+    """That the target is reached everywhere, or where it is not and why; and errors."""
+    target, notes = result["target"], []
+    if result["reached"]:
+        notes.append(f"dual is within {target} of the best split at every limit.")
+    for entry in result["summary"]:
+        at, ratio = f"At {limit_text(entry['memory_limit'])}", entry["dual_to_best"]
+        if entry["dual_oom_killed"]:
+            notes.append(f"{at} dual was killed for want of memory: {entry['dual_oom_killed']} x.")
+        if ratio is None:
+            notes.append(f"{at} dual has no time beside one of the best split.")
+        elif ratio > target:
+            notes.append(
+                f"{at} the best fixed split is faster: dual takes {ratio:.2f} times as long."
+            )
+        notes += [f"{at} runs failed: {error}" for error in entry["errors"]]
+    return notes
 
 
 def decode_section(group: list[Named]) -> Made:
