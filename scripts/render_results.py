@@ -22,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dualblade.bench.report_section import of_runs, runs_of, seconds_spread
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 LMCACHE = ROOT / "examples" / "lmcache"
@@ -47,6 +49,10 @@ def machine_line(machine: dict[str, Any]) -> str:
 
 def percent(fraction: float | None) -> str:
     return "-" if fraction is None else f"{100 * fraction:.0f} %"
+
+
+def ratio(value: float | None, base: float | None) -> str:
+    return f"{value / base:.2f}" if value and base else ""
 
 
 def demo() -> str:
@@ -164,7 +170,8 @@ def decode() -> str:
         data = load(name)
         runs = {(run["mode"], run["memory_limit"]): run for run in data["runs"]}
         rows = [
-            decode_row(item, runs[item["mode"], item["memory_limit"]]) for item in data["summary"]
+            decode_row(data, item, runs[item["mode"], item["memory_limit"]])
+            for item in data["summary"]
         ]
         head = [
             "mode",
@@ -192,21 +199,28 @@ def decode() -> str:
     )
 
 
-def decode_row(item: dict[str, Any], run: dict[str, Any]) -> list[str]:
+def decode_row(data: dict[str, Any], item: dict[str, Any], run: dict[str, Any]) -> list[str]:
     limit = item["memory_limit"] or "none"
     if item["step_seconds_median"] is None:
-        return [item["mode"], limit, "killed", "", "", "", "", ""]
+        return [item["mode"], limit, step_cell(data, item), "", "", "", "", ""]
     low, high = item["step_seconds_spread"]
     ratios = [item.get("step_to_memory"), item.get("step_to_roof")]
     return [
         item["mode"],
         limit,
-        f"{1000 * item['step_seconds_median']:.0f}",
+        step_cell(data, item),
         f"{1000 * low:.0f}-{1000 * high:.0f}",
         *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
         f"{run['device_read_bytes_per_step'] / MIB:.0f}",
         percent(run["page_cache_hit_fraction"]),
     ]
+
+
+def step_cell(data: dict[str, Any], item: dict[str, Any]) -> str:
+    """Milliseconds of a step: of how many runs where not of all, and how they ended if none did."""
+    seconds = item["step_seconds_median"]
+    text = "" if seconds is None else f"{1000 * seconds:.0f}"
+    return of_runs(text, runs_of(data, item), "step_seconds_median")
 
 
 def attention(name: str = "attention") -> str:
@@ -521,13 +535,13 @@ def against_limits(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for limit, items in by_limit.items():
         took = {mode: items[mode]["step_seconds_median"] for mode in modes}
-        best = min(seconds for mode, seconds in took.items() if seconds and mode != "dual")
+        others = [seconds for mode, seconds in took.items() if seconds and mode != "dual"]
         rows.append(
             [
                 limit.removeprefix("+").replace("%", " %").replace("GiB", " GiB"),
-                *("killed" if took[mode] is None else f"{1000 * took[mode]:.0f}" for mode in modes),
-                f"{took['dual'] / took['mmap']:.2f}" if took["mmap"] else "",
-                f"{took['dual'] / best:.2f}",
+                *(step_cell(data, items[mode]) for mode in modes),
+                ratio(took["dual"], took["mmap"]),
+                ratio(took["dual"], min(others, default=None)),
                 *(drive_speed(data, mode, limit) for mode in ("mmap", "dual")),
             ]
         )
@@ -724,15 +738,17 @@ def prefill_paths() -> str:
         }
         for item in data["summary"]:
             seconds, other = item["prefill_seconds"], mmap[item["store_state"]]
-            low, high = item["prefill_seconds_spread"] or (0, 0)
+            text = seconds_spread(seconds, item["prefill_seconds_spread"])
             rows.append(
                 [
                     f"{name}, {item['store_state']}: {item['mode']}",
-                    "killed" if seconds is None else f"{seconds:.2f} ({low:.2f}-{high:.2f})",
-                    f"{seconds / other:.2f}" if seconds and other else "",
+                    of_runs(text, runs_of(data, item), "prefill_seconds"),
+                    ratio(seconds, other),
                     percent(item["stall_fraction"]),
-                    f"{item['device_written_bytes'] / GIB:.2f}",
-                    f"{item['device_read_bytes'] / GIB:.2f}",
+                    *(
+                        "" if item[key] is None else f"{item[key] / GIB:.2f}"
+                        for key in ("device_written_bytes", "device_read_bytes")
+                    ),
                 ]
             )
     head = ["prompt, store: mode", "seconds", "/ mmap", "stalled", "GiB written", "GiB read"]
@@ -750,13 +766,11 @@ def ablation() -> str:
     cells: dict[str, dict[str, str]] = {}
     for column, name in columns.items():
         data = load(f"ablation/ablation-{name}")
-        took = {item["mode"]: item["step_seconds_median"] for item in data["summary"]}
+        took = {item["mode"]: step_cell(data, item) for item in data["summary"]}
         options = data["options"]
         for mode, step in zip(options["modes"], options["ablation"], strict=True):
             part = step.partition(" (")[0]
-            seconds = took[mode]
-            cell = "killed" if seconds is None else f"{1000 * seconds:.0f}"
-            cells.setdefault(part, {})[column] = cell
+            cells.setdefault(part, {})[column] = took[mode]
     rows = [[part, *(row.get(column, "") for column in columns)] for part, row in cells.items()]
     return (
         f"{table(['part', *(f'{column}: ms' for column in columns)], rows)}\n\n"

@@ -1,19 +1,88 @@
 """Tables in documents are what the result files say."""
 
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts" / "render_results.py"
+
+if not SCRIPT.exists():
+    pytest.skip("installed without the sources", allow_module_level=True)
+
+
+@pytest.fixture
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("render_results", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load(name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((ROOT / "results" / f"{name}.json").read_text())
+    return result
+
+
+def end(run: dict[str, Any], error: str | None) -> None:
+    """As a run is kept that failed, or with None was killed."""
+    asked = ("mode", "memory_limit", "store_state", "repeat", "batch", "context", "dtype")
+    kept = {name: run[name] for name in asked if name in run}
+    run |= {**dict.fromkeys(run), **kept, "oom_killed": error is None, "error": error}
 
 
 def test_tables_are_generated_from_committed_results() -> None:
-    script = ROOT / "scripts" / "render_results.py"
-    if not script.exists():
-        pytest.skip("installed without the sources")
     run = subprocess.run(
-        [sys.executable, script, "--check"], capture_output=True, text=True, check=False
+        [sys.executable, SCRIPT, "--check"], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_survivors_are_counted_and_what_failed_was_not_killed(script: ModuleType) -> None:
+    data = load("budgets/budgets")
+    _, rows = script.against_limits(data)
+    assert rows[0][1] == "10046, 2 of 3 runs"
+    assert rows[1][1] == "1484"
+    for run in data["runs"]:
+        if run["memory_limit"] == "25%":
+            end(run, "no space left")
+    for item in data["summary"]:
+        if item["memory_limit"] == "25%":
+            item["step_seconds_median"] = None
+    _, rows = script.against_limits(data)
+    assert rows[1] == ["25 %", *["failed"] * 4, "", "", "", ""]
+    mmap = next(item for item in data["summary"] if item["memory_limit"] == "25%")
+    assert script.decode_row(data, mmap, {})[2] == "failed"
+
+
+def test_prefill_paths_tell_how_runs_ended(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(name: str) -> dict[str, Any]:
+        data = copy.deepcopy(load(name))
+        if name.endswith("chunks"):
+            runs = [run for run in data["runs"] if run["mode"] == "direct"]
+            item = next(item for item in data["summary"] if item["mode"] == "direct")
+            for run in runs:
+                end(run, "no space left")
+            item |= {key: None for key, value in item.items() if isinstance(value, float | list)}
+            item |= {"device_written_bytes": None, "device_read_bytes": None}
+            end(next(run for run in data["runs"] if run["mode"] == "dual"), None)
+        return data
+
+    monkeypatch.setattr(script, "load", broken)
+    text = script.prefill_paths()
+    assert "| chunks, written: direct | failed |  | - |  |  |" in text
+    (dual,) = (line for line in text.splitlines() if line.startswith("| chunks, written: dual"))
+    assert ", 2 of 3 runs |" in dual
