@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dualblade.bench.report_section import of_runs, runs_of, seconds_spread
+from dualblade.bench.series import median_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -168,11 +169,7 @@ def decode() -> str:
     blocks = []
     for name, title in DECODES.items():
         data = load(name)
-        runs = {(run["mode"], run["memory_limit"]): run for run in data["runs"]}
-        rows = [
-            decode_row(data, item, runs[item["mode"], item["memory_limit"]])
-            for item in data["summary"]
-        ]
+        rows = [decode_row(data, item) for item in data["summary"]]
         head = [
             "mode",
             "limit",
@@ -183,11 +180,10 @@ def decode() -> str:
             "MiB read/step",
             "page-cache hits",
         ]
-        first = data["runs"][0]
+        first = next(run for run in data["runs"] if run["kv_bytes"])
         blocks.append(
             f"**{title}**, batch {first['batch']}, context {first['context']}, {first['dtype']}, "
-            f"attention {data['runs'][0]['attention']}, "
-            f"KV {next(r['kv_bytes'] for r in data['runs'] if r['kv_bytes']) / GIB:.2f} GiB; "
+            f"attention {first['attention']}, KV {first['kv_bytes'] / GIB:.2f} GiB; "
             f"`{data['command']}`\n\n{table(head, rows)}"
         )
     note = (
@@ -199,20 +195,21 @@ def decode() -> str:
     )
 
 
-def decode_row(data: dict[str, Any], item: dict[str, Any], run: dict[str, Any]) -> list[str]:
+def decode_row(data: dict[str, Any], item: dict[str, Any]) -> list[str]:
     limit = item["memory_limit"] or "none"
     if item["step_seconds_median"] is None:
         return [item["mode"], limit, step_cell(data, item), "", "", "", "", ""]
     low, high = item["step_seconds_spread"]
     ratios = [item.get("step_to_memory"), item.get("step_to_roof")]
+    runs = runs_of(data, item)
     return [
         item["mode"],
         limit,
         step_cell(data, item),
         f"{1000 * low:.0f}-{1000 * high:.0f}",
         *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
-        f"{run['device_read_bytes_per_step'] / MIB:.0f}",
-        percent(run["page_cache_hit_fraction"]),
+        f"{median_of(runs, 'device_read_bytes_per_step') / MIB:.0f}",
+        percent(median_of(runs, "page_cache_hit_fraction")),
     ]
 
 
@@ -507,7 +504,12 @@ def drive_word(data: dict[str, Any]) -> str:
 
 
 def of_mode(data: dict[str, Any], mode: str) -> list[dict[str, Any]]:
-    return [run for run in data["runs"] if run["mode"] == mode]
+    """The runs of `mode` that got through."""
+    return [
+        run
+        for run in data["runs"]
+        if run["mode"] == mode and run["step_seconds_median"] is not None
+    ]
 
 
 def drive_speed(data: dict[str, Any], mode: str, limit: str) -> str:
@@ -617,8 +619,9 @@ def growth() -> str:
         data = load(f"growth/growth-{name}")
         memory, direct = (of_mode(data, mode) for mode in ("memory", "direct"))
         in_memory, seconds = (median_of(runs, "step_seconds_median") for runs in (memory, direct))
-        read = direct[0]["device_read_bytes_per_step"] / GIB
+        read = median_of(direct, "device_read_bytes_per_step") / GIB
         beyond = max(run["peak_memory_bytes"] - run["base_memory_bytes"] for run in direct)
+        cached = max(run["cache"]["memory"]["page_cache_bytes"] for run in direct)
         rows.append(
             [
                 f"{direct[0]['batch']} x {direct[0]['context']}",
@@ -633,7 +636,7 @@ def growth() -> str:
                     for runs in (memory, direct)
                 ),
                 f"{beyond / MIB:.0f}",
-                f"{direct[0]['cache']['memory']['page_cache_bytes'] / MIB:.0f}",
+                f"{cached / MIB:.0f}",
             ]
         )
     head = [
@@ -654,10 +657,6 @@ def growth() -> str:
         "the last two columns are of the direct path; `dualblade bench paper growth --output "
         f"results/growth` on {machine_line(data['machine'])}; files: `results/growth/`."
     )
-
-
-def median_of(runs: list[dict[str, Any]], name: str) -> float:
-    return statistics.median(run[name] for run in runs)
 
 
 def setting_words(mode: str) -> str:

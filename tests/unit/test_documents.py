@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from dualblade.units import GIB
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "render_results.py"
 
@@ -63,7 +65,31 @@ def test_survivors_are_counted_and_what_failed_was_not_killed(script: ModuleType
     _, rows = script.against_limits(data)
     assert rows[1] == ["25 %", *["failed"] * 4, "", "", "", ""]
     mmap = next(item for item in data["summary"] if item["memory_limit"] == "25%")
-    assert script.decode_row(data, mmap, {})[2] == "failed"
+    assert script.decode_row(data, mmap)[2] == "failed"
+
+
+def test_what_stands_beside_a_median_is_one_over_the_runs_that_got_through(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(name: str) -> dict[str, Any]:
+        """The last run of page-cache under a limit is killed, and the first of direct fails."""
+        data = copy.deepcopy(load(name))
+        for turn, mode, limit in ((-1, "page-cache", "0.5"), (0, "direct", None)):
+            place = (mode, limit)
+            runs = [run for run in data["runs"] if (run["mode"], run["memory_limit"]) == place]
+            for number, run in enumerate(runs):
+                run |= {"device_read_bytes_per_step": number * GIB, "page_cache_hit_fraction": 0.5}
+            if runs:
+                end(runs[turn], None if limit else "no space left")
+        return data
+
+    monkeypatch.setattr(script, "load", broken)
+    page_cache = next(
+        line for line in script.decode().splitlines() if line.startswith("| page-cache | 0.5")
+    )
+    assert "1491, 2 of 3 runs" in page_cache
+    assert page_cache.endswith("| 512 | 50 % |"), "of 0 and 1 GiB"
+    assert "| 1 x 4096 | 0.25 | 128MiB | 41 | 99 |" in script.growth()
 
 
 def test_prefill_paths_tell_how_runs_ended(
