@@ -81,10 +81,11 @@ def demo() -> str:
         "peak MiB",
         "limit MiB",
     ]
+    agree = "all paths gave" if data["tokens_agree"] else "the paths did not all give"
     return (
         f"{data['prompt_tokens']} tokens of prompt, KV {data['kv_bytes'] / MIB:.0f} MiB, memory "
         f"budget {data['budget_bytes'] / MIB:.0f} MiB ({data['kv_to_budget']:.1f} times as much "
-        f"KV); all paths gave the same {data['new_tokens']} tokens: “{data['answer']}”\n\n"
+        f"KV); {agree} the same {data['new_tokens']} tokens: “{data['answer']}”\n\n"
         f"{table(head, rows)}\n\n`{data['command']}` on {machine_line(data['machine'])}; "
         "file: `results/demo.json`."
     )

@@ -51,6 +51,14 @@ def test_tables_are_generated_from_committed_results() -> None:
     assert run.returncode == 0, run.stderr
 
 
+def test_the_demo_says_whether_the_paths_agree(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "; all paths gave the same " in script.demo()
+    monkeypatch.setattr(script, "load", lambda name: {**load(name), "tokens_agree": False})
+    assert "; the paths did not all give the same " in script.demo()
+
+
 def test_survivors_are_counted_and_what_failed_was_not_killed(script: ModuleType) -> None:
     data = load("budgets/budgets")
     _, rows = script.against_limits(data)
