@@ -9,10 +9,10 @@ from typing import Any
 
 from dualblade.bench import figures
 from dualblade.bench.report_section import (
-    BEATEN,
     Made,
     Named,
     Section,
+    beaten_notes,
     drive_text,
     failure_notes,
     limit_text,
@@ -22,9 +22,11 @@ from dualblade.bench.report_section import (
     ms_spread,
     number_text,
     of_runs,
+    percent_range,
     percent_text,
     ratio_spread,
     runs_of,
+    saved_cards,
     title_text,
     workload_text,
 )
@@ -125,7 +127,7 @@ def decode_section(group: list[Named]) -> Made:
         ),
         command=result["command"],
         machine=machine_text(result["machine"]),
-        notes=_beaten(summary) + failure_notes(runs),
+        notes=beaten_notes(_times(summary)) + failure_notes(runs),
         figures=_decode_figures(result, done),
         head=[
             "mode",
@@ -139,7 +141,9 @@ def decode_section(group: list[Named]) -> Made:
         ],
         rows=rows,
     )
-    return section, _decode_cards(summary)
+    limited = [entry for entry in summary if entry["memory_limit"] is not None]
+    what = "less time per step than memory-mapped files, under memory limits"
+    return section, saved_cards(_times(limited), what)
 
 
 def _decode_figures(result: dict[str, Any], done: Sequence[dict[str, Any]]) -> list[str]:
@@ -197,33 +201,13 @@ def _drive_used(entry: dict[str, Any]) -> float | None:
     return None if part is None else 100 * part
 
 
-def _beaten(summary: Sequence[dict[str, Any]]) -> list[str]:
-    """Where another mode that stores the KV is faster than `dual`, in words."""
-    times = {(e["mode"], e["memory_limit"]): e["step_seconds_median"] for e in summary}
-    notes = []
-    for (mode, limit), seconds in times.items():
-        ours = times.get(("dual", limit))
-        if seconds and ours and is_stored(mode) and ours > BEATEN * seconds:
-            notes.append(
-                f"With {limit_text(limit)}, {mode} is faster: dual takes {ours / seconds:.2f} "
-                "times as long."
-            )
-    return notes
-
-
-def _decode_cards(summary: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """dual against mapped files, where both ran under a limit."""
-    times = {(e["mode"], e["memory_limit"]): e["step_seconds_median"] for e in summary}
-    saved = [
-        1 - times["dual", limit] / seconds
-        for (mode, limit), seconds in times.items()
-        if mode == "mmap" and limit is not None and seconds and times.get(("dual", limit))
-    ]
-    if not saved:
-        return []
-    least, most = 100 * min(saved), 100 * max(saved)
-    value = f"{least:.0f} %" if len(saved) == 1 else f"{least:.0f}-{most:.0f} %"
-    return [(value, "less time per step than memory-mapped files, under memory limits")]
+def _times(summary: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """By limit, in words, and mode."""
+    return {
+        (limit_text(entry["memory_limit"]), entry["mode"]): entry["step_seconds_median"]
+        for entry in summary
+        if entry["step_seconds_median"] is not None
+    }
 
 
 def ablation_section(group: list[Named]) -> Made:
@@ -271,8 +255,7 @@ def ablation_section(group: list[Named]) -> Made:
     )
     if not wholes:
         return section, []
-    least, most = 100 * min(wholes.values()), 100 * max(wholes.values())
-    value = f"{least:.0f} %" if len(wholes) == 1 else f"{least:.0f} to {most:.0f} %"
+    value = percent_range(list(wholes.values()))
     return section, [(value, "less time per step than the baseline, by all parts together")]
 
 

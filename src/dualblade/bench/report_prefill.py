@@ -7,10 +7,10 @@ from typing import Any
 
 from dualblade.bench import figures
 from dualblade.bench.report_section import (
-    BEATEN,
     Made,
     Named,
     Section,
+    beaten_notes,
     drive_text,
     failure_notes,
     limit_text,
@@ -20,11 +20,11 @@ from dualblade.bench.report_section import (
     of_runs,
     percent_text,
     runs_of,
+    saved_cards,
     seconds_spread,
     title_text,
     workload_text,
 )
-from dualblade.bench.workload import is_stored
 from dualblade.units import GIB
 
 
@@ -66,7 +66,7 @@ def prefill_section(group: list[Named]) -> Made:
         ),
         command=result["command"],
         machine=machine_text(result["machine"]),
-        notes=_beaten(summary) + failure_notes(result["runs"]),
+        notes=beaten_notes(_times(summary)) + failure_notes(result["runs"]),
         figures=[figures.svg_text(figures.prefill_figure(summary))],
         head=[
             "mode",
@@ -85,41 +85,21 @@ def prefill_section(group: list[Named]) -> Made:
     return section, _cards(summary)
 
 
-def _times(summary: Sequence[dict[str, Any]]) -> dict[tuple[str | None, str | None, str], float]:
-    """By state, limit and mode."""
+def _times(summary: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """By limit and state, in words, and mode."""
     return {
-        (entry["store_state"], entry["memory_limit"], entry["mode"]): entry["prefill_seconds"]
+        (
+            f"{limit_text(entry['memory_limit'])} and a {entry['store_state']} store",
+            entry["mode"],
+        ): (entry["prefill_seconds"])
         for entry in summary
         if entry["prefill_seconds"] is not None
     }
 
 
-def _beaten(summary: Sequence[dict[str, Any]]) -> list[str]:
-    """Where another mode that stores the KV is faster than `dual`, in words."""
-    times, notes = _times(summary), []
-    for (state, limit, mode), seconds in times.items():
-        ours = times.get((state, limit, "dual"))
-        if ours is not None and is_stored(mode) and ours > BEATEN * seconds:
-            notes.append(
-                f"With {limit_text(limit)} and a {state} store, {mode} is faster: dual takes "
-                f"{ours / seconds:.2f} times as long."
-            )
-    return notes
-
-
 def _cards(summary: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """dual against mapped files, and what it waits for."""
-    times = _times(summary)
-    saved = [
-        100 * (1 - times[state, limit, "dual"] / seconds)
-        for (state, limit, mode), seconds in times.items()
-        if mode == "mmap" and (state, limit, "dual") in times
-    ]
-    cards = []
-    if saved:
-        least, most = min(saved), max(saved)
-        value = f"{least:.0f} %" if len(saved) == 1 else f"{least:.0f} to {most:.0f} %"
-        cards.append((value, "less prefill time than memory-mapped files"))
+    cards = saved_cards(_times(summary), "less prefill time than memory-mapped files")
     waits = [e["stall_fraction"] for e in summary if e["mode"] == "dual" and e["stall_fraction"]]
     if waits:
         cards.append((percent_text(max(waits)), "of prefill that dual waits for storage, at most"))

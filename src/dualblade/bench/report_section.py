@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dualblade.bench import figures
+from dualblade.bench.workload import MMAP, is_stored
 from dualblade.units import GIB, MIB
 
 BEATEN = 1.05
@@ -120,6 +121,32 @@ def failure_notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
         f"{error}"
         for error, modes in failed.items()
     ]
+
+
+def beaten_notes(times: Mapping[tuple[str, str], float]) -> list[str]:
+    """Where another mode that stores the KV is faster than `dual`, in words. `times`: by place, in
+    words, and mode."""
+    return [
+        f"With {place}, {mode} is faster: dual takes {ours / seconds:.2f} times as long."
+        for (place, mode), seconds in times.items()
+        if is_stored(mode) and (ours := times.get((place, "dual"), 0.0)) > BEATEN * seconds
+    ]
+
+
+def saved_cards(times: Mapping[tuple[str, str], float], what: str) -> list[tuple[str, str]]:
+    """How much less than memory-mapped files `dual` takes, of `times` as above."""
+    saved = [
+        1 - times[place, "dual"] / seconds
+        for (place, mode), seconds in times.items()
+        if mode == MMAP and (place, "dual") in times
+    ]
+    return [(percent_range(saved), what)] if saved else []
+
+
+def percent_range(parts: Sequence[float]) -> str:
+    """The least and the most of some parts of one, as percent."""
+    least, most = 100 * min(parts), 100 * max(parts)
+    return f"{least:.0f} %" if len(parts) == 1 else f"{least:.0f} to {most:.0f} %"
 
 
 def ms_spread(seconds: float | None, spread: Sequence[float] | None) -> str:
