@@ -6,8 +6,6 @@
 // runs, and how many threads there are, changes no bit of the result.
 #pragma once
 
-#include <unistd.h>
-
 #include <cstdint>
 #include <memory>
 #include <new>
@@ -109,14 +107,10 @@ const Kernel* find_kernel(const char* wanted);
 // Used by one thread at a time.
 class Attention {
   public:
-    Attention(int threads, const Kernel& kernel)
-        : owner_(getpid()), pool_(std::make_unique<Pool>(threads)), kernel_(kernel) {}
-    ~Attention() {
-        // In a forked child the threads do not exist: joining them would hang.
-        [[maybe_unused]] auto* leaked = getpid() == owner_ ? nullptr : pool_.release();
+    Attention(int threads, const Kernel& kernel) : pool_(new Pool(threads)), kernel_(kernel) {}
+    ~Attention() {  // in a forked child the threads do not exist: joining them would hang
+        if (getpid() != owner_) static_cast<void>(pool_.release());
     }
-    Attention(const Attention&) = delete;
-    Attention& operator=(const Attention&) = delete;
 
     void begin(const Query& query);
     void keys(const Run& run);
@@ -131,7 +125,7 @@ class Attention {
   private:
     void make_room(const Run& keys);
 
-    pid_t owner_;
+    const pid_t owner_ = getpid();
     std::unique_ptr<Pool> pool_;
     const Kernel& kernel_;
     Work work_;

@@ -17,7 +17,6 @@ from dualblade.residency import (
     ResidencyPlan,
     UnitDemand,
     decide,
-    plan_by_size,
     plan_fixed,
 )
 from dualblade.residency.ladder import spread_order
@@ -38,6 +37,10 @@ def demands(sizes: list[int], grain: int = 0) -> list[UnitDemand]:
     ]
 
 
+def by_size(demands: list[UnitDemand], page_cache_bytes: int) -> ResidencyPlan:
+    return decide(PlanInputs(demands=tuple(demands), page_cache_bytes=page_cache_bytes))
+
+
 def is_part(small: ResidencyPlan, large: ResidencyPlan) -> bool:
     """Whether all that `small` caches `large` does too."""
     pairs = zip(small.placements, large.placements, strict=True)
@@ -46,7 +49,7 @@ def is_part(small: ResidencyPlan, large: ResidencyPlan) -> bool:
 
 @given(sizes, st.integers(0, 1 << 40), grains)
 def test_the_share_is_never_passed(sizes: list[int], share: int, grain: int) -> None:
-    plan = plan_by_size(demands(sizes, grain), share)
+    plan = by_size(demands(sizes, grain), share)
     assert plan.cached_bytes <= share
     assert plan.cached_bytes + plan.direct_bytes == sum(sizes)
     assert [p.unit for p in plan.placements] == [d.unit for d in demands(sizes)]
@@ -56,7 +59,7 @@ def test_the_share_is_never_passed(sizes: list[int], share: int, grain: int) -> 
 def test_equal_units_fill_the_share_and_are_spread_evenly(
     size: int, count: int, share: int
 ) -> None:
-    plan = plan_by_size(demands([size] * count), share)
+    plan = by_size(demands([size] * count), share)
     fit = min(count, share // size)
     places = [i for i, p in enumerate(plan.placements) if p.path is Path.PAGE_CACHE]
     assert len(places) == fit
@@ -72,7 +75,7 @@ def test_what_is_left_of_the_share_holds_the_beginning_of_one_unit(
     size: int, count: int, fraction: float, grain: int
 ) -> None:
     share = int(size * count * fraction)
-    plan = plan_by_size(demands([size] * count, grain), share)
+    plan = by_size(demands([size] * count, grain), share)
     parts = [p for p in plan.placements if p.path is Path.DUAL]
     assert len(parts) <= 1
     assert all(p.cached_bytes % grain == 0 for p in parts)
@@ -83,8 +86,8 @@ def test_what_is_left_of_the_share_holds_the_beginning_of_one_unit(
 def test_more_memory_only_adds_to_a_plan(
     sizes: list[int], share: int, more: int, grain: int
 ) -> None:
-    small = plan_by_size(demands(sizes, grain), share)
-    large = plan_by_size(demands(sizes, grain), share + more)
+    small = by_size(demands(sizes, grain), share)
+    large = by_size(demands(sizes, grain), share + more)
     assert is_part(small, large)
 
 
@@ -95,7 +98,7 @@ def test_the_order_names_each_unit_once(count: int) -> None:
 
 @given(sizes)
 def test_all_fits_when_the_share_is_enough(sizes: list[int]) -> None:
-    plan = plan_by_size(demands(sizes), sum(sizes))
+    plan = by_size(demands(sizes), sum(sizes))
     assert plan.direct_bytes == 0
 
 
@@ -202,14 +205,6 @@ def test_growth_is_planned_for_and_both_times_are_told() -> None:
     assert plan.now is not None
     assert plan.expected is not None
     assert plan.now.seconds == pytest.approx(plan.expected.seconds / 2)
-
-
-@given(st.floats(0.0, 1.0))
-def test_hits_show_in_the_speed_of_reads(hits: float) -> None:
-    seconds = hits / LAB.cache_hit_bytes_per_s + (1 - hits) / LAB.cache_miss_bytes_per_s
-    assert LAB.hit_fraction(1 / seconds) == pytest.approx(hits)
-    alike = replace(LAB, cache_miss_bytes_per_s=10 * GIB)
-    assert alike.hit_fraction(1 / seconds) is None
 
 
 def shares(budget: int, fixed: int) -> BudgetShares:

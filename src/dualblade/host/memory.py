@@ -95,14 +95,6 @@ class MemoryBudget:
             return self.group_pressure
         return None if self.machine_has_free else self.machine_pressure
 
-    def explain(self) -> str:
-        """The sum in words, for people."""
-        own = self.own.page_cache_bytes + self.own.fixed_bytes
-        return (
-            f"{format_size(self.budget_bytes)} for the KV cache ({format_size(own)} of it held "
-            f"now), {format_size(self.reserve_bytes)} left to others; bound by {self.source}"
-        )
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessMemory:

@@ -148,6 +148,7 @@ class CudaCopies:
     def __init__(self, device: torch.device, arena: Arena) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
+        self._models = torch.cuda.current_stream(device)  # as it is when copies are issued
         self._arena = arena
         status = torch.cuda.cudart().cudaHostRegister(arena.address, arena.size_bytes, 0)
         if int(status) != 0:
@@ -176,13 +177,14 @@ class CudaCopies:
 
     def issuing(self) -> AbstractContextManager[object]:
         """What is issued inside runs on the side stream."""
+        self._models = torch.cuda.current_stream(self._device)
         return torch.cuda.stream(self._stream)
 
     def land(self, slot: Slot, size_bytes: int) -> torch.Tensor:
         """A device copy of the slot's bytes; call it inside `issuing`."""
         landed = slot.memory[:size_bytes].to(self._device, non_blocking=True)
         # Without this the allocator could reuse it while the model's stream still reads it.
-        landed.record_stream(torch.cuda.default_stream(self._device))
+        landed.record_stream(self._models)
         return landed
 
     def landed(self, slot: Slot) -> None:

@@ -210,7 +210,7 @@ class ReadAhead:
 
     @property
     def is_idle(self) -> bool:
-        """Nothing is read ahead, and all slots are free."""
+        """Nothing is read ahead: no read has a slot."""
         return not self._visits
 
     def has_landed(self) -> bool:

@@ -9,7 +9,6 @@ from dualblade.residency.plan import (
     PlanInputs,
     ResidencyPlan,
     decide,
-    plan_by_size,
     plan_fixed,
 )
 from dualblade.residency.speeds import DoorSpeeds, StepTime, predict, worth_caching
@@ -33,7 +32,6 @@ __all__ = [
     "UnitDemand",
     "after",
     "decide",
-    "plan_by_size",
     "plan_fixed",
     "predict",
     "worth_caching",

@@ -189,11 +189,6 @@ def plan_fixed(demands: Sequence[UnitDemand], path: Path) -> ResidencyPlan:
     return ResidencyPlan(placements=placements, page_cache_bytes_max=0)
 
 
-def plan_by_size(demands: Sequence[UnitDemand], page_cache_bytes: int) -> ResidencyPlan:
-    """`decide` without speeds: what fits in `page_cache_bytes` is cached."""
-    return decide(PlanInputs(demands=tuple(demands), page_cache_bytes=page_cache_bytes))
-
-
 def _predicted(
     sizes: Sequence[tuple[UnitId, int]], shares: Mapping[UnitId, int], inputs: PlanInputs
 ) -> StepTime | None:

@@ -32,14 +32,6 @@ class DoorSpeeds:
         """Whether a hit gains nothing over the drive."""
         return self.direct_bytes_per_s >= self.cache_hit_bytes_per_s * (1 - SAME_FRACTION)
 
-    def hit_fraction(self, bytes_per_s: float) -> float | None:
-        """How much of a page-cache read of this speed was hits; None where hits and misses are
-        too alike to tell. Between them the times add up: 1/s = f/hit + (1 - f)/miss."""
-        hit, miss = 1 / self.cache_hit_bytes_per_s, 1 / self.cache_miss_bytes_per_s
-        if miss < 1.5 * hit:
-            return None
-        return min(1.0, max(0.0, (miss - 1 / bytes_per_s) / (miss - hit)))
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTime:
