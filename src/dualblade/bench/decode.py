@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 from dualblade.bench.decode_run import DecodeWorkload, one_run, told
 from dualblade.bench.series import (
+    Plan,
     Run,
     Watch,
     fio_beside,
-    in_order,
     median_of,
     opened_log,
     run_all,
@@ -97,6 +97,10 @@ def plan_decode(options: DecodeBenchOptions) -> list[Planned]:
     return [Planned(*each) for each in every]
 
 
+def _planned(run: Run) -> Planned:
+    return Planned(run["repeat"], run["memory_limit"], run["mode"])
+
+
 def run_decode_bench(options: DecodeBenchOptions, watch: Watch | None = None) -> dict[str, Any]:
     """Run all modes under all limits and return the result, ready for JSON.
 
@@ -109,7 +113,7 @@ def run_decode_bench(options: DecodeBenchOptions, watch: Watch | None = None) ->
             the log is of other options.
     """
     watch = watch or Watch()
-    plan, limited = plan_decode(options), wants_limits(options.memory_limits)
+    plan, limited = Plan(plan_decode(options), _planned), wants_limits(options.memory_limits)
     if limited:
         require_cgroup()
     folder = store_folder(options.store)
@@ -127,7 +131,7 @@ def run_decode_bench(options: DecodeBenchOptions, watch: Watch | None = None) ->
             options,
             folder,
             log.facts["calibration"],
-            asked=options.compare_fio and len(log.runs) < len(plan),
+            asked=options.compare_fio and plan.next_run(log.runs) is not None,
         ) as fio,
     ):
 
@@ -145,12 +149,12 @@ def run_decode_bench(options: DecodeBenchOptions, watch: Watch | None = None) ->
         run_all(
             log,
             watch,
-            next_run=in_order(plan),
+            next_run=plan.next_run,
             run=run,
-            total=lambda _: len(plan),
+            total=lambda _: len(plan.all),
             told=told,
         )
-        return _result(options, log.facts, log.runs)
+        return _result(options, log.facts, plan.in_order(log.runs))
 
 
 def _result(options: DecodeBenchOptions, facts: dict[str, Any], runs: list[Run]) -> dict[str, Any]:

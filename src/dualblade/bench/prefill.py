@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 
 from dualblade.bench.decode_run import DecodeWorkload, write_store
 from dualblade.bench.series import (
+    Plan,
     Run,
     Watch,
     fio_beside,
-    in_order,
     median_of,
     opened_log,
     run_all,
@@ -125,6 +125,10 @@ def plan_prefill(options: PrefillBenchOptions) -> list[Planned]:
     return list(dict.fromkeys(planned))
 
 
+def _planned(run: Run) -> Planned:
+    return Planned(run["repeat"], run["memory_limit"], run["store_state"], run["mode"])
+
+
 def run_prefill_bench(options: PrefillBenchOptions, watch: Watch | None = None) -> dict[str, Any]:
     """Run what the log lacks and return the result of all, ready for JSON.
 
@@ -137,7 +141,7 @@ def run_prefill_bench(options: PrefillBenchOptions, watch: Watch | None = None) 
             did; ConfigError when the log is of other options.
     """
     watch = watch or Watch()
-    plan, limited = plan_prefill(options), wants_limits(options.memory_limits)
+    plan, limited = Plan(plan_prefill(options), _planned), wants_limits(options.memory_limits)
     if limited:
         require_cgroup()
     folder = store_folder(options.store)
@@ -156,7 +160,7 @@ def run_prefill_bench(options: PrefillBenchOptions, watch: Watch | None = None) 
             options,
             folder,
             log.facts["calibration"],
-            asked=options.compare_fio and len(log.runs) < len(plan),
+            asked=options.compare_fio and plan.next_run(log.runs) is not None,
         ) as fio,
     ):
 
@@ -173,12 +177,12 @@ def run_prefill_bench(options: PrefillBenchOptions, watch: Watch | None = None) 
         run_all(
             log,
             watch,
-            next_run=in_order(plan),
+            next_run=plan.next_run,
             run=run,
-            total=lambda _: len(plan),
+            total=lambda _: len(plan.all),
             told=told,
         )
-        return _result(options, log.facts, log.runs)
+        return _result(options, log.facts, plan.in_order(log.runs))
 
 
 class _Stores:

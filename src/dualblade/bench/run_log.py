@@ -2,7 +2,9 @@
 
 The first line says what was asked for and what was found out before the first run; every other
 line is a run, or what was asked for when more was asked for. A line is on the drive before the next
-run begins. One process writes at a time.
+run begins. One process writes at a time. Runs that ended with an error stay in the file, but when
+it is opened again they are not among its runs: they are taken anew. One that its limit killed is
+done.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class RunLog:
             if lines:
                 heads = [line for line in lines if _is_head(line)]
                 self.facts = heads[0]["facts"]
-                self.runs = [line for line in lines if not _is_head(line)]
+                self.runs = [each for each in lines if not _is_head(each) and _got_through(each)]
                 if self._check(heads[-1]["options"], _plain(options)):
                     self._write({"options": _plain(options), "facts": self.facts})
             else:
@@ -122,6 +124,10 @@ class RunLog:
 
 def _is_head(line: Any) -> bool:
     return isinstance(line, dict) and line.keys() == {"options", "facts"}
+
+
+def _got_through(run: dict[str, Any]) -> bool:
+    return run.get("error") is None
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

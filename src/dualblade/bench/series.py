@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from dualblade.bench.fio import FioYardstick
 from dualblade.bench.run_log import RunLog
@@ -86,9 +86,26 @@ def _time_left(seconds: float) -> str:
     return f"about {seconds:.0f} s left" if seconds else "done"
 
 
-def in_order(plan: Sequence[P]) -> Callable[[Sequence[Run]], P | None]:
-    """`next_run` of a plan that does not depend on what is measured."""
-    return lambda done: plan[len(done)] if len(done) < len(plan) else None
+@dataclass(frozen=True, slots=True)
+class Plan(Generic[P]):
+    """What is to be run, in its order, when that does not depend on what is measured. `planned`
+    tells which of `all` a run is."""
+
+    all: Sequence[P]
+    planned: Callable[[Run], P]
+
+    def next_run(self, done: Sequence[Run]) -> P | None:
+        """The first that has not been run; None: all have. One may be planned more than once."""
+        were = [self.planned(run) for run in done]
+        for each in self.all:
+            if each not in were:
+                return each
+            were.remove(each)
+        return None
+
+    def in_order(self, done: Sequence[Run]) -> list[Run]:
+        """As planned: a run that was taken again after an error came later than its place."""
+        return sorted(done, key=lambda run: self.all.index(self.planned(run)))
 
 
 class FioBeside:

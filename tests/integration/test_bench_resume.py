@@ -1,0 +1,108 @@
+"""What a benchmark that is asked for again runs, and what it takes from its log."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dualblade.bench import decode, decode_run
+from dualblade.bench.decode import DecodeBenchOptions, run_decode_bench
+from dualblade.bench.run_log import RunLog
+from dualblade.bench.series import Watch
+from dualblade.bench.workload import Limit
+from dualblade.errors import DualBladeError
+
+OPTIONS = DecodeBenchOptions(model="random:llama", modes=("direct", "memory"), repeats=2)
+FULL = "no space left on the device"
+
+Install = Callable[..., list[str]]
+
+
+@pytest.fixture
+def children(monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Puts a list of their modes in the place of the children; those of `failing` end with an
+    error, those of `killed` for want of memory."""
+
+    def install(*, failing: tuple[str, ...] = (), killed: tuple[str, ...] = ()) -> list[str]:
+        modes: list[str] = []
+
+        def one(_options: object, mode: str, limit: Limit, **_more: object) -> dict[str, Any]:
+            modes.append(mode)
+            got_through = mode not in (*failing, *killed)
+            return {
+                **dict.fromkeys(decode_run._MEASURED),
+                "mode": mode,
+                "attention": "tiles",
+                "memory_limit": limit.asked,
+                "memory_limit_bytes": None,
+                "step_seconds_median": 1.0 if got_through else None,
+                "device_read_bytes_per_step": 0,
+                "oom_killed": mode in killed,
+                "error": FULL if mode in failing else None,
+            }
+
+        monkeypatch.setattr(decode, "one_run", one)
+        return modes
+
+    return install
+
+
+def test_runs_that_ended_with_an_error_are_taken_again_in_their_places(
+    children: Install, tmp_path: Path
+) -> None:
+    watch = Watch(log_path=tmp_path / "log.jsonl")
+    children(failing=("direct",))
+    before = run_decode_bench(OPTIONS, watch)
+    assert [run["error"] for run in before["runs"]] == [FULL, None, FULL, None]
+    again = children()
+    result = run_decode_bench(OPTIONS, watch)
+    assert again == ["direct", "direct"]
+    places = [(run["repeat"], run["mode"], run["error"]) for run in result["runs"]]
+    assert places == [(n, mode, None) for n in (0, 1) for mode in OPTIONS.modes]
+    nothing = children()
+    assert run_decode_bench(OPTIONS, watch)["summary"] == result["summary"]
+    assert nothing == []
+
+
+def test_what_failed_altogether_is_run_when_it_is_asked_for_again(
+    children: Install, tmp_path: Path
+) -> None:
+    watch = Watch(log_path=tmp_path / "log.jsonl")
+    children(failing=OPTIONS.modes)
+    with pytest.raises(DualBladeError, match=f"no run got through: {FULL}"):
+        run_decode_bench(OPTIONS, watch)
+    children()
+    assert len(run_decode_bench(OPTIONS, watch)["runs"]) == 4
+
+
+def test_a_run_that_its_limit_killed_is_a_result(children: Install, tmp_path: Path) -> None:
+    watch = Watch(log_path=tmp_path / "log.jsonl")
+    children(killed=("memory",))
+    run_decode_bench(OPTIONS, watch)
+    again = children()
+    more = run_decode_bench(replace(OPTIONS, repeats=3), watch)
+    assert again == ["direct", "memory"], "the third repeat alone"
+    assert [run["oom_killed"] for run in more["runs"]] == [False, True, False, True, False, False]
+
+
+def test_a_mode_that_is_named_twice_runs_twice(children: Install, tmp_path: Path) -> None:
+    twice = replace(OPTIONS, modes=("direct", "direct"), repeats=1)
+    modes = children()
+    run_decode_bench(twice, Watch(log_path=tmp_path / "log.jsonl"))
+    assert modes == ["direct", "direct"]
+
+
+def test_the_log_keeps_what_failed(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    with RunLog(log, {}, dict) as first:
+        for error in (None, FULL):
+            first.append({"error": error})
+        assert len(first.runs) == 2, "done for this time"
+    with RunLog(log, {}, dict) as second:
+        assert second.runs == [{"error": None}]
+    assert json.loads(log.read_text().splitlines()[-1]) == {"error": FULL}
