@@ -15,7 +15,8 @@ from dualblade.bench.decode import DecodeBenchOptions, run_decode_bench
 from dualblade.bench.run_log import RunLog
 from dualblade.bench.series import Watch
 from dualblade.bench.workload import Limit
-from dualblade.errors import DualBladeError
+from dualblade.errors import ConfigError, DualBladeError, Unsupported
+from dualblade.host.machine import machine_facts
 
 OPTIONS = DecodeBenchOptions(model="random:llama", modes=("direct", "memory"), repeats=2)
 FULL = "no space left on the device"
@@ -106,3 +107,57 @@ def test_the_log_keeps_what_failed(tmp_path: Path) -> None:
     with RunLog(log, {}, dict) as second:
         assert second.runs == [{"error": None}]
     assert json.loads(log.read_text().splitlines()[-1]) == {"error": FULL}
+
+
+def test_a_log_of_other_code_or_another_machine_gets_no_more_runs(
+    children: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = Watch(log_path=tmp_path / "log.jsonl")
+    here = {**machine_facts(), "git": {"commit": "a" * 40, "dirty": False}}
+    monkeypatch.setattr(decode, "machine_facts", lambda *_: here)
+    children()
+    result = run_decode_bench(OPTIONS, watch)
+    for other, said in (
+        ({"git": {"commit": "b" * 40, "dirty": False}}, f"commit {'a' * 40}, not {'b' * 40}"),
+        ({"git": None}, "commit .*, not None"),
+        ({"kernel": "1.0"}, f"kernel {here['kernel']}, not 1.0"),
+        ({"cpu_model": "Z80"}, "cpu_model .*, not Z80"),
+        ({"versions": {**here["versions"], "torch": "1.0"}}, "torch .*, not 1.0"),
+    ):
+        now = {**here, **other}
+        monkeypatch.setattr(decode, "machine_facts", lambda *_, now=now: now)
+        modes = children()
+        with pytest.raises(ConfigError, match=rf"was begun with {said}\ngo on there, or name"):
+            run_decode_bench(replace(OPTIONS, repeats=3), watch)
+        assert run_decode_bench(OPTIONS, watch)["runs"] == result["runs"], "nothing is left to run"
+        assert modes == []
+
+
+def test_changes_that_are_not_committed_stop_nothing(
+    children: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = Watch(log_path=tmp_path / "log.jsonl")
+    children()
+    here = run_decode_bench(OPTIONS, watch)["machine"]
+    git = {**(here["git"] or {"commit": None}), "dirty": True}
+    now = {**here, "git": git, "date": "tomorrow", "memory_available_bytes": 1}
+    monkeypatch.setattr(decode, "machine_facts", lambda *_: now)
+    assert len(run_decode_bench(replace(OPTIONS, repeats=3), watch)["runs"]) == 6
+
+
+def test_what_is_finished_is_told_again_without_root(
+    children: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise Unsupported("no cgroups")
+
+    limited = replace(OPTIONS, memory_limits=("2GiB",))
+    watch = Watch(log_path=tmp_path / "log.jsonl")
+    monkeypatch.setattr(decode, "calibrate", lambda *_: {"base_bytes": 1, "kv_bytes": 1})
+    monkeypatch.setattr(decode, "require_cgroup", lambda: None)
+    children()
+    result = run_decode_bench(limited, watch)
+    monkeypatch.setattr(decode, "require_cgroup", refuse)
+    assert run_decode_bench(limited, watch)["summary"] == result["summary"]
+    with pytest.raises(Unsupported, match="no cgroups"):
+        run_decode_bench(replace(limited, repeats=3), watch)

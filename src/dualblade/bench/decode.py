@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dualblade.bench.decode_run import DecodeWorkload, one_run, told
+from dualblade.bench.run_log import RunLog
 from dualblade.bench.series import (
     Plan,
     Run,
@@ -102,7 +103,7 @@ def _planned(run: Run) -> Planned:
 
 
 def run_decode_bench(options: DecodeBenchOptions, watch: Watch | None = None) -> dict[str, Any]:
-    """Run all modes under all limits and return the result, ready for JSON.
+    """Run what the log lacks and return the result of all, ready for JSON.
 
     A run that its limit kills has `oom_killed` true and null times, one that ends with an error
     has `error`; neither stops the others, unless no run got through for errors. On an exception
@@ -110,36 +111,39 @@ def run_decode_bench(options: DecodeBenchOptions, watch: Watch | None = None) ->
 
     Raises: Unsupported when a limit is asked for and no cgroup can be made, or fio is asked for
             and missing; DualBladeError when calibrating failed, or every run did; ConfigError when
-            the log is of other options.
+            the log is of other options, or has runs of other code or another machine.
     """
     watch = watch or Watch()
     plan, limited = Plan(plan_decode(options), _planned), wants_limits(options.memory_limits)
-    if limited:
-        require_cgroup()
-    folder = store_folder(options.store)
 
     def find_facts() -> dict[str, Any]:
         return {
-            "machine": machine_facts(folder),
+            "machine": machine_facts(store_folder(options.store)),
             "calibration": calibrate(options, watch.progress) if limited else None,
         }
 
     with (
         store_left_as_found(options.store),
         opened_log(watch, asdict(options), find_facts) as log,
-        fio_beside(
-            options,
-            folder,
-            log.facts["calibration"],
-            asked=options.compare_fio and plan.next_run(log.runs) is not None,
-        ) as fio,
     ):
+        if plan.next_run(log.runs) is not None:
+            _run_rest(options, plan, log, watch)
+        return _result(options, log.facts, plan.in_order(log.runs))
+
+
+def _run_rest(options: DecodeBenchOptions, plan: Plan[Planned], log: RunLog, watch: Watch) -> None:
+    """Run what the log lacks."""
+    log.require_same_machine(machine_facts())
+    calibration = log.facts["calibration"]
+    if calibration is not None:
+        require_cgroup()
+    with fio_beside(
+        options, store_folder(options.store), calibration, asked=options.compare_fio
+    ) as fio:
 
         def run(planned: Planned) -> Run:
             beside = fio.measure(planned.mode)
-            limit = calibrated_limit(
-                planned.limit or "none", options.memory_budget, log.facts["calibration"]
-            )
+            limit = calibrated_limit(planned.limit or "none", options.memory_budget, calibration)
             done = one_run(
                 options, planned.mode, limit, **_traced(options, planned.mode, planned.repeat)
             )
@@ -154,7 +158,6 @@ def run_decode_bench(options: DecodeBenchOptions, watch: Watch | None = None) ->
             total=lambda _: len(plan.all),
             told=told,
         )
-        return _result(options, log.facts, plan.in_order(log.runs))
 
 
 def _result(options: DecodeBenchOptions, facts: dict[str, Any], runs: list[Run]) -> dict[str, Any]:

@@ -106,10 +106,10 @@ def run_envelope(
     Each finished run is in `log_path` at once: after an interruption the same call goes on. No
     child, no cgroup and no store file that was not there before is left.
 
-    Raises: ConfigError when the log is of other options; Unsupported when no cgroup can be made;
+    Raises: ConfigError when the log is of other options, or has runs of other code or another
+            machine; Unsupported when no cgroup can be made;
             DualBladeError when calibrating or writing the store failed.
     """
-    require_cgroup()
     folder = store_folder(options.store)
     store = options.store or folder / "bench-envelope.store"
 
@@ -175,6 +175,8 @@ def _engine(options: EnvelopeOptions) -> dict[str, Any]:
 
 
 def _measure(options: EnvelopeOptions, log: RunLog, watch: Watch) -> None:
+    log.require_same_machine(machine_facts())
+    require_cgroup()
     calibration = log.facts["calibration"]
     is_written = False
 

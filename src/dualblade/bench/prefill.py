@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dualblade.bench.decode_run import DecodeWorkload, write_store
+from dualblade.bench.run_log import RunLog
 from dualblade.bench.series import (
     Plan,
     Run,
@@ -138,12 +139,11 @@ def run_prefill_bench(options: PrefillBenchOptions, watch: Watch | None = None) 
 
     Raises: Unsupported when a limit is asked for and no cgroup can be made, or fio is asked for
             and missing; DualBladeError when calibrating or writing the store failed, or every run
-            did; ConfigError when the log is of other options.
+            did; ConfigError when the log is of other options, or has runs of other code or another
+            machine.
     """
     watch = watch or Watch()
     plan, limited = Plan(plan_prefill(options), _planned), wants_limits(options.memory_limits)
-    if limited:
-        require_cgroup()
     folder = store_folder(options.store)
     stores = _Stores(options, folder, watch)
 
@@ -156,20 +156,28 @@ def run_prefill_bench(options: PrefillBenchOptions, watch: Watch | None = None) 
         store_left_as_found(stores.written),
         store_left_as_found(stores.fresh),
         opened_log(watch, asdict(options), find_facts) as log,
-        fio_beside(
-            options,
-            folder,
-            log.facts["calibration"],
-            asked=options.compare_fio and plan.next_run(log.runs) is not None,
-        ) as fio,
     ):
+        if plan.next_run(log.runs) is not None:
+            _run_rest(options, plan, log, stores, watch)
+        return _result(options, log.facts, plan.in_order(log.runs))
+
+
+def _run_rest(
+    options: PrefillBenchOptions, plan: Plan[Planned], log: RunLog, stores: _Stores, watch: Watch
+) -> None:
+    """Run what the log lacks."""
+    log.require_same_machine(machine_facts())
+    calibration = log.facts["calibration"]
+    if calibration is not None:
+        require_cgroup()
+    with fio_beside(
+        options, store_folder(options.store), calibration, asked=options.compare_fio
+    ) as fio:
 
         def run(planned: Planned) -> Run:
             prepared = stores.ready(planned)
             beside = fio.measure(planned.mode)
-            limit = calibrated_limit(
-                planned.limit or "none", options.memory_budget, log.facts["calibration"]
-            )
+            limit = calibrated_limit(planned.limit or "none", options.memory_budget, calibration)
             done = one_prefill(prepared, planned.mode, limit)
             stores.ran(planned, done)
             return {**done, "repeat": planned.repeat, "store_state": planned.state, **beside}
@@ -182,7 +190,6 @@ def run_prefill_bench(options: PrefillBenchOptions, watch: Watch | None = None) 
             total=lambda _: len(plan.all),
             told=told,
         )
-        return _result(options, log.facts, plan.in_order(log.runs))
 
 
 class _Stores:

@@ -41,6 +41,7 @@ class RunLog:
         self._may_grow = may_grow
         self.runs: list[dict[str, Any]] = []
         self._is_locked = False
+        self._grown: dict[str, Any] | None = None  # the head that goes before the first run more
         try:
             self._file = open(path, "a+b")  # noqa: SIM115 - closed by close()
         except OSError as exc:
@@ -53,7 +54,7 @@ class RunLog:
                 self.facts = heads[0]["facts"]
                 self.runs = [each for each in lines if not _is_head(each) and _got_through(each)]
                 if self._check(heads[-1]["options"], _plain(options)):
-                    self._write({"options": _plain(options), "facts": self.facts})
+                    self._grown = {"options": _plain(options), "facts": self.facts}
             else:
                 self.facts = _plain(find_facts())
                 self._write({"options": _plain(options), "facts": self.facts})
@@ -61,8 +62,31 @@ class RunLog:
             self.close()
             raise
 
+    def require_same_machine(self, now: Mapping[str, Any]) -> None:
+        """Raises: ConfigError when the log was begun with other code or on another machine than
+        `now` (machine_facts): runs of both would stand under the facts of the first.
+
+        Changes that are not committed are not looked at: what they are nobody keeps.
+        """
+        if "machine" not in self.facts:
+            return
+        old, new = _identity(self.facts["machine"]), _identity(now)
+        differ = [
+            f"{name} {value}, not {new.get(name)}"
+            for name, value in old.items()
+            if value != new.get(name)
+        ]
+        if differ:
+            raise ConfigError(
+                f"{self._path} was begun with {'; '.join(differ)}",
+                hint="go on there, or name another --output (or remove the file) to start anew",
+            )
+
     def append(self, run: Mapping[str, Any]) -> None:
         """Keep one finished run."""
+        if self._grown is not None:
+            self._write(self._grown)
+            self._grown = None
         self.runs.append(_plain(run))
         self._write(self.runs[-1])
 
@@ -120,6 +144,13 @@ class RunLog:
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def _identity(machine: Mapping[str, Any]) -> dict[str, Any]:
+    """Of machine_facts what must not change between the runs of one result."""
+    commit = (machine.get("git") or {}).get("commit")
+    names = {name: machine.get(name) for name in ("cpu_model", "kernel")}
+    return {"commit": commit, **names, **machine.get("versions", {})}
 
 
 def _is_head(line: Any) -> bool:

@@ -243,13 +243,15 @@ def store_folder(store: Path | None) -> Path:
 
 
 def calibrate(workload: Workload, progress: Progress, *, step_tokens: int = 1) -> dict[str, Any]:
-    """What the process needs besides its cache. Raises: DualBladeError when that fails.
+    """What the process needs besides its cache. Raises: DualBladeError when that fails, Unsupported
+    where there are no cgroups.
 
     step_tokens: tokens of each sequence in a forward pass.
 
     A first child only loads, outside any cgroup: what it reads (libraries, weights) is then in the
     page cache and charged to no later run, so that all of them start alike.
     """
+    require_cgroup()
     progress("calibrating: memory of the model and one step")
     for task in ("warm", "calibrate"):
         with contextlib.ExitStack() as stack:
