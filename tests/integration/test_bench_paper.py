@@ -15,7 +15,7 @@ from dualblade.bench import paper
 from dualblade.bench.decode import DecodeBenchOptions
 from dualblade.bench.paper import needs_of, run_paper
 from dualblade.bench.report import collect
-from dualblade.bench.scenario import find_scenario, read_scenario, scenario_names
+from dualblade.bench.scenario import Scenario, find_scenario, read_scenario, scenario_names
 from dualblade.bench.series import Watch
 from dualblade.cli.app import app
 from dualblade.errors import BudgetError, ConfigError, DualBladeError, NoSpace, Unsupported
@@ -185,6 +185,24 @@ def test_one_run_of_a_scenario(tmp_path: Path) -> None:
     assert "scenario mine has no run 'tow'" in done.stderr
     assert "did you mean 'two'? known: one, two" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_store_must_do_for_the_runs_that_were_chosen_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenario = read_scenario(written(tmp_path, GOOD))
+    with pytest.raises(ConfigError, match=r"run two: .*never fresh\nuse store_state .*--run NAME"):
+        scenario.on(Path("/dev/null"))
+    chosen: list[Scenario] = []
+
+    def note(scenario: Scenario, *_: object) -> dict[str, Any]:
+        chosen.append(scenario)
+        return {"entries": []}
+
+    monkeypatch.setattr(paper, "run_paper", note)
+    command = ["bench", "paper", str(tmp_path / "mine.toml"), "--store", "/dev/null"]
+    CliRunner().invoke(app, [*command, "--run", "one", "--output", str(tmp_path / "out")])
+    assert [(e.name, e.options.store) for e in chosen[0].entries] == [("one", Path("/dev/null"))]
 
 
 def keep(path: Path, result: dict[str, Any]) -> None:

@@ -99,7 +99,7 @@ class PrefillBenchOptions(Workload):
         if self.store is not None and _is_device(self.store) and self.store_state != WRITTEN:
             raise ConfigError(
                 f"{self.store} is a device: its blocks are never fresh",
-                hint="use --store-state written",
+                hint="use store_state written (--store-state written)",
             )
 
 

@@ -95,11 +95,9 @@ class Scenario:
         return sum(entry.run_count for entry in self.entries)
 
     def on(self, store: Path | None) -> Scenario:
-        """The same with its KV in this store."""
-        moved = (
-            replace(entry, options=replace(entry.options, store=store)) for entry in self.entries
-        )
-        return replace(self, entries=tuple(moved))
+        """The same with its KV in this store. Raises: ConfigError naming the run that cannot be
+        there."""
+        return replace(self, entries=tuple(_moved(entry, store) for entry in self.entries))
 
     def only(self, names: Collection[str]) -> Scenario:
         """The same with these entries alone, in the file's order. Raises: ConfigError."""
@@ -110,6 +108,16 @@ class Scenario:
                     f"scenario {self.name} has no run {name!r}", hint=_nearest(name, known)
                 )
         return replace(self, entries=tuple(e for e in self.entries if e.name in names))
+
+
+def _moved(entry: Entry, store: Path | None) -> Entry:
+    try:
+        return replace(entry, options=replace(entry.options, store=store))
+    except ConfigError as exc:
+        raise ConfigError(
+            f"run {entry.name}: {exc.message}",
+            hint=f"{exc.hint}, in a scenario file of yours; or take other runs alone (--run NAME)",
+        ) from exc
 
 
 def scenario_names() -> list[str]:

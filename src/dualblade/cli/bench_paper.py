@@ -59,8 +59,8 @@ def bench_paper(
         return
     if output is None:
         raise ConfigError("--output is missing", hint="name a folder for the results")
-    whole = find_scenario(scenario).on(store)
-    chosen = whole.only(runs) if runs else whole
+    whole = find_scenario(scenario)
+    chosen = (whole.only(runs) if runs else whole).on(store)
     share = chosen.run_count / whole.run_count
     with Reporter() as reporter:
         reporter.tell(
