@@ -31,12 +31,12 @@ from dualblade.bench.workload import (
     at_least,
     calibrate,
     calibrated_limit,
+    check_modes,
     is_stored,
     parse_limit,
-    parse_mode,
     require_cgroup,
-    store_folder,
     store_left_as_found,
+    store_place,
     tokens_agree,
     wants_limits,
 )
@@ -68,10 +68,7 @@ class DecodeBenchOptions(DecodeWorkload):
     def __post_init__(self) -> None:
         DecodeWorkload.__post_init__(self)  # super() needs a cell that slots=True leaves behind
         at_least("repeats", self.repeats, 1)
-        if not self.modes:
-            raise ConfigError("modes: name at least one")
-        for mode in self.modes:
-            parse_mode(mode)
+        check_modes(self.modes, self.store)
         for limit in self.memory_limits:
             parse_limit(limit)
         if self.ablation and len(self.ablation) != len(self.modes):
@@ -118,7 +115,7 @@ def run_decode_bench(options: DecodeBenchOptions, watch: Watch | None = None) ->
 
     def find_facts() -> dict[str, Any]:
         return {
-            "machine": machine_facts(store_folder(options.store)),
+            "machine": machine_facts(store_place(options.store)),
             "calibration": calibrate(options, watch.progress) if limited else None,
         }
 
@@ -137,9 +134,7 @@ def _run_rest(options: DecodeBenchOptions, plan: Plan[Planned], log: RunLog, wat
     calibration = log.facts["calibration"]
     if calibration is not None:
         require_cgroup()
-    with fio_beside(
-        options, store_folder(options.store), calibration, asked=options.compare_fio
-    ) as fio:
+    with fio_beside(options, calibration, asked=options.compare_fio) as fio:
 
         def run(planned: Planned) -> Run:
             beside = fio.measure(planned.mode)

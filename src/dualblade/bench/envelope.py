@@ -35,8 +35,8 @@ from dualblade.bench.workload import (
     quiet,
     require_cgroup,
     static_percent,
-    store_folder,
     store_left_as_found,
+    store_place,
     tokens_agree,
 )
 from dualblade.errors import ConfigError
@@ -110,11 +110,11 @@ def run_envelope(
             machine; Unsupported when no cgroup can be made;
             DualBladeError when calibrating or writing the store failed.
     """
-    folder = store_folder(options.store)
-    store = options.store or folder / "bench-envelope.store"
+    place = store_place(options.store)
+    store = options.store or place / "bench-envelope.store"
 
     def find_facts() -> dict[str, Any]:
-        return {"machine": machine_facts(folder), "calibration": calibrate(options, progress)}
+        return {"machine": machine_facts(place), "calibration": calibrate(options, progress)}
 
     asked = {name: value for name, value in asdict(options).items() if name != "store"}
     asked["store"] = str(store)

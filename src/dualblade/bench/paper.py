@@ -18,18 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from dualblade.bench.decode import DecodeBenchOptions, run_decode_bench
-from dualblade.bench.fio import find_fio
 from dualblade.bench.prefill import PrefillBenchOptions, run_prefill_bench
 from dualblade.bench.scenario import Entry, Scenario
-from dualblade.bench.series import Watch
+from dualblade.bench.series import Watch, require_fio
 from dualblade.bench.workload import (
     TRANSFORMERS,
     LeftForCache,
     Progress,
+    is_device,
     parse_limit,
     quiet,
     require_cgroup,
-    store_folder,
+    store_place,
     wants_limits,
 )
 from dualblade.errors import BudgetError, ConfigError, DualBladeError, NoSpace, Unsupported
@@ -69,15 +69,12 @@ def run_paper(
     _require(scenario)
     if any(wants_limits(entry.options.memory_limits) for entry in scenario.entries):
         require_cgroup()
-    folder = store_folder(scenario.entries[0].options.store)
+    place = store_place(scenario.entries[0].options.store)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise ConfigError(f"cannot make {output}: {exc.strerror}") from exc
-    held = [entry.device_bytes_per_second for entry in scenario.entries]
-    if fastest := max(filter(None, held), default=None):
-        with throttled(folder, fastest):
-            pass  # refused now, not after the runs before the first that is held
+    _require_throttle(scenario, place)
     told = []
     for number, entry in enumerate(scenario.entries):
         following = sum(later.run_count for later in scenario.entries[number + 1 :])
@@ -86,7 +83,7 @@ def run_paper(
             log_path=output / f"{entry.name}.jsonl",
             following=following,
         )
-        with _held_to(entry.device_bytes_per_second, folder):
+        with _held_to(entry.device_bytes_per_second, place):
             told.append(_one(scenario, entry, output / f"{entry.name}.json", keep, watch))
     if all(each["error"] is not None for each in told):
         raise DualBladeError(f"no run of {scenario.name} got through: {told[0]['error']}")
@@ -99,9 +96,25 @@ def run_paper(
     }
 
 
+def _require_throttle(scenario: Scenario, place: Path) -> None:
+    """Refused now, not after the runs before the first that is held. Raises: Unsupported."""
+    held = [entry.device_bytes_per_second for entry in scenario.entries]
+    fastest = max(filter(None, held), default=None)
+    if fastest is None:
+        return
+    store = scenario.entries[0].options.store
+    if store is not None and store.is_char_device():
+        raise Unsupported(
+            f"the drive cannot be throttled: commands to {store} go past the block layer",
+            hint=f"name {place} as the store",
+        )
+    with throttled(place, fastest):
+        pass
+
+
 @contextlib.contextmanager
-def _held_to(speed: int | None, folder: Path) -> Iterator[None]:
-    """The drive below `folder` held to `speed`; None: as it is.
+def _held_to(speed: int | None, place: Path) -> Iterator[None]:
+    """The drive below `place` held to `speed`; None: as it is.
 
     Held, it is another drive, and what was measured of its own speed would mislead every plan:
     children find no profile, and save theirs where it goes with the throttle.
@@ -110,7 +123,7 @@ def _held_to(speed: int | None, folder: Path) -> Iterator[None]:
         yield
         return
     before = os.environ.get("XDG_CONFIG_HOME")
-    with throttled(folder, speed), tempfile.TemporaryDirectory(prefix="dualblade-") as profiles:
+    with throttled(place, speed), tempfile.TemporaryDirectory(prefix="dualblade-") as profiles:
         os.environ["XDG_CONFIG_HOME"] = profiles
         try:
             yield
@@ -154,11 +167,11 @@ def _one(scenario: Scenario, entry: Entry, file: Path, keep: Keep, watch: Watch)
 
 
 def _without_fio(scenario: Scenario, progress: Progress) -> Scenario:
-    """Where fio is missing the drive's own speed stays unknown, and nothing else changes."""
+    """Where fio cannot be had the drive's own speed stays unknown, and nothing else changes."""
     if not any(entry.options.compare_fio for entry in scenario.entries):
         return scenario
     try:
-        find_fio()
+        require_fio(scenario.entries[0].options.store)
     except Unsupported as exc:
         progress(f"{exc.message}: how much of the drive was used is left out ({exc.hint})")
         entries = (
@@ -221,10 +234,11 @@ def _require(scenario: Scenario) -> None:
             hint=smaller,
         )
     entry, most = max(needs, key=lambda each: each[1].store_bytes)
-    store = entry.options.store
-    folder = store_folder(store)
+    if is_device(entry.options.store):
+        return  # as large as it was formatted: the store tells
+    folder = store_place(entry.options.store)
     free = shutil.disk_usage(folder).free
-    if most.store_bytes > free and not (store is not None and store.is_block_device()):
+    if most.store_bytes > free:
         raise NoSpace(
             f"scenario {scenario.name} needs {format_size(most.store_bytes)} on the drive for its "
             f"run {entry.name}; {format_size(free)} are free in {folder}",

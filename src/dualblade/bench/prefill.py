@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import stat
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,13 +42,15 @@ from dualblade.bench.workload import (
     at_least,
     calibrate,
     calibrated_limit,
+    check_modes,
+    is_device,
     is_stored,
     limited_run,
     parse_limit,
     parse_mode,
     require_cgroup,
-    store_folder,
     store_left_as_found,
+    store_place,
     tokens_agree,
     wants_limits,
 )
@@ -85,10 +86,7 @@ class PrefillBenchOptions(Workload):
         Workload.__post_init__(self)  # super() needs a cell that slots=True leaves behind
         at_least("repeats", self.repeats, 1)
         at_least("prefill_chunk", self.prefill_chunk, 1)
-        if not self.modes:
-            raise ConfigError("modes: name at least one")
-        for mode in self.modes:
-            parse_mode(mode)
+        check_modes(self.modes, self.store)
         for limit in self.memory_limits:
             parse_limit(limit)
         if self.store_state not in STORE_STATES:
@@ -96,7 +94,7 @@ class PrefillBenchOptions(Workload):
                 f"unknown store_state {self.store_state!r}",
                 hint=f"use one of: {', '.join(STORE_STATES)}",
             )
-        if self.store is not None and _is_device(self.store) and self.store_state != WRITTEN:
+        if is_device(self.store) and self.store_state != WRITTEN:
             raise ConfigError(
                 f"{self.store} is a device: its blocks are never fresh",
                 hint="use store_state written (--store-state written)",
@@ -144,13 +142,13 @@ def run_prefill_bench(options: PrefillBenchOptions, watch: Watch | None = None) 
     """
     watch = watch or Watch()
     plan, limited = Plan(plan_prefill(options), _planned), wants_limits(options.memory_limits)
-    folder = store_folder(options.store)
-    stores = _Stores(options, folder, watch)
+    place = store_place(options.store)
+    stores = _Stores(options, place, watch)
 
     def find_facts() -> dict[str, Any]:
         step = min(options.prefill_chunk, options.context)
         measured = calibrate(options, watch.progress, step_tokens=step) if limited else None
-        return {"machine": machine_facts(folder), "calibration": measured}
+        return {"machine": machine_facts(place), "calibration": measured}
 
     with (
         store_left_as_found(stores.written),
@@ -170,9 +168,7 @@ def _run_rest(
     calibration = log.facts["calibration"]
     if calibration is not None:
         require_cgroup()
-    with fio_beside(
-        options, store_folder(options.store), calibration, asked=options.compare_fio
-    ) as fio:
+    with fio_beside(options, calibration, asked=options.compare_fio) as fio:
 
         def run(planned: Planned) -> Run:
             prepared = stores.ready(planned)
@@ -195,11 +191,11 @@ def _run_rest(
 class _Stores:
     """The two stores of a benchmark, beside each other: one is new for each run, one kept."""
 
-    def __init__(self, options: PrefillBenchOptions, folder: Path, watch: Watch) -> None:
+    def __init__(self, options: PrefillBenchOptions, place: Path, watch: Watch) -> None:
         self._options = options
         self._watch = watch
         self._is_written: dict[bool, bool] = {}  # by whether it is that of mapped files
-        self.written = options.store or folder / f"bench-prefill-{os.getpid()}.store"
+        self.written = options.store or place / f"bench-prefill-{os.getpid()}.store"
         self.fresh = self.written.with_name(self.written.name + ".fresh")
 
     def ready(self, planned: Planned) -> PrefillBenchOptions:
@@ -255,10 +251,6 @@ def _drop_cached(store: Path) -> None:
                 drop(fd, 0, os.fstat(fd).st_size)
             finally:
                 os.close(fd)
-
-
-def _is_device(store: Path) -> bool:
-    return store.exists() and not stat.S_ISREG(store.stat().st_mode)
 
 
 _MEASURED = (

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from dualblade.bench.fio import FioYardstick
+from dualblade.bench.fio import FioYardstick, find_fio
 from dualblade.bench.run_log import RunLog
-from dualblade.bench.workload import Progress, Workload, is_stored, quiet
+from dualblade.bench.workload import Progress, Workload, is_device, is_stored, quiet, store_place
 from dualblade.config import EngineConfig
+from dualblade.errors import Unsupported
 from dualblade.units import MIB
 
 P = TypeVar("P")
@@ -109,8 +110,9 @@ class Plan(Generic[P]):
 
 
 class FioBeside:
-    """fio just before a stored run, with our chunk and depth, on a file as large as the KV: drives
-    change speed within minutes. Of None: no fio."""
+    """fio just before a stored run, with our chunk and depth, on a file of 1 GiB or as large as the
+    KV where that is less (512 MiB where no limit made it known): drives change speed within
+    minutes. Of None: no fio."""
 
     def __init__(self, fio: FioYardstick | None) -> None:
         self._fio = fio
@@ -123,17 +125,32 @@ class FioBeside:
         return {"fio": account, "fio_read_bytes_per_second": speed}
 
 
+def require_fio(store: Path | None) -> None:
+    """Raises: Unsupported when fio is missing, or has nothing to read beside this store.
+
+    On a device it would have to read the store's own blocks, and those that hold nothing are read
+    faster than any KV.
+    """
+    find_fio()
+    if is_device(store):
+        raise Unsupported(
+            f"fio reads a file beside the store, and {store} is a device",
+            hint="compare on a file system, or without fio",
+        )
+
+
 @contextlib.contextmanager
 def fio_beside(
-    workload: Workload, folder: Path, calibration: Mapping[str, Any] | None, *, asked: bool
+    workload: Workload, calibration: Mapping[str, Any] | None, *, asked: bool
 ) -> Iterator[FioBeside]:
-    """The yardstick; of nothing when not `asked`. Raises: Unsupported when fio is missing."""
+    """The yardstick; of nothing when not `asked`. Raises: Unsupported, see require_fio."""
     if not asked:
         yield FioBeside(None)
         return
+    require_fio(workload.store)
     engine = EngineConfig.from_mapping(workload.engine)
     with FioYardstick(
-        folder,
+        store_place(workload.store),
         size_bytes=calibration["kv_bytes"] if calibration is not None else 512 * MIB,
         chunk_bytes=engine.chunk_bytes,
         queue_depth=engine.queue_depth,

@@ -27,6 +27,7 @@ from dualblade.bench.child_process import ChildOutcome, run_child
 from dualblade.config import EngineConfig, check_attention, parse_settings
 from dualblade.errors import ConfigError, DualBladeError, Unsupported
 from dualblade.host.cgroup import MemoryCgroup
+from dualblade.host.drives import find_drive
 from dualblade.units import MIB, format_size, parse_size
 
 YARDSTICK = "dynamic-cache"
@@ -97,6 +98,18 @@ def static_percent(mode: str) -> int | None:
     """N of the mode `static-N`; None for other modes."""
     found = re.fullmatch(r"static-(\d{1,3})", mode)
     return int(found[1]) if found and int(found[1]) <= 100 else None
+
+
+def check_modes(modes: Sequence[str], store: Path | None) -> None:
+    """Raises: ConfigError for what is no mode, or has nothing to do with such a store."""
+    if not modes:
+        raise ConfigError("modes: name at least one")
+    mapped = [mode for mode in modes if parse_mode(mode).path == MMAP]
+    if mapped and is_device(store):
+        raise ConfigError(
+            f"mode {mapped[0]} maps files, and {store} is a device",
+            hint="leave that mode out, or name a store in a file system",
+        )
 
 
 def is_stored(mode: str) -> bool:
@@ -235,11 +248,25 @@ def require_cgroup() -> None:
         )
 
 
-def store_folder(store: Path | None) -> Path:
-    """Where the store is: private ones lie in the cache directory."""
+def is_device(store: Path | None) -> bool:
+    """Whether the store is no file: nothing else can be put beside it."""
+    if store is None:
+        return False
+    from dualblade.store import backing  # loads the engine: not for --help
+
+    return backing.is_device(store)
+
+
+def store_place(store: Path | None) -> Path:
+    """What the store lies on: a folder (private ones: the cache directory), or its block device.
+
+    Raises: StorageError when that cannot be examined.
+    """
     from dualblade.store import cache_directory  # loads the engine: not for --help
 
-    return cache_directory() if store is None else store.absolute().parent
+    if store is None:
+        return cache_directory()
+    return Path(find_drive(store).block_path) if is_device(store) else store.absolute().parent
 
 
 def calibrate(workload: Workload, progress: Progress, *, step_tokens: int = 1) -> dict[str, Any]:
