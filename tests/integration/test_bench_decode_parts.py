@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from dualblade.bench import decode, decode_child, decode_rows, workload
+from dualblade.bench import child_run, decode, decode_child, decode_rows, workload
 from dualblade.bench.child_process import ChildOutcome
 from dualblade.bench.decode import DecodeBenchOptions
 from dualblade.bench.decode_child import Steps
@@ -18,6 +19,7 @@ from dualblade.bench.decode_run import DecodeWorkload, one_run
 from dualblade.bench.fio import FioYardstick
 from dualblade.bench.workload import LeftForCache, Limit, parse_limit, parse_mode, static_percent
 from dualblade.errors import ConfigError, Unsupported
+from dualblade.host.process import ProcessIO
 from dualblade.units import GIB, MIB
 
 NARROW = LayerShape(kv_heads=2, key_dim=16, value_dim=8, item_bytes=2, grows=True)
@@ -190,6 +192,41 @@ def test_hit_fraction_is_of_page_cache_reads_alone() -> None:
     assert fraction(150, 100, 50) == 0.0
     assert fraction(125, 100, 50) == 0.5
     assert fraction(900, 100, 50) == 0.0  # readahead beyond what was asked for
+
+
+class Passing:
+    """A cache that reads 1000 bytes directly at each step, by an engine of the name given."""
+
+    def __init__(self, engine: str) -> None:
+        self._engine = engine
+        self._reads = 0
+
+    def step(self) -> tuple[float, float]:
+        self._reads += 1
+        return 1.0, 1.0
+
+    def stats(self) -> Passing:
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        io = {"direct_read_bytes": 1000 * self._reads, "direct_write_bytes": 70}
+        return {"engine": {"name": self._engine}, "io": io, "memory": {"used_bytes": 0}}
+
+
+@pytest.mark.parametrize(
+    ("engine", "counted"), [("uring-cmd", 1000), ("nvme-ioctl", 1000), ("io_uring", 0)]
+)
+def test_nvme_commands_are_counted_by_the_cache(
+    monkeypatch: pytest.MonkeyPatch, engine: str, counted: int
+) -> None:
+    kernel = ProcessIO(read_bytes=5, write_bytes=7)
+    monkeypatch.setattr(child_run, "process_io", lambda: kernel)
+    cache = Passing(engine)
+    steps = decode_child._timed_steps(2, SimpleNamespace(timed=cache.step), cache)  # type: ignore[arg-type]
+    assert steps.device_read_bytes == [counted] * 2
+    assert steps.direct_read_bytes == [1000] * 2
+    written = child_run.device_io(cache.to_dict()).write_bytes
+    assert written == 7 + (70 if counted else 0)
 
 
 def test_p99_is_the_largest_of_few() -> None:

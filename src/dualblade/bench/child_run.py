@@ -21,7 +21,10 @@ from dualblade.config import EngineConfig
 from dualblade.errors import ConfigError
 from dualblade.host.cgroup import MemoryLimit
 from dualblade.host.memory import process_memory
-from dualblade.host.process import release_memory, reset_peak_memory
+from dualblade.host.process import ProcessIO, process_io, release_memory, reset_peak_memory
+
+_PASSTHROUGH = ("uring-cmd", "nvme-ioctl")
+"""Engines whose direct transfers are NVMe commands."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,6 +235,20 @@ def cache_stats(cache: Any) -> dict[str, Any]:
 def engine_name(stats: dict[str, Any]) -> str | None:
     engine = stats.get("engine")
     return engine.get("name") if isinstance(engine, dict) else engine
+
+
+def device_io(stats: dict[str, Any]) -> ProcessIO:
+    """What this process and its cache have made the devices read and write so far.
+
+    NVMe commands go past the block layer, where the kernel counts; the cache counts those itself.
+    """
+    io = process_io()
+    if engine_name(stats) not in _PASSTHROUGH:
+        return io
+    return ProcessIO(
+        read_bytes=io.read_bytes + stats["io"]["direct_read_bytes"],
+        write_bytes=io.write_bytes + stats["io"]["direct_write_bytes"],
+    )
 
 
 def budget_facts(used_bytes: Sequence[int], last: dict[str, Any]) -> dict[str, Any]:

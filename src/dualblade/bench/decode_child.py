@@ -17,6 +17,7 @@ from dualblade.bench.child_run import (
     ChildOptions,
     budget_facts,
     cache_stats,
+    device_io,
     engine_name,
     load,
     open_cache,
@@ -25,7 +26,6 @@ from dualblade.bench.child_run import (
 )
 from dualblade.bench.decode_rows import RandomRows, fill, kv_bytes
 from dualblade.bench.workload import TRANSFORMERS
-from dualblade.host.process import process_io
 
 
 @dataclass(slots=True)
@@ -124,10 +124,12 @@ def _filled_cache(
 def _timed_steps(count: int, decoder: Decoder, cache: Any) -> Steps:
     """Decode `count` tokens. Only the step itself is timed; all counters are read outside."""
     steps = Steps()
-    old_io, old = process_io().read_bytes, cache_stats(cache)
+    old = cache_stats(cache)
+    old_io = device_io(old).read_bytes
     for _ in range(count):
         wall, cpu = decoder.timed()
-        io, new = process_io().read_bytes, cache_stats(cache)
+        new = cache_stats(cache)
+        io = device_io(new).read_bytes
         steps.seconds.append(wall)
         steps.cpu_seconds.append(cpu)
         steps.device_read_bytes.append(io - old_io)

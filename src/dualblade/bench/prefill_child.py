@@ -14,6 +14,7 @@ from dualblade.bench.child_run import (
     ChildOptions,
     budget_facts,
     cache_stats,
+    device_io,
     engine_name,
     first_token,
     load,
@@ -24,22 +25,18 @@ from dualblade.bench.child_run import (
 )
 from dualblade.bench.decode_rows import kv_bytes
 from dualblade.bench.workload import TRANSFORMERS
-from dualblade.host.process import process_io
 
 
 @dataclass(frozen=True, slots=True)
 class _Clock:
-    """Wall and CPU seconds and device bytes of this process at one moment."""
+    """Wall and CPU seconds of this process at one moment."""
 
     wall: float
     cpu: float
-    read_bytes: int
-    write_bytes: int
 
 
 def _now() -> _Clock:
-    io = process_io()
-    return _Clock(time.perf_counter(), time.process_time(), io.read_bytes, io.write_bytes)
+    return _Clock(time.perf_counter(), time.process_time())
 
 
 def prefill(options: ChildOptions) -> dict[str, Any]:
@@ -63,10 +60,12 @@ def prefill(options: ChildOptions) -> dict[str, Any]:
             cache: Any = transformers_cache(model, options.mode)
         else:
             cache = stack.enter_context(open_cache(options, model))
+        io_before = device_io(cache_stats(cache))
         before = _now()
         first = first_token(model, prompt, cache, options.step_tokens)
         after = _now()
         stats = cache_stats(cache)
+        io = device_io(stats)
         if options.trace is not None and hasattr(cache, "write_trace"):
             cache.write_trace(options.trace)
     return {
@@ -77,8 +76,8 @@ def prefill(options: ChildOptions) -> dict[str, Any]:
         "prefill_seconds": after.wall - before.wall,
         "cpu_seconds": after.cpu - before.cpu,
         **_stalls(stats, after.wall - before.wall),
-        "device_read_bytes": after.read_bytes - before.read_bytes,
-        "device_written_bytes": after.write_bytes - before.write_bytes,
+        "device_read_bytes": io.read_bytes - io_before.read_bytes,
+        "device_written_bytes": io.write_bytes - io_before.write_bytes,
         "store_written_bytes": stats.get("io", {}).get("written_bytes"),
         "tokens_sha256": hashlib.sha256(first.numpy().astype("<i8").tobytes()).hexdigest(),
         "threads": torch.get_num_threads(),
