@@ -12,13 +12,16 @@ import torch
 
 from dualblade.bench import child_run, decode, decode_child, decode_rows, workload
 from dualblade.bench.child_process import ChildOutcome
+from dualblade.bench.child_run import ChildOptions
 from dualblade.bench.decode import DecodeBenchOptions
 from dualblade.bench.decode_child import Steps
 from dualblade.bench.decode_rows import LayerShape, RandomRows, fill, kv_bytes, whole_layer
 from dualblade.bench.decode_run import DecodeWorkload, one_run
 from dualblade.bench.fio import FioYardstick
 from dualblade.bench.workload import LeftForCache, Limit, parse_limit, parse_mode, static_percent
+from dualblade.cli.bench_decode import _decode_row
 from dualblade.errors import ConfigError, Unsupported
+from dualblade.host.cgroup import MemoryLimit
 from dualblade.host.process import ProcessIO
 from dualblade.units import GIB, MIB
 
@@ -227,6 +230,41 @@ def test_nvme_commands_are_counted_by_the_cache(
     assert steps.direct_read_bytes == [1000] * 2
     written = child_run.device_io(cache.to_dict()).write_bytes
     assert written == 7 + (70 if counted else 0)
+
+
+def old_group(folder: Path) -> MemoryLimit:
+    """cgroup v2 before Linux 5.19: no peak is told, and none can be started anew."""
+    (folder / "memory.current").write_text(str(300 * MIB))
+    (folder / "memory.stat").write_text("")
+    (folder / "memory.max").write_text("max")
+    return MemoryLimit(folder, 2)
+
+
+def test_without_a_peak_of_the_group_it_is_the_process_s(tmp_path: Path) -> None:
+    old_group(tmp_path)
+    options = ChildOptions(
+        task="run",
+        model="",
+        dtype="",
+        batch=1,
+        context=1,
+        seed=0,
+        cgroup_directory=str(tmp_path),
+        cgroup_version=2,
+        limit_bytes=GIB,
+    )
+    with child_run.under_limit(options) as memory:
+        block = bytearray(64 * MIB)
+    told = memory.to_dict()
+    assert (tmp_path / "memory.max").read_text() == str(GIB)
+    assert told["peak_memory_of"] == "process"
+    assert told["peak_memory_bytes"] > len(block)
+
+
+def test_a_peak_that_nobody_knows_is_a_dash() -> None:
+    limit = {"memory_limit_bytes": None, "page_cache_hit_fraction": None, "engine": None}
+    run = run_of("direct", 1.0, step_seconds_p99=1.0, error=None, **limit)
+    assert _decode_row({**run, "peak_memory_bytes": None})[-2:] == ["-", "-"]
 
 
 def test_p99_is_the_largest_of_few() -> None:

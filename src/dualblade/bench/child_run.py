@@ -145,17 +145,19 @@ def under_limit(options: ChildOptions) -> Iterator[Memory]:
     base = base_bytes(limit)
     if limit is not None and options.limit_bytes is not None:
         limit.set(options.limit_bytes)
-    is_new = limit.reset_peak() if limit is not None else reset_peak_memory()
+    of_group = limit is not None and limit.reset_peak()
     memory = Memory(
         base_bytes=base,
-        since="limit was set" if is_new else "start",
-        of="cgroup" if limit is not None else "process",
+        # A group's peak from the start would be that of loading (cgroup v2 before Linux 6.12).
+        since="limit was set" if of_group or reset_peak_memory() else "start",
+        of="cgroup" if of_group else "process",
     )
     yield memory
-    if limit is None:
-        memory.peak_bytes = process_memory().peak_resident_bytes
-    else:
+    if limit is not None and of_group:
         memory.peak_bytes = limit.peak_bytes()
+    else:
+        memory.peak_bytes = process_memory().peak_resident_bytes
+    if limit is not None:
         limit.close()
 
 

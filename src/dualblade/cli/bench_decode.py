@@ -268,7 +268,7 @@ def _decode_row(run: dict[str, Any]) -> list[str]:
     if run["oom_killed"] or run["error"] is not None:
         why = "killed for want of memory" if run["oom_killed"] else run["error"]
         return [run["mode"], shown, "-", "-", "-", "-", "-", why]
-    hits = run["page_cache_hit_fraction"]
+    hits, peak = run["page_cache_hit_fraction"], run["peak_memory_bytes"]
     return [
         run["mode"],
         shown,
@@ -276,6 +276,6 @@ def _decode_row(run: dict[str, Any]) -> list[str]:
         f"{run['step_seconds_p99'] * 1000:.1f}",
         format_size(run["device_read_bytes_per_step"]),
         "-" if hits is None else f"{hits:.0%}",
-        format_size(run["peak_memory_bytes"]),
+        "-" if peak is None else format_size(peak),
         run["engine"] or "-",
     ]

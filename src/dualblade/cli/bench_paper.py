@@ -137,6 +137,7 @@ def _row(benchmark: str, line: dict[str, Any]) -> list[str]:
     time = line["prefill_seconds" if benchmark == "prefill" else "step_seconds_median"]
     if time is None:
         return [*place, "killed" if line["oom_killed"] else "failed", "-", "-", "-", "-"]
+    peak = line["peak_memory_bytes"]
     low, high = (format(scale * seconds, form) for seconds in line[f"{name}_spread"])
     return [
         *place,
@@ -144,5 +145,5 @@ def _row(benchmark: str, line: dict[str, Any]) -> list[str]:
         f"{low}-{high}",
         "-" if line[ratio] is None else f"{line[ratio]:.2f}",
         format_size(line[read]),
-        format_size(line["peak_memory_bytes"]),
+        "-" if peak is None else format_size(peak),
     ]

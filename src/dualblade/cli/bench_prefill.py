@@ -130,13 +130,13 @@ def _row(entry: dict[str, Any]) -> list[str]:
     if entry["prefill_seconds"] is None:
         why = "killed" if entry["oom_killed"] else "failed"
         return [*place, why, "-", "-", "-", "-", str(entry["runs"])]
-    stalled = entry["stall_fraction"]
+    stalled, peak = entry["stall_fraction"], entry["peak_memory_bytes"]
     return [
         *place,
         f"{entry['prefill_seconds']:.2f}",
         "-" if stalled is None else f"{stalled:.1%}",
         format_size(entry["device_written_bytes"]),
         format_size(entry["device_read_bytes"]),
-        format_size(entry["peak_memory_bytes"]),
+        "-" if peak is None else format_size(peak),
         str(entry["runs"]),
     ]

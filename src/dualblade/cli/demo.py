@@ -201,13 +201,14 @@ def _table(runs: list[dict[str, Any]]) -> Any:
         table.add_column(name, justify="left" if name == "path" else "right")
     for run in runs:
         hits, limit = run["page_cache_hit_fraction"], run["memory_limit_bytes"]
+        peak = run["peak_memory_bytes"]  # None: a kernel before 5.19 with cgroup v2
         table.add_row(
             run["path"],
             f"{run['prefill_seconds']:.1f}",
             f"{run['decode_seconds_per_token'] * 1000:.0f}",
             format_size(run["device_read_bytes_per_token"]),
             "-" if hits is None else f"{hits:.0%}",
-            format_size(run["peak_memory_bytes"]),
+            "-" if peak is None else format_size(peak),
             "none" if limit is None else format_size(limit),
         )
     return table
