@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +22,7 @@ from dualblade.bench.decode_run import DecodeWorkload, one_run
 from dualblade.bench.fio import FioYardstick
 from dualblade.bench.workload import LeftForCache, Limit, parse_limit, parse_mode, static_percent
 from dualblade.cli.bench_decode import _decode_row
-from dualblade.errors import ConfigError, Unsupported
+from dualblade.errors import ConfigError, NoSpace, StorageError, Unsupported
 from dualblade.host.cgroup import MemoryLimit
 from dualblade.host.process import ProcessIO
 from dualblade.units import GIB, MIB
@@ -362,6 +364,28 @@ def test_without_fio_it_is_unsupported(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(Unsupported, match="not installed"):
         yardstick(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(errno.ENOSPC, NoSpace), (errno.EDQUOT, NoSpace), (errno.EIO, StorageError)],
+)
+def test_a_file_for_fio_that_cannot_be_written_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[StorageError]
+) -> None:
+    def fail(_fd: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("dualblade.bench.fio.find_fio", lambda: "fio")
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(
+        kind, match=r"fio's file of 4\.00 MiB cannot be made in .*\nmake room"
+    ) as told:
+        yardstick(tmp_path)
+    assert type(told.value) is kind
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(StorageError, match="No such file"):
+        yardstick(tmp_path / "nowhere")
 
 
 def test_a_fio_that_fails_is_unsupported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

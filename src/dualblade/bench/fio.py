@@ -6,6 +6,7 @@ fio is run as a program where it is installed, and never needed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -16,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dualblade.errors import Unsupported
-from dualblade.units import GIB, MIB
+from dualblade.errors import NoSpace, StorageError, Unsupported
+from dualblade.units import GIB, MIB, format_size
 
 SECONDS = 2.0
 """A thousand chunks and more; every stored run gets one, because drives change their speed."""
@@ -83,7 +84,7 @@ def find_fio() -> str:
 class FioYardstick:
     """fio on a scratch file of random bytes that lies where the store does; a context manager.
 
-    Raises: Unsupported when fio is not installed.
+    Raises: Unsupported when fio is not installed; NoSpace or StorageError when the file fails.
     """
 
     def __init__(self, folder: Path, *, size_bytes: int, chunk_bytes: int, queue_depth: int):
@@ -130,7 +131,24 @@ class FioYardstick:
 
 
 def _random_file(folder: Path, size_bytes: int) -> Path:
-    """A file of random bytes on the device; nothing is left when writing it fails."""
+    """A file of random bytes on the device; nothing is left when writing it fails.
+
+    Raises: NoSpace, StorageError.
+    """
+    try:
+        return _written_file(folder, size_bytes)
+    except OSError as exc:
+        failure = NoSpace if exc.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
+        raise failure(
+            f"fio's file of {format_size(size_bytes)} cannot be made in {folder}: {exc.strerror}",
+            operation="write",
+            path=str(folder),
+            size_bytes=size_bytes,
+            hint="make room there, name another --store, or compare without fio",
+        ) from exc
+
+
+def _written_file(folder: Path, size_bytes: int) -> Path:
     fd, name = tempfile.mkstemp(prefix=".dualblade-fio-", dir=folder)
     try:
         with open(fd, "wb") as file:
