@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,11 +30,44 @@ def test_the_gpu_script_measures_and_tells(tmp_path: Path) -> None:
     assert float(rows["direct"][7]) == 2  # MiB of staging
     (run,) = json.loads((tmp_path / "quick-direct.json").read_text())["runs"]
     assert run["device_read_bytes_per_step"] == run["kv_bytes"]
-    # Asked again it measures nothing anew.
+    # Asked again, by a relative name, it measures nothing anew.
+    command[-1] = tmp_path.name
     again = subprocess.run(
-        [*command, "--memory-budget", "16MiB"], capture_output=True, text=True, check=False
+        [*command, "--memory-budget", "16MiB"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path.parent,
     )
     assert again.stdout == done.stdout
+
+
+@pytest.fixture
+def script() -> Any:
+    loader = importlib.machinery.SourceFileLoader("gpu_bench", str(SCRIPT))
+    module = importlib.util.module_from_spec(
+        importlib.util.spec_from_loader("gpu_bench", loader)  # type: ignore[arg-type]
+    )
+    loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(not SCRIPT.exists(), reason="installed without the sources")
+def test_only_what_was_measured_as_asked_is_kept(script: Any, tmp_path: Path) -> None:
+    output = tmp_path / "quick-direct.json"
+    asked = ["bench", "decode", "--steps", "8"]
+    assert not script.is_kept(output, asked, on_cpu=True)
+    result = {"command": "__main__.py bench decode --steps 8", "runs": [{"device": "cpu"}]}
+    output.write_text(json.dumps(result))
+    assert script.is_kept(output, asked, on_cpu=True)
+    assert not script.is_kept(output, asked, on_cpu=False)
+    assert not script.is_kept(output, [*asked[:-1], "2"], on_cpu=True)
+
+
+@pytest.mark.skipif(not SCRIPT.exists(), reason="installed without the sources")
+def test_fio_is_asked_for_beside_files_alone(script: Any) -> None:
+    assert script.on_drive("/mnt/kv.store") == ["--compare-fio", "--store", "/mnt/kv.store"]
+    assert script.on_drive("/dev/null") == ["--store", "/dev/null"]
 
 
 @pytest.mark.skipif(not SCRIPT.exists(), reason="installed without the sources")
