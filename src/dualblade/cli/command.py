@@ -1,7 +1,7 @@
 """What all commands share: how a failure becomes one or two lines and an exit status.
 
-0 done; 1 the work failed; 2 bad usage; 130 interrupted; 143 terminated. A traceback only with
---debug.
+0 done; 1 the work failed; 2 bad usage; 129 the terminal was closed; 130 interrupted; 143
+terminated. A traceback only with --debug.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -20,27 +20,34 @@ from typer.core import TyperCommand
 
 from dualblade.errors import ConfigError, DualBladeError
 
-FAILED, BAD_USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, from a service manager or `timeout`: all ends as after Ctrl-C."""
+    """SIGTERM, from a service manager or `timeout`, or SIGHUP, from a terminal that is closed: all
+    ends as after Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.status = 128 + number
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
-    raise Terminated
+    raise Terminated(signum)
 
 
 @contextmanager
-def _ending_at_sigterm() -> Iterator[None]:
+def _ending_at_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are for the main thread alone
         return
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
+    with ExitStack() as stack:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            before = signal.getsignal(number)
+            if before is not signal.SIG_IGN:  # as nohup wants it
+                signal.signal(number, _terminate)
+                stack.callback(signal.signal, number, before or signal.SIG_DFL)
         yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 class Command(TyperCommand):
@@ -48,11 +55,11 @@ class Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with _ending_at_sigterm():
+            with _ending_at_signals():
                 return super().invoke(ctx)
-        except Terminated:
+        except Terminated as exc:
             _tell("terminated")
-            raise typer.Exit(TERMINATED) from None
+            raise typer.Exit(exc.status) from None
         except KeyboardInterrupt:
             _tell("interrupted")
             raise typer.Exit(INTERRUPTED) from None
@@ -78,5 +85,6 @@ def _is_usage_error(exc: Exception) -> bool:
 
 
 def _tell(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+    with suppress(OSError):  # the terminal may be gone
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
