@@ -72,6 +72,8 @@ def test_what_is_no_limit(text: str) -> None:
         {"repeats": 0},
         {"warmup_steps": -1},
         {"memory_limits": ("much",)},
+        {"memory_budget": "12XB"},
+        {"dtype": "bf16"},
         {"engine": {"queue_dept": 8}},
     ],
 )

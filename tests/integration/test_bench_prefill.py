@@ -146,6 +146,8 @@ def test_the_command_writes_a_result(tmp_path: Path) -> None:
         {"modes": ()},
         {"modes": ("quick",)},
         {"memory_limits": ("much",)},
+        {"memory_budget": "12XB"},
+        {"dtype": "bf16"},
         {"repeats": 0},
         {"store": Path("/dev/null")},  # not a file: never fresh
     ],

@@ -104,9 +104,7 @@ def load(options: ChildOptions) -> tuple[Any, RandomRows]:
     """The model after a warm-up with a tiny cache, and the rows to fill a cache with."""
     from dualblade.hf.models import load_model
 
-    dtype = getattr(torch, options.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ConfigError(f"unknown dtype {options.dtype!r}", hint="use bfloat16 or float32")
+    dtype: torch.dtype = getattr(torch, options.dtype)
     model = load_model(options.model, dtype=dtype, seed=options.seed).model
     model.eval()
     shapes = probe_layers(model)

@@ -31,6 +31,7 @@ from dualblade.bench.workload import (
     at_least,
     calibrate,
     calibrated_limit,
+    check_memory,
     check_modes,
     is_stored,
     parse_limit,
@@ -69,8 +70,7 @@ class DecodeBenchOptions(DecodeWorkload):
         DecodeWorkload.__post_init__(self)  # super() needs a cell that slots=True leaves behind
         at_least("repeats", self.repeats, 1)
         check_modes(self.modes, self.store)
-        for limit in self.memory_limits:
-            parse_limit(limit)
+        check_memory(self.memory_limits, self.memory_budget)
         if self.ablation and len(self.ablation) != len(self.modes):
             raise ConfigError(
                 f"ablation names {len(self.ablation)} steps, but there are {len(self.modes)} modes"

@@ -42,6 +42,7 @@ from dualblade.bench.workload import (
     at_least,
     calibrate,
     calibrated_limit,
+    check_memory,
     check_modes,
     is_device,
     is_stored,
@@ -87,8 +88,7 @@ class PrefillBenchOptions(Workload):
         at_least("repeats", self.repeats, 1)
         at_least("prefill_chunk", self.prefill_chunk, 1)
         check_modes(self.modes, self.store)
-        for limit in self.memory_limits:
-            parse_limit(limit)
+        check_memory(self.memory_limits, self.memory_budget)
         if self.store_state not in STORE_STATES:
             raise ConfigError(
                 f"unknown store_state {self.store_state!r}",

@@ -50,6 +50,9 @@ MODES = (*(path.value for path in config.Path), MMAP, *TRANSFORMERS)
 """And `static-N`: the `dual` path with N percent of the KV through the page cache,
 whether they fit or not. Each may go on with settings of its own: `dual+pipeline=serial`."""
 
+DTYPES = ("bfloat16", "float32", "float16")
+"""Of weights and KV."""
+
 ALLOWANCE_BYTES = 16 * MIB
 """Of every limit, on top of what was calibrated: allocator arenas and kernel structures that
 differ from run to run (8 MiB here between runs of one model)."""
@@ -112,6 +115,14 @@ def check_modes(modes: Sequence[str], store: Path | None) -> None:
         )
 
 
+def check_memory(limits: Sequence[str], budget: str) -> None:
+    """Raises: ConfigError for what is no limit, or no budget."""
+    for limit in limits:
+        parse_limit(limit)
+    if budget != "auto":
+        parse_size(budget)
+
+
 def is_stored(mode: str) -> bool:
     """Whether the mode reads from the drive, and is compared with fio."""
     return mode.partition("+")[0] not in (*TRANSFORMERS, config.Path.MEMORY.value)
@@ -148,6 +159,10 @@ class Workload:
         if self.store is not None and self.store.is_dir():
             # By name: the runs of one benchmark rewrite one file.
             object.__setattr__(self, "store", self.store / "dualblade-bench.store")
+        if self.dtype not in DTYPES:
+            raise ConfigError(
+                f"unknown dtype {self.dtype!r}", hint=f"use one of: {', '.join(DTYPES)}"
+            )
         check_attention(self.attention)
         EngineConfig.from_mapping(self.engine)
 

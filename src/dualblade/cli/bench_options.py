@@ -30,7 +30,16 @@ MemoryLimits = Annotated[
         "the KV cache, a size (+2GiB) or a fraction of the KV (0.25). May be repeated.",
     ),
 ]
-Dtype = Annotated[str, typer.Option("--dtype", help="bfloat16 or float32.")]
+MemoryBudget = Annotated[
+    str,
+    typer.Option(
+        "--memory-budget",
+        metavar="SIZE",
+        help="Host memory for the KV cache of runs without a limit, such as 512MiB; or auto. Under "
+        "a --memory-limit it is what the limit leaves.",
+    ),
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="bfloat16, float32 or float16.")]
 MaybeChunk = Annotated[
     str | None, typer.Option("--chunk", metavar="SIZE", help="Largest single request.")
 ]
