@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from dualblade.bench import decode, decode_run
 from dualblade.bench.decode import DecodeBenchOptions, run_decode_bench
 from dualblade.bench.run_log import RunLog
 from dualblade.bench.series import Watch
 from dualblade.bench.workload import Limit
+from dualblade.cli.app import app
 from dualblade.errors import ConfigError, DualBladeError, Unsupported
 from dualblade.host.machine import machine_facts
 
@@ -96,6 +98,16 @@ def test_a_mode_that_is_named_twice_runs_twice(children: Install, tmp_path: Path
     modes = children()
     run_decode_bench(twice, Watch(log_path=tmp_path / "log.jsonl"))
     assert modes == ["direct", "direct"]
+
+
+@pytest.mark.parametrize("command", ["decode", "prefill", "envelope"])
+def test_a_result_is_not_written_over_its_own_log(command: str, tmp_path: Path) -> None:
+    mode = [] if command == "envelope" else ["--model", "random:llama", "--mode", "direct"]
+    output = tmp_path / "result.jsonl"
+    done = CliRunner().invoke(app, ["bench", command, *mode, "--output", str(output)])
+    assert done.exit_code == 2
+    assert "finished runs are kept there" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_log_keeps_what_failed(tmp_path: Path) -> None:

@@ -86,8 +86,9 @@ def bench_decode(
         trace=trace,
         engine=engine_settings(io_engine, queue_depth, chunk, engine),
     )
+    log = None if output is None else log_path(output)
     with Reporter() as reporter:
-        watch = Watch(progress=reporter.tell, log_path=log_path(output))
+        watch = Watch(progress=reporter.tell, log_path=log)
         result = run_decode_bench(wanted, watch)
     if output is not None:
         write_json_file(output, result)
@@ -197,8 +198,9 @@ def bench_envelope(
     )
     if figure is not None:
         require_figures(figure)
+    log = log_path(output)
     with Reporter() as reporter:
-        result = run_envelope(chosen, output.with_suffix(".jsonl"), reporter.tell)
+        result = run_envelope(chosen, log, reporter.tell)
     write_json_file(output, result)
     if figure is not None:
         save_figure(envelope_figure(result), figure)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dualblade.errors import ConfigError
 from dualblade.units import parse_size
 
 Modes = Annotated[
@@ -68,6 +69,12 @@ def engine_settings(
     return {name: value for name, value in given.items() if value is not None}
 
 
-def log_path(output: Path | None) -> Path | None:
-    """Where finished runs are kept."""
-    return None if output is None else output.with_suffix(".jsonl")
+def log_path(output: Path) -> Path:
+    """Where finished runs are kept. Raises: ConfigError when that is the result's own place."""
+    log = output.with_suffix(".jsonl")
+    if log == output:
+        raise ConfigError(
+            f"the result cannot be {output}: finished runs are kept there",
+            hint=f"name it {output.with_suffix('.json')}",
+        )
+    return log

@@ -95,8 +95,9 @@ def bench_prefill(
         compare_fio=compare_fio,
         engine=engine_settings(io_engine, queue_depth, chunk, engine),
     )
+    log = None if output is None else log_path(output)
     with Reporter() as reporter:
-        watch = Watch(progress=reporter.tell, log_path=log_path(output))
+        watch = Watch(progress=reporter.tell, log_path=log)
         result = run_prefill_bench(wanted, watch)
     if output is not None:
         write_json_file(output, result)
