@@ -247,6 +247,27 @@ def test_an_entry_that_fails_stops_no_other(
         run_paper(scenario, tmp_path / "out", keep)
 
 
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        ({"error": "the drive is gone", "tokens_agree": None}, "failed: two\nthe same command"),
+        ({"error": None, "tokens_agree": False}, "gave different tokens"),
+        ({"error": None, "tokens_agree": True}, None),
+    ],
+)
+def test_the_status_says_whether_all_went_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: dict[str, Any], said: str | None
+) -> None:
+    one = {"name": "one", "benchmark": "decode", "error": None, "tokens_agree": True, "summary": []}
+    result = {"entries": [one, {**one, "name": "two", **second}]}
+    monkeypatch.setattr(paper, "run_paper", lambda *_: result)
+    command = ["bench", "paper", "tiny", "--output", str(tmp_path), "--json"]
+    done = CliRunner().invoke(app, command)
+    assert json.loads(done.stdout) == result
+    assert done.exit_code == (0 if said is None else 1)
+    assert said is None or said in done.stderr
+
+
 def test_without_fio_only_its_figure_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,6 +100,20 @@ def test_a_mode_that_is_named_twice_runs_twice(children: Install, tmp_path: Path
     assert modes == ["direct", "direct"]
 
 
+def test_tokens_that_differ_are_a_failure_once_they_are_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    result = {"tokens_agree": False, "runs": []}
+    monkeypatch.setattr(decode, "run_decode_bench", lambda *_: result)
+    output = tmp_path / "result.json"
+    command = ["bench", "decode", "-m", "random:llama", "--mode", "direct"]
+    done = CliRunner().invoke(app, [*command, "--output", str(output)])
+    assert done.exit_code == 1
+    assert "the tokens differ" in done.stdout
+    assert "gave different tokens" in done.stderr
+    assert json.loads(output.read_text()) == result
+
+
 @pytest.mark.parametrize("command", ["decode", "prefill", "envelope"])
 def test_a_result_is_not_written_over_its_own_log(command: str, tmp_path: Path) -> None:
     mode = [] if command == "envelope" else ["--model", "random:llama", "--mode", "direct"]

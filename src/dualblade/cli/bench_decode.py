@@ -20,6 +20,7 @@ from dualblade.cli.bench_options import (
     Seed,
     engine_settings,
     log_path,
+    require_agreement,
 )
 from dualblade.units import format_size
 
@@ -96,6 +97,7 @@ def bench_decode(
         write_json(result)
     else:
         show_decode(result)
+    require_agreement(result)
 
 
 Output = Annotated[
@@ -208,6 +210,7 @@ def bench_envelope(
         write_json(result)
     else:
         _show_envelope(result)
+    require_agreement(result)
 
 
 def _show_envelope(result: dict[str, Any]) -> None:

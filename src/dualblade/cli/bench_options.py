@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dualblade.errors import ConfigError
+from dualblade.errors import ConfigError, DualBladeError
 from dualblade.units import parse_size
 
 Modes = Annotated[
@@ -67,6 +68,14 @@ def engine_settings(
     given["chunk_bytes"] = None if chunk is None else parse_size(chunk)
     given.update(parse_settings(settings or ()))
     return {name: value for name, value in given.items() if value is not None}
+
+
+def require_agreement(result: Mapping[str, Any]) -> None:
+    """Raises: DualBladeError when the tokens differ, as `demo` does; the result is told before."""
+    if result["tokens_agree"] is False:
+        raise DualBladeError(
+            "runs with the same attention gave different tokens", hint="please report this"
+        )
 
 
 def log_path(output: Path) -> Path:

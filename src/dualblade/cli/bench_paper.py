@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dualblade.cli import options
-from dualblade.errors import ConfigError
+from dualblade.cli.bench_options import require_agreement
+from dualblade.errors import ConfigError, DualBladeError
 from dualblade.units import format_size
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def bench_paper(
     """Run a whole experiment from a scenario file.
 
     Each of its runs leaves one result in DIR, as bench decode and bench prefill write them. After
-    an interruption the same command goes on where it stopped. A scenario that needs more memory or
+    an interruption the same command goes on where it stopped; a run that fails stops no other, and
+    the status is 1 then. A scenario that needs more memory or
     space than there is is refused at once, with the numbers; memory limits need root.
 
     \b
@@ -72,6 +74,13 @@ def bench_paper(
         write_json(result)
     else:
         _show(result, output)
+    failed = [entry["name"] for entry in result["entries"] if entry["error"] is not None]
+    if failed:
+        raise DualBladeError(
+            f"failed: {', '.join(failed)}", hint="the same command takes them again, and only them"
+        )
+    for entry in result["entries"]:
+        require_agreement(entry)
 
 
 def _show_scenarios(scenarios: list[Scenario], *, as_json: bool) -> None:

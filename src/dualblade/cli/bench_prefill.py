@@ -19,6 +19,7 @@ from dualblade.cli.bench_options import (
     Seed,
     engine_settings,
     log_path,
+    require_agreement,
 )
 from dualblade.units import format_size
 
@@ -105,6 +106,7 @@ def bench_prefill(
         write_json(result)
     else:
         show_prefill(result)
+    require_agreement(result)
 
 
 def show_prefill(result: dict[str, Any]) -> None:
