@@ -15,6 +15,7 @@ from dualblade.bench import paper
 from dualblade.bench.decode import DecodeBenchOptions
 from dualblade.bench.paper import needs_of, run_paper
 from dualblade.bench.report import collect
+from dualblade.bench.run_log import RunLog
 from dualblade.bench.scenario import Scenario, find_scenario, read_scenario, scenario_names
 from dualblade.bench.series import Watch
 from dualblade.cli.app import app
@@ -222,6 +223,45 @@ def test_a_machine_that_is_too_small_is_told_before_anything_runs(
     monkeypatch.setattr(paper.shutil, "disk_usage", lambda _: type("U", (), {"free": MIB // 2}))
     with pytest.raises(NoSpace, match=r"needs .* on the drive"):
         run_paper(find_scenario("tiny"), tmp_path / "out", keep)
+
+
+def test_what_is_finished_needs_no_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither room nor root: its result is only written again."""
+
+    def refuse(*_: object) -> None:
+        raise Unsupported("not here")
+
+    def done(_options: object, _watch: Watch) -> dict[str, Any]:
+        return {"tokens_agree": None, "summary": []}
+
+    text = GOOD.replace("minutes = 1", "minutes = 1\ndevice_bytes_per_second = 1_000_000_000")
+    text = text.replace("context = 512", 'context = 512\nmemory_limits = ["50%"]')
+    scenario, output = read_scenario(written(tmp_path, text)), tmp_path / "out"
+    output.mkdir()
+    for name in ("_require_room", "require_cgroup", "throttled"):
+        monkeypatch.setattr(paper, name, refuse)
+    monkeypatch.setattr(paper, "run_decode_bench", done)
+    monkeypatch.setattr(paper, "run_prefill_bench", done)
+    for entry in scenario.entries:
+        with RunLog(output / f"{entry.name}.jsonl", {}, dict) as log:
+            for _ in range(entry.run_count):
+                log.append({"error": None})
+    told = run_paper(scenario, output, keep)
+    assert [entry["error"] for entry in told["entries"]] == [None, None]
+    with (output / "two.jsonl").open("a") as file:
+        file.write("cut sho")
+    with pytest.raises(Unsupported, match="not here"):
+        run_paper(scenario, output, keep)
+
+
+def test_memory_with_settings_of_its_own_needs_memory_too(tmp_path: Path) -> None:
+    plain = GOOD.replace('["dual", "memory"]', '["memory"]')
+    exact = GOOD.replace('["dual", "memory"]', '["memory+attention=exact"]')
+    needs = [
+        needs_of(read_scenario(written(tmp_path, text)).entries[0]).memory_bytes
+        for text in (plain, exact)
+    ]
+    assert needs[0] == needs[1]
 
 
 def test_an_entry_that_fails_stops_no_other(

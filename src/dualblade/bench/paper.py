@@ -19,13 +19,14 @@ from typing import Any
 
 from dualblade.bench.decode import DecodeBenchOptions, run_decode_bench
 from dualblade.bench.prefill import PrefillBenchOptions, run_prefill_bench
+from dualblade.bench.run_log import finished_count
 from dualblade.bench.scenario import Entry, Scenario
 from dualblade.bench.series import Watch, require_fio
 from dualblade.bench.workload import (
-    TRANSFORMERS,
     LeftForCache,
     Progress,
     is_device,
+    is_stored,
     parse_limit,
     quiet,
     require_cgroup,
@@ -66,24 +67,22 @@ def run_paper(
             scenario; DualBladeError when every entry failed.
     """
     scenario = _without_fio(scenario, progress)
-    _require(scenario)
-    if any(wants_limits(entry.options.memory_limits) for entry in scenario.entries):
-        require_cgroup()
     place = store_place(scenario.entries[0].options.store)
+    left = _unfinished(scenario, output)
+    _require(left, place)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise ConfigError(f"cannot make {output}: {exc.strerror}") from exc
-    _require_throttle(scenario, place)
     told = []
     for number, entry in enumerate(scenario.entries):
         following = sum(later.run_count for later in scenario.entries[number + 1 :])
         watch = Watch(
             progress=_prefixed(f"[{number + 1}/{len(scenario.entries)} {entry.name}]", progress),
-            log_path=output / f"{entry.name}.jsonl",
+            log_path=_log_of(entry, output),
             following=following,
         )
-        with _held_to(entry.device_bytes_per_second, place):
+        with _held_to(entry.device_bytes_per_second if entry in left.entries else None, place):
             told.append(_one(scenario, entry, output / f"{entry.name}.json", keep, watch))
     if all(each["error"] is not None for each in told):
         raise DualBladeError(f"no run of {scenario.name} got through: {told[0]['error']}")
@@ -200,7 +199,7 @@ def needs_of(entry: Entry) -> Needs:
     cache = 0
     for text in options.memory_limits or ("none",):
         limit = parse_limit(text)
-        if limit is None and {"memory", *TRANSFORMERS} & set(options.modes):
+        if limit is None and not all(map(is_stored, options.modes)):
             cache = max(cache, kv)
         elif isinstance(limit, LeftForCache):
             cache = max(cache, min(kv, limit.size_bytes))
@@ -219,7 +218,27 @@ def needs_of(entry: Entry) -> Needs:
     )
 
 
-def _require(scenario: Scenario) -> None:
+def _log_of(entry: Entry, output: Path) -> Path:
+    return output / f"{entry.name}.jsonl"
+
+
+def _unfinished(scenario: Scenario, output: Path) -> Scenario:
+    """The entries that have something to run: what is finished is only written again."""
+    left = (e for e in scenario.entries if finished_count(_log_of(e, output)) < e.run_count)
+    return replace(scenario, entries=tuple(left))
+
+
+def _require(scenario: Scenario, place: Path) -> None:
+    """That this machine can do it all. Raises: BudgetError, NoSpace, Unsupported."""
+    if not scenario.entries:
+        return
+    _require_room(scenario)
+    if any(wants_limits(entry.options.memory_limits) for entry in scenario.entries):
+        require_cgroup()
+    _require_throttle(scenario, place)
+
+
+def _require_room(scenario: Scenario) -> None:
     """By the entries that need the most. Raises: BudgetError, NoSpace."""
     needs = [(entry, needs_of(entry)) for entry in scenario.entries]
     smaller = "take a smaller scenario (dualblade bench paper --list), or another machine"

@@ -153,6 +153,19 @@ def _identity(machine: Mapping[str, Any]) -> dict[str, Any]:
     return {"commit": commit, **names, **machine.get("versions", {})}
 
 
+def finished_count(path: Path) -> int:
+    """Runs that the log at `path` holds and that are not taken again; 0 where there is none.
+
+    A file that is no log of ours has none: whoever opens it is told.
+    """
+    try:
+        lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+    except (OSError, ValueError):
+        return 0
+    runs = (each for each in lines if isinstance(each, dict) and not _is_head(each))
+    return sum(map(_got_through, runs))
+
+
 def _is_head(line: Any) -> bool:
     return isinstance(line, dict) and line.keys() == {"options", "facts"}
 
