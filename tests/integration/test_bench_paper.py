@@ -16,7 +16,7 @@ from dualblade.bench.decode import DecodeBenchOptions
 from dualblade.bench.paper import needs_of, run_paper
 from dualblade.bench.report import collect
 from dualblade.bench.run_log import RunLog
-from dualblade.bench.scenario import Scenario, find_scenario, read_scenario, scenario_names
+from dualblade.bench.scenario import find_scenario, read_scenario, scenario_names
 from dualblade.bench.series import Watch
 from dualblade.cli.app import app
 from dualblade.errors import BudgetError, ConfigError, DualBladeError, NoSpace, Unsupported
@@ -188,22 +188,20 @@ def test_one_run_of_a_scenario(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_store_must_do_for_the_runs_that_were_chosen_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scenario = read_scenario(written(tmp_path, GOOD))
-    with pytest.raises(ConfigError, match=r"run two: .*never fresh\nuse store_state .*--run NAME"):
-        scenario.on(Path("/dev/null"))
-    chosen: list[Scenario] = []
-
-    def note(scenario: Scenario, *_: object) -> dict[str, Any]:
-        chosen.append(scenario)
-        return {"entries": []}
-
-    monkeypatch.setattr(paper, "run_paper", note)
-    command = ["bench", "paper", str(tmp_path / "mine.toml"), "--store", "/dev/null"]
-    CliRunner().invoke(app, [*command, "--run", "one", "--output", str(tmp_path / "out")])
-    assert [(e.name, e.options.store) for e in chosen[0].entries] == [("one", Path("/dev/null"))]
+def test_a_scenario_on_a_device_leaves_out_what_cannot_be_there(tmp_path: Path) -> None:
+    """Each shipped one that compares with mapped files can be run on a drive of its own."""
+    text = GOOD.replace('["dual", "memory"]', '["dual", "mmap", "mmap+pipeline=serial"]')
+    scenario, lines = read_scenario(written(tmp_path, text)), list[str]()
+    one, two = scenario.on(Path("/dev/null"), lines.append).entries
+    assert (one.options.modes, two.options.modes) == (("dual",), ("direct",))
+    assert {entry.options.store for entry in (one, two)} == {Path("/dev/null")}
+    assert two.options.store_state == "written"
+    assert [line.partition(":")[0] for line in lines] == ["one", "two"]
+    assert scenario.on(tmp_path / "kv.store").entries[0].options.modes[1] == "mmap"
+    lone = read_scenario(written(tmp_path, text.replace('"dual", ', "")))
+    with pytest.raises(ConfigError, match="run one maps files"):
+        lone.on(Path("/dev/null"))
+    assert lone.only(["two"]).on(Path("/dev/null")).run_count == 1
 
 
 def keep(path: Path, result: dict[str, Any]) -> None:

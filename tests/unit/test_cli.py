@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from dualblade import DualBladeCache, EngineConfig
-from dualblade.cli import output
+from dualblade.cli import generation, output
 from dualblade.cli.app import app
 from dualblade.cli.demo_run import QUESTION, demo_prompt
 from dualblade.cli.generation import Generation, PrefillProgress, TokenStream, check_length
@@ -331,6 +331,24 @@ def test_an_unfinished_character_is_written_at_the_end() -> None:
     assert written == ["|", "a"]
     stream.end()
     assert "".join(written) == "|a\ufffd"
+
+
+def test_what_is_done_at_the_first_token_is_no_time_of_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The demo lowers its memory limit there, and looks at what was read so far."""
+    now = 10.0
+    monkeypatch.setattr(generation.time, "perf_counter", lambda: now)
+
+    def first() -> None:
+        nonlocal now
+        now += 5.0
+
+    stream = TokenStream(lambda _tokens: "", lambda _text: None, first)
+    for value in (torch.tensor([[9, 9]]), *torch.tensor([[1], [2], [3]])):
+        now += 1.0
+        stream.put(value)
+    assert stream.generation.seconds == [2.0, 3.0, 4.0]
 
 
 def test_times_of_a_generation() -> None:

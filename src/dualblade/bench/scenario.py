@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from dualblade.bench.decode import DecodeBenchOptions, plan_decode
-from dualblade.bench.prefill import PrefillBenchOptions, plan_prefill
-from dualblade.bench.workload import is_stored
+from dualblade.bench.prefill import WRITTEN, PrefillBenchOptions, plan_prefill
+from dualblade.bench.workload import MMAP, Progress, is_device, is_stored, parse_mode, quiet
 from dualblade.errors import ConfigError
 from dualblade.units import parse_size
 
@@ -94,10 +94,17 @@ class Scenario:
     def run_count(self) -> int:
         return sum(entry.run_count for entry in self.entries)
 
-    def on(self, store: Path | None) -> Scenario:
-        """The same with its KV in this store. Raises: ConfigError naming the run that cannot be
-        there."""
-        return replace(self, entries=tuple(_moved(entry, store) for entry in self.entries))
+    def on(self, store: Path | None, tell: Progress = quiet) -> Scenario:
+        """The same with its KV in this store; what cannot be on a device is left out and told.
+        Raises: ConfigError naming a run of which nothing is left."""
+        entries = self.entries
+        if is_device(store):
+            entries = tuple(_on_device(entry, tell) for entry in entries)
+        moved = (replace(entry.options, store=store) for entry in entries)
+        return replace(
+            self,
+            entries=tuple(replace(e, options=o) for e, o in zip(entries, moved, strict=True)),
+        )
 
     def only(self, names: Collection[str]) -> Scenario:
         """The same with these entries alone, in the file's order. Raises: ConfigError."""
@@ -110,14 +117,21 @@ class Scenario:
         return replace(self, entries=tuple(e for e in self.entries if e.name in names))
 
 
-def _moved(entry: Entry, store: Path | None) -> Entry:
-    try:
-        return replace(entry, options=replace(entry.options, store=store))
-    except ConfigError as exc:
+def _on_device(entry: Entry, tell: Progress) -> Entry:
+    """What of an entry a store on a device can do; see `check_modes` and `store_state`."""
+    options = entry.options
+    modes = tuple(mode for mode in options.modes if parse_mode(mode).path != MMAP)
+    if not modes:
         raise ConfigError(
-            f"run {entry.name}: {exc.message}",
-            hint=f"{exc.hint}, in a scenario file of yours; or take other runs alone (--run NAME)",
-        ) from exc
+            f"run {entry.name} maps files, and the store is a device",
+            hint="leave it out (--run NAME takes others), or name a store in a file system",
+        )
+    if len(modes) < len(options.modes):
+        tell(f"{entry.name}: without {MMAP}, which maps files and not a device")
+    if isinstance(options, PrefillBenchOptions) and options.store_state != WRITTEN:
+        tell(f"{entry.name}: blocks of a device are never fresh: {WRITTEN} ones only")
+        options = replace(options, store_state=WRITTEN)
+    return replace(entry, options=replace(options, modes=modes))
 
 
 def scenario_names() -> list[str]:

@@ -62,9 +62,9 @@ def bench_paper(
     if output is None:
         raise ConfigError("--output is missing", hint="name a folder for the results")
     whole = find_scenario(scenario)
-    chosen = (whole.only(runs) if runs else whole).on(store)
-    share = chosen.run_count / whole.run_count
     with Reporter() as reporter:
+        chosen = (whole.only(runs) if runs else whole).on(store, reporter.tell)
+        share = chosen.run_count / whole.run_count
         reporter.tell(
             f"{chosen.name}: {chosen.run_count} runs, about {share * chosen.minutes:.0f} minutes "
             "on 2 cores with a drive of 3 GiB/s"

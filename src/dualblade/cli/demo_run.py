@@ -87,13 +87,16 @@ class _Phase:
         self.limit_bytes = None if room_bytes is None else beyond + room_bytes
         if limit is not None:
             limit.set(self.limit_bytes)
-            limit.reset_peak()
+        self.of_cgroup = limit is not None and limit.reset_peak()
         reset_peak_memory()
 
     def end(self) -> dict[str, Any]:
-        """`grown_bytes` are the process's own; the cgroup's peak has the page cache in it."""
+        """`grown_bytes` are the process's own; the cgroup's peak, where the kernel can begin it
+        anew, has the page cache in it."""
         grown = process_memory().peak_resident_bytes - self._resident_bytes
-        peak = self.base_bytes + grown if self._limit is None else self._limit.peak_bytes()
+        peak: int | None = self.base_bytes + grown
+        if self._limit is not None and self.of_cgroup:
+            peak = self._limit.peak_bytes()
         return {
             "limit_bytes": self.limit_bytes,
             "base_bytes": self.base_bytes,
@@ -126,7 +129,7 @@ def run(options: DemoRun) -> dict[str, Any]:
         "prefill_memory": prefill,
         "decode_memory": decode,
         "peak_memory_bytes": decode["peak_bytes"],
-        "peak_memory_of": "process" if limit is None else "cgroup",
+        "peak_memory_of": "cgroup" if phases[-1].of_cgroup else "process",
         "memory_limit_bytes": decode["limit_bytes"],
     }
 

@@ -96,6 +96,7 @@ class TokenStream:
             self.generation.seconds.append(now)
         if is_first:
             self._on_first()
+            self._began += time.perf_counter() - self._began - now  # that was not generating
         self._flush(whole=False)
 
     def end(self) -> None:
