@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dualblade.geometry import Part, UnitId
-from dualblade.residency import Controller, Event, Observation, UnitDemand, plan_by_size
+from dualblade.residency import (
+    Controller,
+    Event,
+    Observation,
+    PlanInputs,
+    ResidencyPlan,
+    UnitDemand,
+    decide,
+)
 
 MARGIN = 0.95
 """What BudgetShares leaves of a room."""
@@ -18,6 +26,11 @@ def units(sizes: Sequence[int], grain: int = 0) -> tuple[UnitDemand, ...]:
         UnitDemand(unit=UnitId(i // 2, list(Part)[i % 2]), size_bytes=size, grain_bytes=grain)
         for i, size in enumerate(sizes)
     )
+
+
+def by_size(demands: Sequence[UnitDemand], room: int) -> ResidencyPlan:
+    """The plan without speeds: what fits in `room` is cached."""
+    return decide(PlanInputs(demands=tuple(demands), page_cache_bytes=room))
 
 
 @dataclass
@@ -35,7 +48,7 @@ class Cache:
 
     @classmethod
     def start(cls, demands: tuple[UnitDemand, ...], room: int) -> Cache:
-        plan = plan_by_size(demands, room)
+        plan = by_size(demands, room)
         return cls(demands, Controller(plan.level))
 
     @property
@@ -121,4 +134,4 @@ class Machine:
 
 def fresh(demands: tuple[UnitDemand, ...], room: int) -> int:
     """Bytes that a plan made now would cache."""
-    return plan_by_size(demands, room).cached_bytes
+    return by_size(demands, room).cached_bytes

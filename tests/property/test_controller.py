@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualblade.residency import Cause, after, plan_by_size
+from dualblade.residency import Cause, after
 from dualblade.units import MIB
-from tests.property.simulated_machine import Cache, Machine, fresh, units
+from tests.property.simulated_machine import Cache, Machine, by_size, fresh, units
 
 UNIT = 20 * MIB
 GRAIN = 4 * MIB
@@ -224,7 +224,7 @@ def test_a_vanished_budget_sends_everything_direct() -> None:
 
 def test_the_plan_after_an_event_tells_its_reason() -> None:
     machine, cache = alone(800 * MIB)
-    plan = plan_by_size(DEMANDS, machine.told)
+    plan = by_size(DEMANDS, machine.told)
     machine.hog = 400 * MIB
     machine.step(0.1)
     (event,) = cache.events

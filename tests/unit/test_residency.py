@@ -22,6 +22,7 @@ from dualblade.residency import (
 from dualblade.residency.ladder import spread_order
 from dualblade.residency.speeds import GAIN_FRACTION, predict
 from dualblade.units import GIB, MIB
+from tests.property.simulated_machine import by_size
 
 sizes = st.lists(st.integers(1, 1 << 32), min_size=1, max_size=80)
 
@@ -35,10 +36,6 @@ def demands(sizes: list[int], grain: int = 0) -> list[UnitDemand]:
         UnitDemand(unit=u, size_bytes=s, grain_bytes=grain)
         for u, s in zip(units, sizes, strict=True)
     ]
-
-
-def by_size(demands: list[UnitDemand], page_cache_bytes: int) -> ResidencyPlan:
-    return decide(PlanInputs(demands=tuple(demands), page_cache_bytes=page_cache_bytes))
 
 
 def is_part(small: ResidencyPlan, large: ResidencyPlan) -> bool:
