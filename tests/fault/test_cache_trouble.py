@@ -283,6 +283,19 @@ def test_a_disk_that_fills_up_in_mid_generation(tmp_path: Path) -> None:
         step(cache, 1)
 
 
+def test_layers_share_what_a_store_has_left(tmp_path: Path) -> None:
+    """None takes so much for tokens to come that another has no room for those that are there."""
+    config = dualblade.EngineConfig(disk_capacity_bytes=64 * MIB)
+    with DualBladeCache.for_model(
+        tiny_model(), store=tmp_path / "kv", memory_budget="256MiB", config=config
+    ) as cache:
+        with pytest.raises(NoSpace):
+            for _ in range(1000):
+                step(cache, 1024)
+        stored = cache.stats().stored_bytes
+    assert stored >= 0.9 * 64 * MIB
+
+
 def test_a_prompt_that_does_not_fit_the_store_is_no_end_for_the_next_one(tmp_path: Path) -> None:
     """Refused in the middle of its first step, of which some layers have rows already."""
     room = dualblade.EngineConfig(disk_capacity_bytes=16 * MIB)

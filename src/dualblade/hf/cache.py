@@ -211,7 +211,8 @@ class DualBladeCache(Cache):
         return self._pipeline.write_trace(FilePath(path))
 
     def stats(self) -> CacheStats:
-        """Where bytes and time went, and what is in force. Asks the kernel once; cheap."""
+        """Where bytes and time went, and what is in force. Asks the kernel what of the store is in
+        the page cache, and how its file lies: 1 to 2 ms for some GiB of KV in 48 units."""
         stored_count = sum(isinstance(layer, StoredLayer) for layer in self.layers)
         memory_bytes = sum(_layer_bytes(layer) for layer in self.layers)
         pipeline, store = self._pipeline, self._store

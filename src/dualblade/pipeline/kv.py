@@ -267,10 +267,11 @@ class KVPipeline(LayeredKV):
         self._place(layer, tokens)
         for other in together:
             tiles = other.full_tiles(new_rows)
-            for half in other.halves:
-                if tiles:
-                    half.unit.cached_bytes = self._placements.cached_bytes(half.unit.id)
-                    half.unit.make_room(tiles, other.batch)
+            for half in other.halves if tiles else ():
+                # A fair share of what is left: else the first would leave the last without blocks.
+                share = self._store.free_bytes // (2 * self._settings.layer_count)
+                half.unit.cached_bytes = self._placements.cached_bytes(half.unit.id)
+                half.unit.make_room(tiles, other.batch, growth_bytes_max=share)
 
     def _claim(self, layer: Layer, tokens: int) -> None:
         count, layers = self._settings.layer_count, self._layers.values()

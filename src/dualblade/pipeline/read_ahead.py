@@ -74,6 +74,11 @@ class _Lying:
     place: InPlace
     is_at_hand: bool = True
 
+    def is_followed_by(self, after: _Lying) -> bool:
+        """Whether `after` goes on where this ends, in one mapping: a re-read makes another."""
+        goes_on = self.wanted[1].goes_on_in(after.wanted[1])
+        return goes_on and self.place.memory is after.place.memory
+
     def joined(self, after: _Lying) -> _Lying:
         """This and `after`, which lie side by side, as one."""
         (half, piece), (_, other) = self.wanted, after.wanted
@@ -103,13 +108,12 @@ def _side_by_side(coming: Iterable[_Read | _Lying]) -> list[tuple[_Lying, _Lying
     """Pairs at the head of `coming` that are in the page cache one behind the other."""
     pairs: list[tuple[_Lying, _Lying]] = []
     size_bytes, pieces = 0, iter(coming)
-    for pair in zip(pieces, pieces, strict=False):
-        one, other = pair
+    for one, other in zip(pieces, pieces, strict=False):
         if not isinstance(one, _Lying) or not isinstance(other, _Lying):
             break
         if pairs and not all(
-            before.wanted[1].goes_on_in(after.wanted[1])
-            for before, after in zip(pairs[-1], pair, strict=True)
+            before.is_followed_by(after)
+            for before, after in zip(pairs[-1], (one, other), strict=True)
         ):
             break
         pairs.append((one, other))

@@ -134,8 +134,12 @@ class Unit:
         for piece in self.pieces(0, self.stored_tiles, slot_bytes=1 << 62):
             yield piece.segment, piece.size_bytes(self.geometry)
 
-    def make_room(self, tiles: int, batch: int) -> None:
-        """Have blocks for `tiles` more tiles of `batch` sequences. Raises: NoSpace."""
+    def make_room(
+        self, tiles: int, batch: int, *, growth_bytes_max: int = _SEGMENT_BYTES_MAX
+    ) -> None:
+        """Have blocks for `tiles` more tiles of `batch` sequences; where no maximum was stated, and
+        all that it has are used up, for more that may come: `growth_bytes_max` at most. Raises:
+        NoSpace."""
         end = self.stored_tiles
         last = self.segments[-1] if self.segments else None
         if last is not None and last.batch == batch:
@@ -147,7 +151,7 @@ class Unit:
             return
         tile_bytes = self.geometry.tile_bytes(batch)
         needed = tiles * tile_bytes
-        wanted = max(needed, self._growth_bytes(batch))
+        wanted = max(needed, self._growth_bytes(batch, growth_bytes_max))
         begins = sum(self._room_bytes(segment) for segment in self.segments)
         is_cached = self.cached_bytes - begins >= wanted
         door = Door.PAGE_CACHE if is_cached else Door.DIRECT
@@ -169,13 +173,13 @@ class Unit:
     def _room_bytes(self, segment: Segment) -> int:
         return segment.capacity * self.geometry.tile_bytes(segment.batch)
 
-    def _growth_bytes(self, batch: int) -> int:
+    def _growth_bytes(self, batch: int, most: int) -> int:
         """Bytes that a new segment should have, however few are needed now."""
         if not self.segments and self._tiles_max is not None:
             return self._tiles_max * self.geometry.tile_bytes(batch)
         if not self.segments or self.segments[-1].batch != batch:
             return EXTENT_ALIGN_BYTES  # a new batch size may last for a few tokens only
-        return min(2 * self.segments[-1].extent.size_bytes, _SEGMENT_BYTES_MAX)
+        return min(2 * self.segments[-1].extent.size_bytes, most, _SEGMENT_BYTES_MAX)
 
     def pieces(self, start: int, stop: int, slot_bytes: int) -> Iterator[Piece]:
         """Transfers of at most `slot_bytes` that cover tiles [start, stop), in order."""

@@ -164,6 +164,11 @@ class Store:
         return self._allocator.capacity_bytes
 
     @property
+    def free_bytes(self) -> int:
+        """Bytes that extents may occupy yet."""
+        return self._allocator.free_bytes
+
+    @property
     def used_bytes(self) -> int:
         """Bytes that live extents occupy."""
         return self._allocator.used_bytes
