@@ -45,7 +45,11 @@ _SLOT_BYTES_WANTED = 512 * KIB
 of the largest are better than sixteen of half."""
 
 _WRITE_SLOTS_SHARE = 4
-_QUEUES_HELD = 3
+_QUEUES_HELD = 5
+"""In flight, landed, attended to, and as much again to spare. Which number is best is the machine's
+(decision 0009): ten slots of 4 MiB or four. Too many to begin with is what the tuner finds out by
+itself, for it tries fewer; more it tries only where the drive stands still."""
+
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +67,7 @@ class StagingShape:
         return round_up(self.slot_bytes * (self.read_slots + self.write_slots), EXTENT_ALIGN_BYTES)
 
     def slots_first(self, queue_bytes: int) -> int:
-        """Read slots to begin with, for a drive with `queue_bytes` in flight: three times as much,
-        so that its queue stays full while as much has landed and as much is attended to."""
+        """Read slots to begin with, for a drive with `queue_bytes` in flight: see _QUEUES_HELD."""
         return min(self.read_slots, -(-_QUEUES_HELD * queue_bytes // self.slot_bytes))
 
 
