@@ -51,7 +51,6 @@ _QUEUES_HELD = 5
 itself, for it tries fewer; more it tries only where the drive stands still."""
 
 
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagingShape:
     """How many slots of how many bytes; reads and writes have their own, so that neither starves
