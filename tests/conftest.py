@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 # Tiny tensors gain nothing from an OpenMP team, and its spinning threads starve each other when
@@ -10,6 +11,12 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+# In the background, or under nohup, they are ignored, and every child would inherit that. Of a
+# handler it does not: in a child there is the default again. Here it does as little as before.
+for _number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda _number, _frame: None)
 
 
 @pytest.fixture(autouse=True)

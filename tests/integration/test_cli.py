@@ -152,12 +152,6 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert "error" not in told.lower()
 
 
-def heed_signals() -> None:
-    """A test run in the background, or under nohup, ignores them, and its children would too."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-
-
 @pytest.fixture
 def slow_child(own_cache_directory: Path) -> Iterator[subprocess.Popen[str]]:
     """`generate`, slow, with small chunks of a long prompt; interrupted by the test."""
@@ -169,7 +163,6 @@ def slow_child(own_cache_directory: Path) -> Iterator[subprocess.Popen[str]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=heed_signals,
     )
     yield child
     child.kill()
