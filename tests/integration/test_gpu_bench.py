@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/gpu_bench"
@@ -44,12 +44,7 @@ def test_the_gpu_script_measures_and_tells(tmp_path: Path) -> None:
 
 @pytest.fixture
 def script() -> Any:
-    loader = importlib.machinery.SourceFileLoader("gpu_bench", str(SCRIPT))
-    module = importlib.util.module_from_spec(
-        importlib.util.spec_from_loader("gpu_bench", loader)  # type: ignore[arg-type]
-    )
-    loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.mark.skipif(not SCRIPT.exists(), reason="installed without the sources")

@@ -91,7 +91,7 @@ def _times(summary: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:
         (
             f"{limit_text(entry['memory_limit'])} and a {entry['store_state']} store",
             entry["mode"],
-        ): (entry["prefill_seconds"])
+        ): entry["prefill_seconds"]
         for entry in summary
         if entry["prefill_seconds"] is not None
     }
