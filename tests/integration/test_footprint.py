@@ -93,7 +93,7 @@ def test_generate_refuses_in_a_small_cgroup_before_loading() -> None:
             out, told = child.communicate(timeout=120)
         assert child.returncode == 1, told
         assert out == ""
-        assert "needs 2.79" in told
+        assert "weights 2.79" in told
         assert "weights 2.79 GiB in bfloat16" in told
         assert group.directory.name in told, "which limit said so"
         with generate(group.popen, TINY) as child:

@@ -13,6 +13,7 @@ from dualblade.config import EngineConfig
 from dualblade.errors import BudgetError
 from dualblade.geometry import TILE_ROWS_DEFAULT
 from dualblade.hf.geometry import layer_shapes
+from dualblade.hf.linear import widening_bytes, widening_pays
 from dualblade.host.memory import MemoryBudget
 from dualblade.pipeline.staging import staging_shape
 from dualblade.units import format_size
@@ -82,7 +83,7 @@ def footprint(
         dtype=dtype,
         weights_bytes=sum(sizes),
         loading_bytes=unpacked if is_packed else cast,
-        activation_bytes=rows * _row_bytes(config, dtype),
+        activation_bytes=rows * _row_bytes(config, dtype) + _widened_bytes(config, dtype, rows),
         staging_bytes=staging_bytes,
     )
 
@@ -134,7 +135,17 @@ def staging_and_tails(
 def _row_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
     """What one token has in memory in the widest part of a layer: the residual, its norm and the
     MLP's two halves with their product."""
+    hidden, inner = _widths(config)
+    return (2 * hidden + 3 * inner) * dtype.itemsize
+
+
+def _widened_bytes(config: PretrainedConfig, dtype: torch.dtype, rows: int) -> int:
+    """What products in float32 take beside that, where they pay."""
+    return widening_bytes(rows, max(_widths(config))) if widening_pays(dtype) else 0
+
+
+def _widths(config: PretrainedConfig) -> tuple[int, int]:
+    """(of the residual, of the MLP), in numbers a token."""
     text = config.get_text_config(decoder=True)
     hidden = int(text.hidden_size)
-    inner = int(getattr(text, "intermediate_size", None) or 4 * hidden)
-    return (2 * hidden + 3 * inner) * dtype.itemsize
+    return hidden, int(getattr(text, "intermediate_size", None) or 4 * hidden)

@@ -36,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 from dualblade.errors import ConfigError, Unsupported
 from dualblade.hf.demo_model import MODEL_NAME, demo_folder
 from dualblade.hf.gguf import gguf_options, require_gguf
+from dualblade.hf.linear import widen_linears
 from dualblade.hf.random_models import PREFIX, ByteTokenizer, random_config, random_model
 
 DEMO_SHAPE = PREFIX + "smollm2-135m"
@@ -195,6 +196,8 @@ def parse_dtype(word: str) -> torch.dtype | None:
 
 def _loaded(model: PreTrainedModel, tokenizer: Any, name: str, source: str) -> LoadedModel:
     text = model.config.get_text_config(decoder=True)
+    if model.device.type == "cpu":
+        widen_linears(model)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,

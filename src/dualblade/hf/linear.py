@@ -1,0 +1,101 @@
+"""Products of many rows on processors without 16-bit arithmetic (AVX2: most laptops).
+
+There torch multiplies bfloat16 and float16 row by row, at a sixth of the speed of float32 and less:
+a prompt takes most of its time in it. Here a block of the weights is widened to float32 at a time,
+in the cache, and multiplied as float32; the result is rounded once, as it is where the processor
+has the arithmetic. Few rows stay with torch: reading the weights is their limit, not multiplying.
+Measured: docs/performance.md, "Prompts without 16-bit arithmetic".
+"""
+
+from __future__ import annotations
+
+import torch
+
+_ROWS_MIN = 16
+"""From here on widening pays; at 12 rows both take the same time."""
+
+_ROWS_AT_ONCE = 512
+"""Rows that are widened together: enough to make widening the weights a tenth of the work."""
+
+_BLOCK_BYTES = 4 << 20
+"""Of weights widened at a time: of 1, 4 and 16 MiB the best for wide layers."""
+
+_HAS_ARITHMETIC = {
+    torch.bfloat16: "_is_mkldnn_bf16_supported",
+    torch.float16: "_is_mkldnn_fp16_supported",
+}
+"""The question to oneDNN, which torch's products go through where the answer is yes."""
+
+
+class WidenedLinear(torch.nn.Linear):
+    """A linear layer that multiplies 16 rows or more in float32, if its weights are of 16 bits.
+
+    Same parameters, same results up to the order of summation. With gradients, on a GPU, and
+    under autocast it is torch's own.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`input` [..., in_features] times the weights, [..., out_features]."""
+        rows = input.numel() // self.in_features
+        is_ours = (
+            rows >= _ROWS_MIN
+            and not torch.is_grad_enabled()
+            and input.device.type == "cpu"
+            and input.dtype == self.weight.dtype
+            and input.dtype in _HAS_ARITHMETIC
+            and not torch.is_autocast_enabled("cpu")
+        )
+        if not is_ours:
+            return super().forward(input)
+        flat = input.reshape(rows, self.in_features)
+        out = torch.empty(rows, self.out_features, dtype=input.dtype)
+        for first in range(0, rows, _ROWS_AT_ONCE):
+            until = first + _ROWS_AT_ONCE
+            self._multiply(flat[first:until].float(), out[first:until])
+        return out.view(*input.shape[:-1], self.out_features)
+
+    def _multiply(self, wide: torch.Tensor, out: torch.Tensor) -> None:
+        """`out` [rows, out_features] of `wide` [rows, in_features], in float32, block by block."""
+        step = _block_rows(self.in_features)
+        block = torch.empty(min(step, self.out_features), self.in_features)
+        for first in range(0, self.out_features, step):
+            weights = self.weight[first : first + step]
+            widened = block[: len(weights)].copy_(weights)
+            product = torch.mm(wide, widened.t())
+            if self.bias is not None:
+                product += self.bias[first : first + step]
+            out[:, first : first + step] = product
+
+
+def widen_linears(model: torch.nn.Module) -> int:
+    """Let the linear layers of `model` multiply in float32 where that is faster; how many do.
+
+    None do where the processor has arithmetic of their dtype, and of other dtypes. Layers that are
+    not exactly torch.nn.Linear (quantised ones, adapters) stay as they are. Weights are neither
+    copied nor changed.
+    """
+    count = 0
+    for module in model.modules():
+        if type(module) is torch.nn.Linear and widening_pays(module.weight.dtype):
+            module.__class__ = WidenedLinear
+            count += 1
+    return count
+
+
+def widening_pays(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies `dtype` faster as float32."""
+    question = getattr(torch.ops.mkldnn, _HAS_ARITHMETIC.get(dtype, ""), None)
+    return question is not None and not question()
+
+
+def widening_bytes(rows: int, columns: int) -> int:
+    """Memory of a product of `rows` with weights of `columns` input features at most, in bytes:
+    the rows, a block of weights, and what they give, in float32."""
+    at_once = min(rows, _ROWS_AT_ONCE)
+    step = _block_rows(columns)
+    return 4 * (at_once * columns + step * columns + at_once * step)
+
+
+def _block_rows(columns: int) -> int:
+    """Output features whose widened weights are a block."""
+    return max(1, _BLOCK_BYTES // (4 * columns))
