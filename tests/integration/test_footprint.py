@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dualblade.errors import BudgetError
-from dualblade.hf.footprint import Footprint, footprint
+from dualblade.hf.footprint import Footprint, footprint, token_weights_bytes
 from dualblade.hf.models import config_of, load_model
 from dualblade.host.cgroup import MemoryCgroup
 from dualblade.host.memory import MemoryBudget
@@ -27,12 +27,23 @@ def there(size_bytes: int) -> MemoryBudget:
     )
 
 
-@pytest.mark.parametrize("spec", [TINY, "random:opt-1.3b?layers=1", "random:gpt2?layers=1"])
+@pytest.mark.parametrize(
+    "spec",
+    [TINY, f"{TINY},unique_layers=2", "random:opt-1.3b?layers=1", "random:gpt2?layers=1"],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_weights_are_what_the_loaded_model_has(spec: str, dtype: torch.dtype) -> None:
     told = footprint(config_of(spec), dtype, rows=1, staging_bytes=0)
     model = load_model(spec, dtype=dtype, device="cpu").model
     assert told.weights_bytes == sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_a_token_reads_shared_weights_in_every_layer() -> None:
+    """They are in memory once."""
+    own, shared = (config_of(spec) for spec in (TINY, f"{TINY},unique_layers=1"))
+    read = token_weights_bytes(own, torch.bfloat16)
+    assert token_weights_bytes(shared, torch.bfloat16) == read
+    assert footprint(shared, torch.bfloat16, rows=1, staging_bytes=0).weights_bytes < read
 
 
 def test_the_least_that_fits_is_told() -> None:

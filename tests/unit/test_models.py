@@ -47,6 +47,39 @@ def test_a_preset_takes_overrides() -> None:
     assert (config.num_key_value_heads, config.hidden_size) == (8, 4096)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_share_weights_when_asked(family: str) -> None:
+    """Six layers with the weights of two: first, second, first, ... the rest is as ever."""
+    model = load_model(f"random:{family}?{TINY},layers=6,unique_layers=2").model
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    of_layer = [
+        {
+            name.replace(f".{number}.", "."): p
+            for name, p in parameters.items()
+            if f".{number}." in name
+        }
+        for number in range(6)
+    ]
+    assert of_layer[0]
+    assert all(of_layer[0][name] is p for name, p in of_layer[4].items())
+    assert all(of_layer[1][name] is p for name, p in of_layer[5].items())
+    matrices = {name: p for name, p in of_layer[0].items() if p.ndim > 1}
+    assert not any(torch.equal(p, of_layer[1][name]) for name, p in matrices.items())
+    alone = load_model(f"random:{family}?{TINY},layers=2").model
+    assert {n: p.shape for n, p in alone.named_parameters()} == {
+        n: p.shape for n, p in model.named_parameters()
+    }
+
+
+def test_shared_layers_are_attended_to_one_by_one() -> None:
+    """They have the weights in common, not the KV."""
+    model = load_model(f"random:llama?{TINY},unique_layers=1", dtype=torch.float32).model
+    with torch.no_grad():
+        layers = model(torch.tensor([[5, 7, 9]]), use_cache=True).past_key_values.layers
+    assert len(layers) == model.config.num_hidden_layers > 1
+    assert not torch.equal(layers[0].keys, layers[1].keys)
+
+
 def test_the_seed_decides_the_weights() -> None:
     spec = f"random:llama?{TINY}"
 
@@ -86,6 +119,7 @@ def test_gemma_keeps_its_window() -> None:
         ("random:llama?layers=none", "must be a number", None),
         ("random:llama?layers", "must be a number", None),
         ("random:llama?layers=0", "must be a number", None),
+        ("random:llama?layers=2,unique_layers=3", "at most layers=2", "unique_layers=1 lets"),
         ("random:llama?hidden=100,heads=8", "multiple of heads=8", None),
         ("random:llama?heads=4,kv_heads=3", "multiple of kv_heads=3", None),
         ("./missing", "no model at ./missing", "name a folder"),

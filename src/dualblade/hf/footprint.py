@@ -14,6 +14,7 @@ from dualblade.errors import BudgetError
 from dualblade.geometry import TILE_ROWS_DEFAULT
 from dualblade.hf.geometry import layer_shapes
 from dualblade.hf.linear import widening_bytes, widening_pays
+from dualblade.hf.random_models import share_layers
 from dualblade.host.memory import MemoryBudget
 from dualblade.pipeline.staging import staging_shape
 from dualblade.units import format_size
@@ -99,14 +100,13 @@ def weights_per_token(model: PreTrainedModel) -> int:
     text = model.config.get_text_config(decoder=True)
     experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
     chosen = min(getattr(text, "num_experts_per_tok", None) or experts, experts)
-    looked_up = getattr(model.get_input_embeddings(), "weight", None)
-    head = model.get_output_embeddings()
-    is_tied = head is not None and (
-        head.weight is looked_up or getattr(text, "tie_word_embeddings", False)
-    )
+    looked_up = model.get_input_embeddings()
     total = 0
-    for name, parameter in model.named_parameters():
-        if parameter is looked_up and not is_tied:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        # Under each of its names: layers that share weights all read them, a head that shares the
+        # embeddings' reads those.
+        module, _, _ = name.rpartition(".")
+        if model.get_submodule(module) is looked_up:
             continue
         share = chosen / experts if ".experts." in name else 1
         total += int(parameter.nbytes * share)
@@ -118,6 +118,7 @@ def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     with torch.device("meta"):
         # A copy: it is told the dtype, and who asks may want the checkpoint's own.
         made: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype)
+    share_layers(made)
     return made
 
 
