@@ -11,8 +11,14 @@ from __future__ import annotations
 
 import torch
 
-_ROWS_MIN = 16
-"""From here on widening pays; at 12 rows both take the same time."""
+_ROWS_MIN = 8
+"""From here on widening pays: 8 rows take 0.7 to 0.9 of torch's time, 16 a third."""
+
+_ROWS_MULTIPLE = 4
+"""Of rows that the float32 product is best at: 16 take half the time of 15."""
+
+_ROWS_FEW = 128
+"""Up to here weights times rows is faster than rows times weights; twice as fast for 12."""
 
 _ROWS_AT_ONCE = 512
 """Rows that are widened together: enough to make widening the weights a tenth of the work."""
@@ -28,7 +34,7 @@ _HAS_ARITHMETIC = {
 
 
 class WidenedLinear(torch.nn.Linear):
-    """A linear layer that multiplies 16 rows or more in float32, if its weights are of 16 bits.
+    """A linear layer that multiplies 8 rows or more in float32, if its weights are of 16 bits.
 
     Same parameters, same results up to the order of summation. With gradients, on a GPU, and
     under autocast it is torch's own.
@@ -51,17 +57,23 @@ class WidenedLinear(torch.nn.Linear):
         out = torch.empty(rows, self.out_features, dtype=input.dtype)
         for first in range(0, rows, _ROWS_AT_ONCE):
             until = first + _ROWS_AT_ONCE
-            self._multiply(flat[first:until].float(), out[first:until])
+            self._multiply(flat[first:until], out[first:until])
         return out.view(*input.shape[:-1], self.out_features)
 
-    def _multiply(self, wide: torch.Tensor, out: torch.Tensor) -> None:
-        """`out` [rows, out_features] of `wide` [rows, in_features], in float32, block by block."""
+    def _multiply(self, rows: torch.Tensor, out: torch.Tensor) -> None:
+        """`out` [rows, out_features] of `rows` [rows, in_features], block by block of weights."""
+        count = len(rows)
+        wide = torch.zeros(-(-count // _ROWS_MULTIPLE) * _ROWS_MULTIPLE, self.in_features)
+        wide[:count] = rows
         step = _block_rows(self.in_features)
         block = torch.empty(min(step, self.out_features), self.in_features)
         for first in range(0, self.out_features, step):
             weights = self.weight[first : first + step]
             widened = block[: len(weights)].copy_(weights)
-            product = torch.mm(wide, widened.t())
+            if count <= _ROWS_FEW:
+                product = torch.mm(widened, wide.t()).t()[:count]
+            else:
+                product = torch.mm(wide, widened.t())[:count]
             if self.bias is not None:
                 product += self.bias[first : first + step]
             out[:, first : first + step] = product
