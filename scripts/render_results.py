@@ -249,6 +249,28 @@ def attention(name: str = "attention") -> str:
     )
 
 
+def products() -> str:
+    data = load("products")
+    rows = [
+        [
+            f"{one['in_features']} to {one['out_features']}",
+            str(one["rows"]),
+            f"{1000 * one['seconds']['torch']:.2f}",
+            f"{1000 * one['seconds']['widened']:.2f}",
+            f"{one['seconds']['torch'] / one['seconds']['widened']:.1f}",
+        ]
+        for one in data["products"]
+    ]
+    prompt = data["prompt"]
+    return (
+        f"{table(['features', 'rows', 'torch ms', 'widened ms', 'torch / widened'], rows)}\n\n"
+        f"{prompt['model']}, {prompt['tokens']} tokens of prompt without their KV: "
+        f"{prompt['seconds']['torch']:.1f} s by torch, {prompt['seconds']['widened']:.1f} widened. "
+        f"{data['dtype']}, {data['cpu_capability']}, medians of {data['repeats']}, in turns; "
+        f"`{data['command']}` on {machine_line(data['machine'])}; file: `results/products.json`."
+    )
+
+
 def contention() -> str:
     data = load("contention")
     rounds = data["rounds"]
@@ -800,6 +822,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "envelope": envelope,
     "checksums": checksums,
     "control": control,
+    "products": products,
     "lmcache": lmcache,
     "budgets": budgets,
     "paper": paper,

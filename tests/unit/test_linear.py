@@ -6,6 +6,7 @@ Whether they pay depends on the processor; what they compute is the same on all,
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from dualblade.hf import linear
 from dualblade.hf.footprint import footprint
 from dualblade.hf.linear import WidenedLinear, widen_linears, widening_bytes
 from dualblade.hf.models import config_of, load_model
+from tests.scripts import load_script
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "measure_products.py"
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -162,3 +166,20 @@ def test_the_footprint_counts_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) 
     without = activations()
     monkeypatch.setattr("dualblade.hf.footprint.widening_pays", lambda _: True)
     assert activations() == without + widening_bytes(100, 256)
+
+
+@pytest.mark.usefixtures("pays")
+def test_the_program_that_times_them_runs() -> None:
+    told = load_script(SCRIPT).product((64, 48), 8, 1)
+    assert told["multiplications"] == 8 * 64 * 48
+    assert set(told["seconds"]) == {"torch", "widened"}
+
+
+def test_the_program_ends_where_nothing_is_widened(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = load_script(SCRIPT)
+    monkeypatch.setattr(script, "widening_pays", lambda _: False)
+    monkeypatch.setattr("sys.argv", [SCRIPT.name])
+    assert script.main() == 1
+    assert "nothing is widened" in capsys.readouterr().err

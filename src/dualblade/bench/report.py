@@ -34,6 +34,7 @@ from dualblade.bench.report_tables import (
     flexllmgen_section,
     generate_section,
     io_section,
+    products_section,
     striping_section,
 )
 from dualblade.errors import ConfigError, Unsupported
@@ -138,6 +139,7 @@ def kind_of(result: Any) -> str | None:
         "control": {"control_seconds_per_step", "share_of_a_10_ms_step", "machine"},
         "deepspeed": {"deepspeed_setting", "pairs", "machine"},
         "contention": {"fio_ratio_median", "step_ratio_median", "rounds", "machine"},
+        "products": {"products", "prompt", "cpu_capability", "machine"},
         "flexllmgen": {"flexllmgen_commit", "rounds", "machine"},
         "envelope": {"benchmark", "calibration", "target"},
         "io": {"read_bytes_per_second", "effective_queue_depth", "machine"},
@@ -181,5 +183,6 @@ SECTIONS: dict[str, Callable[[list[Named]], Made]] = {
     "contention": contention_section,
     "control": control_section,
     "attention": attention_section,
+    "products": products_section,
     "generate": generate_section,
 }

@@ -154,6 +154,37 @@ def contention_section(group: list[Named]) -> Made:
     return section, []
 
 
+def products_section(group: list[Named]) -> Made:
+    """`scripts/measure_products.py`: 16-bit products as float32."""
+    ((name, result),) = group
+    prompt = result["prompt"]
+    timed = [
+        (f"{one['rows']} x {one['in_features']} to {one['out_features']}", one["seconds"])
+        for one in result["products"]
+    ]
+    timed.append((f"{prompt['model']}, {prompt['tokens']} tokens", prompt["seconds"]))
+    section = Section(
+        title="Products without 16-bit arithmetic",
+        file=name,
+        about=f"{result['dtype']} weights times some rows, {result['cpu_capability']}, "
+        f"{result['threads']} threads: by torch, and widened to float32 a block at a time from "
+        f"8 rows on. Last a prompt without its KV. Medians of {result['repeats']}.",
+        command=result["command"],
+        machine=machine_text(result["machine"]),
+        head=["rows, features", "torch ms", "ours ms", "torch / ours"],
+        rows=[
+            [
+                what,
+                f"{1000 * seconds['torch']:.2f}",
+                f"{1000 * seconds['widened']:.2f}",
+                f"{seconds['torch'] / seconds['widened']:.1f}",
+            ]
+            for what, seconds in timed
+        ],
+    )
+    return section, []
+
+
 def striping_section(group: list[Named]) -> Made:
     """`scripts/measure_striping.py`: devices throttled to a speed that is known."""
     ((name, result),) = group
