@@ -28,6 +28,7 @@ from dualblade.bench.envelope import MODEL
 from dualblade.bench.fio import FioYardstick
 from dualblade.cli.output import write_json
 from dualblade.host.machine import command_line, machine_facts
+from dualblade.host.threads import wait_briefly
 from dualblade.store import cache_directory
 from dualblade.units import GIB, MIB
 
@@ -41,9 +42,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
     parser.add_argument("--repeats", type=int, default=12)
     asked = parser.parse_args()
-    if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is imported; as `dualblade` has it
-        passive = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-        os.execve(sys.executable, [sys.executable, *sys.argv], passive)
+    if wait_briefly():  # read when torch is imported; as `dualblade` has it
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     options = ChildOptions(
         task="run", model=asked.model, dtype="bfloat16", batch=1, context=asked.context, seed=0,
         steps=1000, attention="tiles",

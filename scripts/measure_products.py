@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -23,6 +24,7 @@ import torch
 from dualblade.hf.linear import WidenedLinear, widen_linears, widening_pays
 from dualblade.hf.models import load_model
 from dualblade.host.machine import command_line, machine_facts
+from dualblade.host.threads import wait_briefly
 
 SIZES = ((576, 1536), (4096, 4096), (4096, 14336))
 """Input and output features: SmolLM2-135M's, and 7B models'."""
@@ -105,4 +107,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    if wait_briefly():  # read when torch is imported; as `dualblade` has it
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     sys.exit(main())

@@ -47,10 +47,10 @@ def widened(plain: torch.nn.Linear) -> torch.nn.Linear:
 @pytest.mark.parametrize(
     "shape",
     [
-        (8, 64, 48),
+        (12, 64, 48),
         (13, 64, 48),  # a fourth row to the last three
         (513, 64, 48),  # a second turn, of one row
-        (40, 8192, 300),  # blocks of 128 output features, the last one shorter
+        (40, 8192, 300),  # blocks of 256 output features, the last one shorter
         (1025, 2048, 513),  # both, and one output feature left over
     ],
 )
@@ -70,6 +70,21 @@ def test_the_product_is_that_of_float32_rounded_once(
     # One rounding to 16 bits, half a unit in the last place, and float32's own sums.
     unit = torch.finfo(dtype).eps / 2
     assert ((got.double() - wide).abs() <= 1.01 * unit * wide.abs() + 1e-5).all()
+
+
+@pytest.mark.usefixtures("pays")
+def test_the_product_does_not_depend_on_the_default_dtype() -> None:
+    ours = widened(layer(64, 32, torch.bfloat16))
+    given = torch.randn(24, 64).bfloat16()
+    before = torch.get_default_dtype()
+    with torch.no_grad():
+        expected = ours(given)
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            got = ours(given)
+        finally:
+            torch.set_default_dtype(before)
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.usefixtures("pays")
@@ -93,9 +108,9 @@ def test_few_rows_gradients_and_other_dtypes_stay_with_torch(
         multiply(self, given, out)
 
     monkeypatch.setattr(WidenedLinear, "_multiply", watched)
-    rows = torch.randn(8, 64).bfloat16()
+    rows = torch.randn(12, 64).bfloat16()
     with torch.no_grad():
-        ours(rows[:7])
+        ours(rows[:11])
         ours(rows[:0])
         with torch.autocast("cpu", dtype=torch.bfloat16):
             ours(rows)
@@ -103,9 +118,9 @@ def test_few_rows_gradients_and_other_dtypes_stay_with_torch(
     assert taken == []
     with torch.no_grad():
         ours(rows)
-        assert taken == [(8, 64)]
+        assert taken == [(12, 64)]
         copy.deepcopy(ours).float()(rows.float())
-    assert taken == [(8, 64)]
+    assert taken == [(12, 64)]
 
 
 @pytest.mark.usefixtures("pays")
@@ -153,7 +168,7 @@ def test_a_loaded_model_computes_what_it_did() -> None:
 
 def test_the_memory_of_a_product_is_bounded() -> None:
     assert widening_bytes(10_000, 4096) == widening_bytes(512, 4096)
-    assert widening_bytes(512, 4096) == 4 * (512 * 4096 + 256 * 4096 + 512 * 256)
+    assert widening_bytes(512, 4096) == 4 * (512 * 4096 + 512 * 4096 + 512 * 512)
 
 
 def test_the_footprint_counts_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,8 +185,8 @@ def test_the_footprint_counts_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.usefixtures("pays")
 def test_the_program_that_times_them_runs() -> None:
-    told = load_script(SCRIPT).product((64, 48), 8, 1)
-    assert told["multiplications"] == 8 * 64 * 48
+    told = load_script(SCRIPT).product((64, 48), 12, 1)
+    assert told["multiplications"] == 12 * 64 * 48
     assert set(told["seconds"]) == {"torch", "widened"}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Annotated
 
@@ -16,6 +15,7 @@ from dualblade.cli.generate import generate
 from dualblade.cli.plan import plan
 from dualblade.cli.store import app as store_app
 from dualblade.cli.tune import tune
+from dualblade.host.threads import wait_briefly
 
 app = typer.Typer(
     name="dualblade",
@@ -56,7 +56,5 @@ app.add_typer(bench_app, name="bench")
 
 def main() -> None:
     """Entry point of `dualblade` and `python -m dualblade`."""
-    # Before torch is imported: its threads else spin while they wait, on cores that the I/O thread
-    # needs. Decoding SmolLM2 on a busy 2-core machine: 650 ms a token spinning, 190 ms waiting.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    wait_briefly()  # before torch is imported
     app(prog_name="dualblade")
