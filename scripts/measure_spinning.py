@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Decoding with threads that sleep at once while they wait, and that spin for a while before.
 
-    python scripts/measure_spinning.py [--repeats N] > results/spinning.json
+    python scripts/measure_spinning.py [--busy] [--repeats N] > results/spinning.json
 
 GOMP_SPINCOUNT is the number of turns; 0 is OMP_WAIT_POLICY=passive alone. All counts in turn, on
-the machine as it is and beside one program that takes a core's time without end. A run is
-`dualblade bench decode` of SmolLM2's shape in memory and through the store.
+the machine as it is or, with --busy, beside a program that takes a core's time without end. A run
+is `dualblade bench decode` of SmolLM2's shape in memory and through the store.
 """
 
 from __future__ import annotations
@@ -63,28 +63,24 @@ def main() -> int:
     """The command line; a status for the shell."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3, help="of each count (3)")
+    parser.add_argument("--busy", action="store_true", help="beside a program that never waits")
     options = parser.parse_args()
     runs = []
-    for beside, around in (("nothing", contextlib.nullcontext), ("a busy program", busy_program)):
-        for _ in range(options.repeats):
-            for spins in SPINS:
-                with around():
-                    runs.append({"beside": beside, "spins": spins, "modes": run(spins)})
-                print(runs[-1], file=sys.stderr)
+    for _ in range(options.repeats):
+        for spins in SPINS:
+            with busy_program() if options.busy else contextlib.nullcontext():
+                runs.append({"spins": spins, "modes": run(spins)})
+            print(runs[-1], file=sys.stderr)
     medians = [
         {
-            "beside": beside,
             "spins": spins,
             "step_seconds": {
                 mode: statistics.median(
-                    one["modes"][mode]["step_seconds"]
-                    for one in runs
-                    if (one["beside"], one["spins"]) == (beside, spins)
+                    one["modes"][mode]["step_seconds"] for one in runs if one["spins"] == spins
                 )
                 for mode in MODES
             },
         }
-        for beside in dict.fromkeys(one["beside"] for one in runs)
         for spins in SPINS
     ]
     result = {
@@ -92,6 +88,7 @@ def main() -> int:
         "command": command_line(),
         "machine": machine_facts(),
         "options": {"model": MODEL, "context": CONTEXT, "steps": STEPS, "memory_budget": BUDGET},
+        "beside": "a busy program" if options.busy else "nothing",
         "repeats": options.repeats,
         "medians": medians,
         "runs": runs,

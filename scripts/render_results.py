@@ -271,6 +271,27 @@ def products() -> str:
     )
 
 
+def spinning() -> str:
+    data = load("spinning")
+    rows = []
+    for one in data["medians"]:
+        alike = [
+            r for r in data["runs"] if (r["beside"], r["spins"]) == (one["beside"], one["spins"])
+        ]
+        cells = [one["beside"], str(one["spins"])]
+        for mode, seconds in one["step_seconds"].items():
+            each = [1000 * run["modes"][mode]["step_seconds"] for run in alike]
+            cells.append(f"{1000 * seconds:.0f} ({min(each):.0f}-{max(each):.0f})")
+        rows.append(cells)
+    options, modes = data["options"], data["medians"][0]["step_seconds"]
+    return (
+        f"{table(['beside', 'spins', *(f'{mode} ms' for mode in modes)], rows)}\n\n"
+        f"A step of {options['model']}, {options['context']} tokens, budget "
+        f"{options['memory_budget']}; medians of {data['repeats']} runs in turns. "
+        f"`{data['command']}` on {machine_line(data['machine'])}; file: `results/spinning.json`."
+    )
+
+
 def contention() -> str:
     data = load("contention")
     rounds = data["rounds"]
@@ -823,6 +844,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "checksums": checksums,
     "control": control,
     "products": products,
+    "spinning": spinning,
     "lmcache": lmcache,
     "budgets": budgets,
     "paper": paper,

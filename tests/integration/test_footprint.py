@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from dualblade.errors import BudgetError
-from dualblade.hf.footprint import Footprint, footprint, token_weights_bytes
+from dualblade.hf.footprint import Footprint, _row_bytes, footprint, token_weights_bytes
 from dualblade.hf.models import config_of, load_model
 from dualblade.host.cgroup import MemoryCgroup
 from dualblade.host.memory import MemoryBudget
@@ -44,6 +45,22 @@ def test_a_token_reads_shared_weights_in_every_layer() -> None:
     read = token_weights_bytes(own, torch.bfloat16)
     assert token_weights_bytes(shared, torch.bfloat16) == read
     assert footprint(shared, torch.bfloat16, rows=1, staging_bytes=0).weights_bytes < read
+
+
+def test_lists_of_layers_and_experts_are_counted_by_the_largest() -> None:
+    """As HunYuan's mixtures and Gemma 3n state them."""
+    text = config_of(TINY)
+    per_layer = config_of(TINY)
+    per_layer.intermediate_size = [64, text.intermediate_size, 32]
+    assert _row_bytes(per_layer, torch.bfloat16) == _row_bytes(text, torch.bfloat16)
+    experts = AutoConfig.for_model(
+        "hunyuan_v1_moe", hidden_size=64, intermediate_size=32, num_hidden_layers=2, vocab_size=99,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=8, moe_topk=2,
+    )  # fmt: skip
+    once = token_weights_bytes(experts, torch.bfloat16)
+    experts.moe_topk = [1, 2]
+    assert token_weights_bytes(experts, torch.bfloat16) == once
+    assert once < footprint(experts, torch.bfloat16, rows=1, staging_bytes=0).weights_bytes
 
 
 def test_the_least_that_fits_is_told() -> None:

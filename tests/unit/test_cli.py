@@ -7,6 +7,7 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +18,11 @@ from dualblade import DualBladeCache, EngineConfig
 from dualblade.cli import generation, output
 from dualblade.cli.app import app
 from dualblade.cli.demo_run import QUESTION, demo_prompt
+from dualblade.cli.generate import _check_memory
 from dualblade.cli.generation import Generation, PrefillProgress, TokenStream, check_length
 from dualblade.config import Path as KVPath
 from dualblade.errors import BudgetError, ConfigError
-from dualblade.hf.footprint import token_weights_bytes
+from dualblade.hf.footprint import footprint, token_weights_bytes
 from dualblade.hf.models import LoadedModel, config_of, load_model
 from dualblade.hf.plan import PlanRequest, plan_cache
 from dualblade.units import MIB
@@ -74,6 +76,41 @@ def test_a_fixed_split_is_planned_as_asked() -> None:
         told = json.loads(invoke(*arguments, "--cache-percent", str(percent)).stdout)
         assert told["cache_percent"] == percent
         assert [unit["path"] for unit in told["units"]].count("page-cache") == cached
+
+
+def test_a_plan_leaves_room_for_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `auto` says before they are loaded is not what the cache will have."""
+    there = 1 << 30
+    monkeypatch.setattr("dualblade.host.memory.auto_budget_bytes", lambda: there)
+    spec = "random:llama?layers=4,hidden=1024,heads=8,vocab=1000"
+    config = config_of(spec)
+    weights = footprint(config, torch.bfloat16, rows=1, staging_bytes=0).weights_bytes
+    arguments = ["plan", "-m", spec, "--context", "512", "--device", "cpu", "--json"]
+    assert json.loads(invoke(*arguments).stdout)["budget_bytes"] == there - weights
+    on_gpu = ["cuda" if word == "cpu" else word for word in arguments]
+    assert json.loads(invoke(*on_gpu).stdout)["budget_bytes"] == there
+    told = json.loads(invoke(*arguments, "--memory-budget", "64MiB").stdout)
+    assert told["budget_bytes"] == 64 << 20
+    monkeypatch.setattr("dualblade.host.memory.auto_budget_bytes", lambda: weights)
+    refused = invoke(*arguments)
+    assert refused.exit_code == 1
+    assert "the weights alone take" in refused.stderr
+    assert "--memory-budget" in refused.stderr
+
+
+def test_quantised_weights_are_not_counted_as_if_they_were_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = config_of("random:llama-3-8b")
+    config.quantization_config = {"quant_method": "bitsandbytes"}
+    monkeypatch.setattr("dualblade.hf.models.config_of", lambda _: config)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("its weights were counted")
+
+    monkeypatch.setattr("dualblade.hf.footprint.footprint", refuse)
+    request = SimpleNamespace(device="cpu", model="./quantised", dtype="auto")
+    _check_memory(request)  # type: ignore[arg-type]
 
 
 def test_version() -> None:

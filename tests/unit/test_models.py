@@ -7,10 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from dualblade.errors import ConfigError, DualBladeError, Unsupported
 from dualblade.hf import models
-from dualblade.hf.models import LoadedModel, config_of, default_dtype, load_model, parse_dtype
+from dualblade.hf.footprint import footprint
+from dualblade.hf.geometry import layer_shapes
+from dualblade.hf.models import (
+    LoadedModel,
+    config_of,
+    default_dtype,
+    load_model,
+    parse_dtype,
+    told_shortly,
+)
 from dualblade.hf.random_models import FAMILIES, PRESETS, random_config
 
 TINY = "layers=2,hidden=64,heads=4,vocab=300,positions=128"
@@ -258,3 +268,16 @@ def test_random_models_are_built_without_a_second_copy() -> None:
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert weights > 800 << 20
     assert grown < 1.2 * weights
+
+
+def test_a_model_that_is_no_decoder_is_told_before_it_is_loaded(tmp_path: Path) -> None:
+    """By `plan` too, which asks transformers for its shape alone."""
+    AutoConfig.for_model("vit", num_hidden_layers=2, hidden_size=64).save_pretrained(tmp_path)
+    with pytest.raises(Unsupported, match="not a decoder"), told_shortly(str(tmp_path)):
+        footprint(config_of(str(tmp_path)), torch.float32, rows=1, staging_bytes=0)
+
+
+def test_a_model_without_attention_heads_is_told() -> None:
+    config = AutoConfig.for_model("mamba", num_hidden_layers=2, hidden_size=64, vocab_size=99)
+    with pytest.raises(Unsupported, match="does not say how many attention heads"):
+        layer_shapes(config)

@@ -43,7 +43,7 @@ class KernelAttention:
         batch, heads, tokens, key_dim = rows.shape
         self._keep = (rows, query.first_visible)  # the kernel has their addresses
         self._sinks = None if query.sinks is None else query.sinks.float().contiguous()
-        self._out = torch.empty(batch, tokens, heads, value_dim, dtype=rows.dtype)
+        self._out = rows.new_empty(batch, tokens, heads, value_dim)
         self._native = _native(os.getpid(), threading.get_ident(), torch.get_num_threads())
         starts = query.first_visible
         assert starts is None or (starts.dtype == torch.int64 and starts.is_contiguous())

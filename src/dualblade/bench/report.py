@@ -35,6 +35,7 @@ from dualblade.bench.report_tables import (
     generate_section,
     io_section,
     products_section,
+    spinning_section,
     striping_section,
 )
 from dualblade.errors import ConfigError, Unsupported
@@ -140,6 +141,7 @@ def kind_of(result: Any) -> str | None:
         "deepspeed": {"deepspeed_setting", "pairs", "machine"},
         "contention": {"fio_ratio_median", "step_ratio_median", "rounds", "machine"},
         "products": {"products", "prompt", "cpu_capability", "machine"},
+        "spinning": {"medians", "runs", "repeats", "benchmark", "machine"},
         "flexllmgen": {"flexllmgen_commit", "rounds", "machine"},
         "envelope": {"benchmark", "calibration", "target"},
         "io": {"read_bytes_per_second", "effective_queue_depth", "machine"},
@@ -184,5 +186,6 @@ SECTIONS: dict[str, Callable[[list[Named]], Made]] = {
     "control": control_section,
     "attention": attention_section,
     "products": products_section,
+    "spinning": spinning_section,
     "generate": generate_section,
 }

@@ -185,6 +185,32 @@ def products_section(group: list[Named]) -> Made:
     return section, []
 
 
+def spinning_section(group: list[Named]) -> Made:
+    """`scripts/measure_spinning.py`: how long threads spin before they sleep."""
+    ((name, result),) = group
+    options, medians = result["options"], result["medians"]
+    modes = list(medians[0]["step_seconds"])
+    section = Section(
+        title="How threads wait",
+        file=name,
+        about=f"Turns that torch's threads spin before they sleep; {options['model']}, "
+        f"{options['context']} tokens, budget {options['memory_budget']}. Milliseconds a step, "
+        f"medians of {result['repeats']} runs in turns.",
+        command=result["command"],
+        machine=machine_text(result["machine"]),
+        head=["beside", "spins", *(f"{mode} ms" for mode in modes)],
+        rows=[
+            [
+                one["beside"],
+                str(one["spins"]),
+                *(f"{1000 * one['step_seconds'][mode]:.0f}" for mode in modes),
+            ]
+            for one in medians
+        ],
+    )
+    return section, []
+
+
 def striping_section(group: list[Named]) -> Made:
     """`scripts/measure_striping.py`: devices throttled to a speed that is known."""
     ((name, result),) = group

@@ -212,28 +212,39 @@ def _run(request: _Request) -> None:
 def _check_memory(request: _Request) -> None:
     """Refuse a model that cannot fit before its weights are read. Raises: BudgetError.
 
-    With a GPU of its own memory, host memory is not what the weights need.
+    With a GPU of its own memory, host memory is not what the weights need; what quantised ones
+    take is not known from the configuration.
     """
     import torch
 
     from dualblade.hf.footprint import footprint, staging_and_tails
-    from dualblade.hf.models import config_of, default_dtype, is_packed, parse_dtype
+    from dualblade.hf.models import (
+        config_of,
+        default_dtype,
+        is_packed,
+        parse_dtype,
+        told_shortly,
+    )
     from dualblade.host.memory import available_memory
 
     if (request.device or ("cuda" if torch.cuda.is_available() else "cpu")) != "cpu":
         return
     config = config_of(request.model)
+    if getattr(config, "quantization_config", None) is not None:
+        return
     dtype = parse_dtype(request.dtype) or default_dtype(config, "cpu")
     budget = 0 if request.memory_budget == "auto" else int(request.memory_budget)
     staging, _ = staging_and_tails(config, dtype.itemsize, budget, request.engine)
-    footprint(
-        config,
-        dtype,
-        # A token has a byte at least.
-        rows=min(request.prefill_chunk_tokens, len(request.prompt.encode())),
-        staging_bytes=0 if request.path == "memory" else staging,
-        is_packed=is_packed(request.model),
-    ).require(request.model, available_memory())
+    with told_shortly(request.model):
+        needed = footprint(
+            config,
+            dtype,
+            # A token has a byte at least.
+            rows=min(request.prefill_chunk_tokens, len(request.prompt.encode())),
+            staging_bytes=0 if request.path == "memory" else staging,
+            is_packed=is_packed(request.model),
+        )
+    needed.require(request.model, available_memory())
 
 
 def _generate(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -98,6 +100,10 @@ class TokenStream:
             self._on_first()
             self._began += time.perf_counter() - self._began - now  # that was not generating
         self._flush(whole=False)
+
+    def expect_prompt(self) -> None:
+        """What comes next is the text so far, given again."""
+        self._prompt_seen = False
 
     def end(self) -> None:
         """Called once after the last token."""
@@ -197,28 +203,101 @@ def generate_text(
             on_first()
 
         stream = TokenStream(loaded.decode, write, first)
-        model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            cache=cache,
-            max_new_tokens=sampling.max_new_tokens,
-            prefill_chunk_size=chunk,
-            streamer=stream,
-            **(
-                {"prompt_lookup_num_tokens": sampling.prompt_lookup}
-                if sampling.prompt_lookup
-                else {}
-            ),
-            **_choice(sampling.temperature),
-        )
+
+        def generate(ids: torch.Tensor, count: int, **options: Any) -> torch.Tensor:
+            made: torch.Tensor = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                cache=cache,
+                max_new_tokens=count,
+                **options,
+                **_choice(sampling.temperature),
+            )
+            return made
+
+        if not sampling.prompt_lookup:
+            generate(ids, sampling.max_new_tokens, prefill_chunk_size=chunk, streamer=stream)
+            return stream.generation
+        # The prompt and the first token as ever, in chunks: with candidates transformers (5.24)
+        # takes all of a prompt in one pass, with the memory that this needs.
+        started = generate(ids, 1, prefill_chunk_size=chunk)
+        stream.put(ids)
+        stream.put(started[0, ids.shape[1] :])
+        left = sampling.max_new_tokens - 1
+        if left and int(started[0, -1]) not in _ends(model):
+            stream.expect_prompt()
+            with _going_on(model):
+                lookup = {"prompt_lookup_num_tokens": sampling.prompt_lookup}
+                generate(started, left, streamer=stream, **lookup)
+        else:
+            stream.end()
     return stream.generation
+
+
+@contextlib.contextmanager
+def _going_on(model: Any) -> Iterator[None]:
+    """Let generation with candidates begin on a cache that has the text but for its last tokens.
+
+    transformers (5.24) gives the model all of the text in the first pass, what is cached too.
+    """
+    plain = model.prepare_inputs_for_generation
+
+    @functools.wraps(plain)
+    def only_new(
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        cache: Any = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        if next_sequence_length is None and cache is not None:
+            next_sequence_length = input_ids.shape[1] - cache.get_seq_length()
+        prepared: dict[str, Any] = plain(
+            input_ids, next_sequence_length=next_sequence_length, cache=cache, **options
+        )
+        return prepared
+
+    model.prepare_inputs_for_generation = only_new
+    try:
+        yield
+    finally:
+        del model.prepare_inputs_for_generation
+
+
+def _ends(model: Any) -> list[int]:
+    """Tokens that end a text."""
+    ends = model.generation_config.eos_token_id
+    return ends if isinstance(ends, list) else [ends]
 
 
 def _choice(temperature: float) -> dict[str, Any]:
     """Sampling is only what was asked for: settings that came with the model are put aside."""
     if temperature == 0:
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+        asked: dict[str, Any] = {
+            "do_sample": False,
+            "temperature": None,
+            "top_p": None,
+            "top_k": None,
+        }
+    else:
+        asked = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+    return {**_NEUTRAL, **asked}
+
+
+_NEUTRAL: dict[str, Any] = {
+    "num_beams": 1,
+    "min_p": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "penalty_alpha": None,
+    "guidance_scale": None,
+    "exponential_decay_length_penalty": None,
+}
+"""Settings of a model that would change which token is taken, at the value that changes nothing."""
 
 
 def _decoder_layers(model: Any) -> list[torch.nn.Module]:

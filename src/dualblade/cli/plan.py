@@ -50,9 +50,7 @@ def plan(
     """
     from dualblade.config import Path as KVPath
     from dualblade.config import check_attention
-    from dualblade.host.memory import auto_budget_bytes
 
-    budget = auto_budget_bytes() if memory_budget == "auto" else parse_size(memory_budget)
     way = KVPath.parse(path)
     check_attention(attention)
     if device not in ("cpu", "cuda"):
@@ -64,11 +62,18 @@ def plan(
     from dualblade.cli.output import write_json
     from dualblade.hf.choice import suited
     from dualblade.hf.geometry import item_bytes
-    from dualblade.hf.models import config_of, default_dtype, parse_dtype
+    from dualblade.hf.models import config_of, default_dtype, parse_dtype, told_shortly
     from dualblade.hf.plan import PlanRequest, plan_cache
 
     config = config_of(model)
     element = parse_dtype(dtype) or default_dtype(config, device)
+    with told_shortly(model):
+        weights_bytes = _weights_bytes(config, element, device)
+        measured = _measured(config, element, device, store, engine)
+    if memory_budget == "auto":  # the weights are not loaded yet
+        budget = _budget_beside(weights_bytes)
+    else:
+        budget = parse_size(memory_budget)
     way_in = suited(config, element, device).word if attention == "auto" else attention
     request = PlanRequest(
         tokens=options.parse_tokens(context),
@@ -79,7 +84,7 @@ def plan(
         engine=engine,
         gather_on_host=device == "cpu",
         over_tiles=way_in == "tiles",
-        **_measured(config, element, device, store, engine),
+        **measured,
     )
     made = plan_cache(config, request)
     result = _result(model, str(element).removeprefix("torch."), request, made)
@@ -87,6 +92,30 @@ def plan(
         result["other_memory"] = [_other_memory(config, request, by) for by in (0.5, 2.0)]
         result["faster_drive"] = _faster_drive(config, request, 2.0)
     write_json(result) if json else _show(result)
+
+
+def _budget_beside(weights_bytes: int) -> int:
+    """What `auto` will be once the weights are loaded. Raises: BudgetError if that is nothing."""
+    from dualblade.errors import BudgetError
+    from dualblade.host.memory import auto_budget_bytes
+
+    there = auto_budget_bytes()
+    if weights_bytes >= there:
+        raise BudgetError(
+            f"the weights alone take {format_size(weights_bytes)}; there are {format_size(there)}",
+            hint="say with --memory-budget what the cache would have on the machine you plan for",
+            needed_bytes=weights_bytes,
+        )
+    return there - weights_bytes
+
+
+def _weights_bytes(config: Any, dtype: Any, device: str) -> int:
+    """Of host memory that the weights will take."""
+    from dualblade.hf.footprint import footprint
+
+    if device != "cpu":
+        return 0
+    return footprint(config, dtype, rows=1, staging_bytes=0).weights_bytes
 
 
 def _measured(

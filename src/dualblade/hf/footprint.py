@@ -98,15 +98,14 @@ def weights_per_token(model: PreTrainedModel) -> int:
     """Bytes of weights that one token goes through: without the embeddings, of which it takes a
     row, and of several experts with those that it is sent to."""
     text = model.config.get_text_config(decoder=True)
-    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
-    chosen = min(getattr(text, "num_experts_per_tok", None) or experts, experts)
-    looked_up = model.get_input_embeddings()
+    experts = _most(text, "num_local_experts", "num_experts") or 1
+    chosen = min(_most(text, "num_experts_per_tok", "top_k_experts") or experts, experts)
     total = 0
     for name, parameter in model.named_parameters(remove_duplicate=False):
         # Under each of its names: layers that share weights all read them, a head that shares the
         # embeddings' reads those.
         module, _, _ = name.rpartition(".")
-        if model.get_submodule(module) is looked_up:
+        if isinstance(model.get_submodule(module), torch.nn.Embedding):
             continue
         share = chosen / experts if ".experts." in name else 1
         total += int(parameter.nbytes * share)
@@ -149,4 +148,13 @@ def _widths(config: PretrainedConfig) -> tuple[int, int]:
     """(of the residual, of the MLP), in numbers a token."""
     text = config.get_text_config(decoder=True)
     hidden = int(text.hidden_size)
-    return hidden, int(getattr(text, "intermediate_size", None) or 4 * hidden)
+    return hidden, _most(text, "intermediate_size") or 4 * hidden
+
+
+def _most(config: PretrainedConfig, *names: str) -> int | None:
+    """The first of these that the configuration has; of one for each layer, the largest."""
+    for name in names:
+        value = getattr(config, name, None)
+        if value is not None:
+            return int(max(value) if isinstance(value, list | tuple) else value)
+    return None

@@ -54,16 +54,19 @@ def memory_layers(config: PretrainedConfig) -> list[Any]:
 
 
 def offloadable(config: PretrainedConfig, layers: list[Any]) -> list[bool]:
-    """Which of `layers` may go to the store: full attention, and not read again by later layers.
+    """Which of `layers` may go to the store: full attention to the text, and not read again by
+    later layers.
 
     A layer whose KV later layers share is kept by the model beyond its turn, so its tensors
-    cannot live in a buffer that the next layer overwrites.
+    cannot live in a buffer that the next layer overwrites. One that attends to an image has that
+    image's tokens, or none, and is skipped without an image.
     """
     text = config.get_text_config(decoder=True)
     sharing = getattr(text, "kv_sharing_modes", None) or [None] * len(layers)
+    crossing = set(getattr(text, "cross_attention_layers", None) or ())
     return [
-        type(layer) is DynamicLayer and mode != "store"
-        for layer, mode in zip(layers, sharing, strict=True)
+        type(layer) is DynamicLayer and mode != "store" and index not in crossing
+        for index, (layer, mode) in enumerate(zip(layers, sharing, strict=True))
     ]
 
 
@@ -105,8 +108,13 @@ def _kv_heads(config: Any) -> int:
         config, "new_decoder_architecture", False
     ):
         return 1
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)
-    return int(heads or config.num_attention_heads)
+    for name in ("num_key_value_heads", "num_kv_heads", "num_attention_heads"):
+        if heads := getattr(config, name, None):
+            return int(heads)
+    raise Unsupported(
+        f"{config.model_type} does not say how many attention heads it has",
+        hint="use transformers' own cache for it",
+    )
 
 
 def _key_dim(config: Any) -> int:

@@ -68,6 +68,7 @@ class StoredLayer(CacheLayerMixin):
         Raises: ConfigError, BudgetError, NoSpace, DeviceError, Closed, Unsupported.
         """
         _refuse_gradients(key_states, value_states)
+        key_states = _as_autocast(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         # Tails outlive the call: made under inference_mode they could not be written outside it.
@@ -82,6 +83,7 @@ class StoredLayer(CacheLayerMixin):
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take in new rows without attending to them. Raises: as `update`."""
         _refuse_gradients(key_states, value_states)
+        key_states = _as_autocast(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         with torch.inference_mode(False), torch.no_grad():
@@ -208,6 +210,13 @@ class MemoryLayer(DynamicLayer):
         """Repeat each sequence `repeats` times."""
         self._buffers = None
         super().batch_repeat_interleave(repeats)
+
+
+def _as_autocast(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Keys as autocast's attention would take them: rotated in float32, values are of its dtype."""
+    if keys.dtype != values.dtype and torch.is_autocast_enabled(keys.device.type):
+        return keys.to(values.dtype)
+    return keys
 
 
 def _refuse_gradients(key_states: torch.Tensor, value_states: torch.Tensor) -> None:

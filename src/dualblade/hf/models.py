@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from dualblade.errors import ConfigError, Unsupported
+from dualblade.errors import ConfigError, DualBladeError, Unsupported
 from dualblade.hf.demo_model import MODEL_NAME, demo_folder
 from dualblade.hf.gguf import gguf_options, require_gguf
 from dualblade.hf.linear import widen_linears
@@ -147,7 +147,7 @@ def load_model(
             tokenizer: Any = ByteTokenizer(config.get_text_config(decoder=True).vocab_size)
             return _loaded(model, tokenizer, spec, f"random weights, seed {seed}")
         source = _find(spec, tell)
-        with _told_shortly(spec):
+        with told_shortly(spec):
             model = AutoModelForCausalLM.from_pretrained(
                 source.place,
                 dtype=dtype or default_dtype(source.config(), target.type),
@@ -170,7 +170,7 @@ def config_of(spec: str, *, tell: Callable[[str], None] = _quiet) -> PretrainedC
         if spec == "demo":
             return random_config(DEMO_SHAPE)
         source = _find(spec, tell)
-        with _told_shortly(spec):
+        with told_shortly(spec):
             return source.config()
 
 
@@ -290,7 +290,7 @@ def _silence() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _told_shortly(spec: str) -> Iterator[None]:
+def told_shortly(spec: str) -> Iterator[None]:
     """Foreign errors of loading `spec` as ours, in a line or two."""
     is_hub_id = not Path(spec).expanduser().exists() and spec != "demo"
     offline = is_hub_id and not _hub_reachable()
@@ -298,6 +298,8 @@ def _told_shortly(spec: str) -> Iterator[None]:
     hub.HF_HUB_OFFLINE = before or offline  # else 23 s of retries; the local cache still counts
     try:
         yield
+    except DualBladeError:
+        raise
     except _LOADING_ERRORS as exc:
         raise _explained(spec, exc, is_hub_id=is_hub_id, offline=offline or before) from exc
     finally:

@@ -58,6 +58,7 @@ def tile_attention(
         asked = _question(query, key.shape[2], mask, scaling, softcap, position_bias, s_aux)
         return attend_whole(asked, key, value), None
     tokens = key.shape[2]
+    query = query.to(key.dtype)  # under autocast it may be wider
     asked = _question(query, tokens, attention_mask, scaling, softcap, position_bias, s_aux)
     # As in StoredLayer: tails outlive the call, so they are no inference tensors.
     with torch.inference_mode(False), torch.no_grad():
