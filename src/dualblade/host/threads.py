@@ -5,14 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import MutableMapping
 
-from dualblade.host.machine import cpu_model
-
-_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-
-_SPINS = 1000
-_SPINS_AMD = 3000
-"""Turns of a wait, a PAUSE each: some 40 us, as long as waking a thread takes. AMD's PAUSE is a
-third of Intel's (from Skylake on)."""
+_SETTINGS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
+"""Turns of a wait, a PAUSE each: 13 us on AMD's Zen 3, some 45 on Intel from Skylake on."""
 
 
 def wait_briefly(environment: MutableMapping[str, str] = os.environ) -> bool:
@@ -22,9 +16,9 @@ def wait_briefly(environment: MutableMapping[str, str] = os.environ) -> bool:
     other programs need; threads that sleep at once are woken hundreds of times in each decode step.
     Spinning for the time of a wake-up costs at most twice the better of both. Children inherit it.
     False, and nothing changed, where the user decided. Source: libgomp, GOMP_SPINCOUNT.
+    Measured: docs/performance.md, "How threads wait".
     """
-    if any(name in environment for name in _VARIABLES):
+    if any(name in environment for name in _SETTINGS):
         return False
-    spins = _SPINS_AMD if "AMD" in (cpu_model() or "") else _SPINS
-    environment.update(zip(_VARIABLES, ("passive", str(spins)), strict=True))
+    environment.update(_SETTINGS)
     return True
