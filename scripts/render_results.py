@@ -273,22 +273,23 @@ def products() -> str:
 
 def spinning() -> str:
     data = load("spinning")
+    modes = list(data["medians"][0]["step_seconds"])
     rows = []
     for one in data["medians"]:
-        alike = [
-            r for r in data["runs"] if (r["beside"], r["spins"]) == (one["beside"], one["spins"])
-        ]
-        cells = [one["beside"], str(one["spins"])]
-        for mode, seconds in one["step_seconds"].items():
-            each = [1000 * run["modes"][mode]["step_seconds"] for run in alike]
-            cells.append(f"{1000 * seconds:.0f} ({min(each):.0f}-{max(each):.0f})")
+        alike = [run["modes"] for run in data["runs"] if run["spins"] == one["spins"]]
+        cells = [str(one["spins"])]
+        for mode in modes:
+            each = [1000 * run[mode]["step_seconds"] for run in alike]
+            middle = 1000 * one["step_seconds"][mode]
+            cells.append(f"{middle:.0f} ({min(each):.0f}-{max(each):.0f})")
         rows.append(cells)
-    options, modes = data["options"], data["medians"][0]["step_seconds"]
+    options = data["options"]
     return (
-        f"{table(['beside', 'spins', *(f'{mode} ms' for mode in modes)], rows)}\n\n"
+        f"{table(['spins', *(f'{mode} ms' for mode in modes)], rows)}\n\n"
         f"A step of {options['model']}, {options['context']} tokens, budget "
-        f"{options['memory_budget']}; medians of {data['repeats']} runs in turns. "
-        f"`{data['command']}` on {machine_line(data['machine'])}; file: `results/spinning.json`."
+        f"{options['memory_budget']}, beside {data['beside']}; medians of {data['repeats']} runs "
+        f"in turns. `{data['command']}` on {machine_line(data['machine'])}; file: "
+        "`results/spinning.json`."
     )
 
 
@@ -657,6 +658,19 @@ def paper() -> str:
     )
 
 
+def paper_large() -> str:
+    data = load("paper-opt-6.7b-8-11")
+    head, rows = against_limits(data)
+    options = data["options"]
+    runs = "one run" if options["repeats"] == 1 else f"medians of {options['repeats']} runs"
+    return (
+        f"{table(head, rows)}\n\nMilliseconds a step of {options['batch']} x "
+        f"{options['context']} tokens, {kv_bytes(data) / GIB:.1f} GiB of KV, {runs} of "
+        f"{options['steps']} steps each, in turn; `{data['command']}` on "
+        f"{machine_line(data['machine'])}; file: `results/paper-opt-6.7b-8-11.json`."
+    )
+
+
 def growth() -> str:
     rows = []
     for name in ("1x4k", "1x16k", "1x64k", "1x128k", "4x16k", "64x1k", "64x1k-1gib"):
@@ -848,6 +862,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "lmcache": lmcache,
     "budgets": budgets,
     "paper": paper,
+    "paper-large": paper_large,
     "growth": growth,
     "pipeline": pipeline,
     "prefill-paths": prefill_paths,

@@ -49,10 +49,9 @@ def test_a_token_reads_shared_weights_in_every_layer() -> None:
 
 def test_lists_of_layers_and_experts_are_counted_by_the_largest() -> None:
     """As HunYuan's mixtures and Gemma 3n state them."""
-    text = config_of(TINY)
-    per_layer = config_of(TINY)
-    per_layer.intermediate_size = [64, text.intermediate_size, 32]
-    assert _row_bytes(per_layer, torch.bfloat16) == _row_bytes(text, torch.bfloat16)
+    wide = AutoConfig.for_model("gemma3n_text", num_hidden_layers=3, intermediate_size=256)
+    mixed = AutoConfig.for_model("gemma3n_text", num_hidden_layers=3, intermediate_size=[8, 256, 9])
+    assert _row_bytes(mixed, torch.bfloat16) == _row_bytes(wide, torch.bfloat16)
     experts = AutoConfig.for_model(
         "hunyuan_v1_moe", hidden_size=64, intermediate_size=32, num_hidden_layers=2, vocab_size=99,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=8, moe_topk=2,

@@ -277,6 +277,13 @@ def test_a_model_that_is_no_decoder_is_told_before_it_is_loaded(tmp_path: Path) 
         footprint(config_of(str(tmp_path)), torch.float32, rows=1, staging_bytes=0)
 
 
+def test_a_model_with_layers_of_images_is_refused() -> None:
+    """Llama 3.2's vision models: in the second step it would be too late."""
+    config = AutoConfig.for_model("mllama_text_model", num_hidden_layers=4)
+    with pytest.raises(Unsupported, match="attends to images in layers of their own"):
+        layer_shapes(config)
+
+
 def test_a_model_without_attention_heads_is_told() -> None:
     config = AutoConfig.for_model("mamba", num_hidden_layers=2, hidden_size=64, vocab_size=99)
     with pytest.raises(Unsupported, match="does not say how many attention heads"):

@@ -168,7 +168,7 @@ def products_section(group: list[Named]) -> Made:
         file=name,
         about=f"{result['dtype']} weights times some rows, {result['cpu_capability']}, "
         f"{result['threads']} threads: by torch, and widened to float32 a block at a time from "
-        f"8 rows on. Last a prompt without its KV. Medians of {result['repeats']}.",
+        f"12 rows on. Last a prompt without its KV. Medians of {result['repeats']}.",
         command=result["command"],
         machine=machine_text(result["machine"]),
         head=["rows, features", "torch ms", "ours ms", "torch / ours"],
@@ -194,14 +194,14 @@ def spinning_section(group: list[Named]) -> Made:
         title="How threads wait",
         file=name,
         about=f"Turns that torch's threads spin before they sleep; {options['model']}, "
-        f"{options['context']} tokens, budget {options['memory_budget']}. Milliseconds a step, "
+        f"{options['context']} tokens, budget {options['memory_budget']}, beside "
+        f"{result['beside']}. Milliseconds a step, "
         f"medians of {result['repeats']} runs in turns.",
         command=result["command"],
         machine=machine_text(result["machine"]),
-        head=["beside", "spins", *(f"{mode} ms" for mode in modes)],
+        head=["spins", *(f"{mode} ms" for mode in modes)],
         rows=[
             [
-                one["beside"],
                 str(one["spins"]),
                 *(f"{1000 * one['step_seconds'][mode]:.0f}" for mode in modes),
             ]

@@ -68,12 +68,8 @@ def plan(
     config = config_of(model)
     element = parse_dtype(dtype) or default_dtype(config, device)
     with told_shortly(model):
-        weights_bytes = _weights_bytes(config, element, device)
+        budget = _budget_bytes(memory_budget, config, element, device)
         measured = _measured(config, element, device, store, engine)
-    if memory_budget == "auto":  # the weights are not loaded yet
-        budget = _budget_beside(weights_bytes)
-    else:
-        budget = parse_size(memory_budget)
     way_in = suited(config, element, device).word if attention == "auto" else attention
     request = PlanRequest(
         tokens=options.parse_tokens(context),
@@ -94,28 +90,28 @@ def plan(
     write_json(result) if json else _show(result)
 
 
-def _budget_beside(weights_bytes: int) -> int:
-    """What `auto` will be once the weights are loaded. Raises: BudgetError if that is nothing."""
+def _budget_bytes(asked: str, config: Any, dtype: Any, device: str) -> int:
+    """What is asked for; of `auto` what will be there once the weights are loaded.
+
+    Raises: ConfigError for no size, BudgetError if the weights leave nothing.
+    """
     from dualblade.errors import BudgetError
+    from dualblade.hf.footprint import footprint
     from dualblade.host.memory import auto_budget_bytes
 
+    if asked != "auto":
+        return parse_size(asked)
     there = auto_budget_bytes()
-    if weights_bytes >= there:
-        raise BudgetError(
-            f"the weights alone take {format_size(weights_bytes)}; there are {format_size(there)}",
-            hint="say with --memory-budget what the cache would have on the machine you plan for",
-            needed_bytes=weights_bytes,
-        )
-    return there - weights_bytes
-
-
-def _weights_bytes(config: Any, dtype: Any, device: str) -> int:
-    """Of host memory that the weights will take."""
-    from dualblade.hf.footprint import footprint
-
     if device != "cpu":
-        return 0
-    return footprint(config, dtype, rows=1, staging_bytes=0).weights_bytes
+        return there
+    weights = footprint(config, dtype, rows=1, staging_bytes=0).weights_bytes
+    if weights >= there:
+        raise BudgetError(
+            f"the weights alone take {format_size(weights)}; there are {format_size(there)}",
+            hint="say with --memory-budget what the cache would have on the machine you plan for",
+            needed_bytes=weights,
+        )
+    return there - weights
 
 
 def _measured(

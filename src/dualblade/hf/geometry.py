@@ -37,6 +37,13 @@ def memory_layers(config: PretrainedConfig) -> list[Any]:
         raise Unsupported(
             f"{config.model_type} is an encoder-decoder model", hint="dualblade serves decoders"
         )
+    if getattr(config.get_text_config(decoder=True), "cross_attention_layers", None):
+        # They have an image's tokens or none, are skipped without one, and the model looks into
+        # the tensors of every layer's cache.
+        raise Unsupported(
+            f"{config.model_type} attends to images in layers of their own",
+            hint="use transformers' own cache for it",
+        )
     try:
         layers = list(DynamicCache(config=config).layers)
     except KeyError as exc:
@@ -54,19 +61,16 @@ def memory_layers(config: PretrainedConfig) -> list[Any]:
 
 
 def offloadable(config: PretrainedConfig, layers: list[Any]) -> list[bool]:
-    """Which of `layers` may go to the store: full attention to the text, and not read again by
-    later layers.
+    """Which of `layers` may go to the store: full attention, and not read again by later layers.
 
     A layer whose KV later layers share is kept by the model beyond its turn, so its tensors
-    cannot live in a buffer that the next layer overwrites. One that attends to an image has that
-    image's tokens, or none, and is skipped without an image.
+    cannot live in a buffer that the next layer overwrites.
     """
     text = config.get_text_config(decoder=True)
     sharing = getattr(text, "kv_sharing_modes", None) or [None] * len(layers)
-    crossing = set(getattr(text, "cross_attention_layers", None) or ())
     return [
-        type(layer) is DynamicLayer and mode != "store" and index not in crossing
-        for index, (layer, mode) in enumerate(zip(layers, sharing, strict=True))
+        type(layer) is DynamicLayer and mode != "store"
+        for layer, mode in zip(layers, sharing, strict=True)
     ]
 
 
