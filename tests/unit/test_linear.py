@@ -147,6 +147,15 @@ def test_nothing_changes_where_the_processor_has_the_arithmetic(
     assert type(plain) is torch.nn.Linear
 
 
+def test_the_question_is_asked_on_x86_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other processors were not measured."""
+    monkeypatch.setattr(linear, "_HAS_ARITHMETIC", {torch.bfloat16: "_never"})
+    monkeypatch.setattr(torch.ops.mkldnn, "_never", lambda: False, raising=False)
+    for machine, pays in (("x86_64", True), ("aarch64", False)):
+        monkeypatch.setattr(linear.platform, "machine", lambda is_on=machine: is_on)
+        assert linear.widening_pays(torch.bfloat16) == pays
+
+
 def test_the_question_is_about_sixteen_bits_alone() -> None:
     assert not linear.widening_pays(torch.float32)
     assert not linear.widening_pays(torch.float64)
