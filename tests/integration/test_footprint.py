@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from dualblade.errors import BudgetError
-from dualblade.hf.footprint import Footprint, _row_bytes, footprint, token_weights_bytes
+from dualblade.hf.footprint import Footprint, _row_bytes, footprint, skeleton, weights_per_token
 from dualblade.hf.models import config_of, load_model
 from dualblade.host.cgroup import MemoryCgroup
 from dualblade.host.memory import MemoryBudget
@@ -42,8 +42,8 @@ def test_weights_are_what_the_loaded_model_has(spec: str, dtype: torch.dtype) ->
 def test_a_token_reads_shared_weights_in_every_layer() -> None:
     """They are in memory once."""
     own, shared = (config_of(spec) for spec in (TINY, f"{TINY},unique_layers=1"))
-    read = token_weights_bytes(own, torch.bfloat16)
-    assert token_weights_bytes(shared, torch.bfloat16) == read
+    read = weights_per_token(skeleton(own, torch.bfloat16))
+    assert weights_per_token(skeleton(shared, torch.bfloat16)) == read
     assert footprint(shared, torch.bfloat16, rows=1, staging_bytes=0).weights_bytes < read
 
 
@@ -56,9 +56,9 @@ def test_lists_of_layers_and_experts_are_counted_by_the_largest() -> None:
         "hunyuan_v1_moe", hidden_size=64, intermediate_size=32, num_hidden_layers=2, vocab_size=99,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=8, moe_topk=2,
     )  # fmt: skip
-    once = token_weights_bytes(experts, torch.bfloat16)
+    once = weights_per_token(skeleton(experts, torch.bfloat16))
     experts.moe_topk = [1, 2]
-    assert token_weights_bytes(experts, torch.bfloat16) == once
+    assert weights_per_token(skeleton(experts, torch.bfloat16)) == once
     assert once < footprint(experts, torch.bfloat16, rows=1, staging_bytes=0).weights_bytes
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GptOssConfig
 from typer.testing import CliRunner, Result
 
 from dualblade import DualBladeCache, EngineConfig
@@ -22,7 +23,7 @@ from dualblade.cli.generate import _check_memory
 from dualblade.cli.generation import Generation, PrefillProgress, TokenStream, check_length
 from dualblade.config import Path as KVPath
 from dualblade.errors import BudgetError, ConfigError
-from dualblade.hf.footprint import footprint, token_weights_bytes
+from dualblade.hf.footprint import footprint, skeleton, weights_per_token
 from dualblade.hf.models import LoadedModel, config_of, load_model
 from dualblade.hf.plan import PlanRequest, plan_cache
 from dualblade.units import MIB
@@ -235,6 +236,16 @@ def test_plan_in_words_and_json() -> None:
     assert all(unit["reason"] for unit in plan["units"])
 
 
+def test_a_plan_takes_the_way_into_attention_that_the_model_will(tmp_path: Path) -> None:
+    """transformers loads this family with attention code of its own, which `auto` leaves alone."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_local_experts": 2, "vocab_size": 100}
+    GptOssConfig(**sizes, intermediate_size=64).save_pretrained(tmp_path)
+    arguments = ["plan", "-m", str(tmp_path), "--context", "512", "--memory-budget", "8MiB"]
+    on_cpu = [*arguments, "--device", "cpu", "--dtype", "float32", "--json"]
+    assert json.loads(invoke(*on_cpu).stdout)["attention"] == "exact"
+    assert json.loads(invoke(*on_cpu, "--attention", "tiles").stdout)["attention"] == "tiles"
+
+
 def test_plan_names_what_stays_in_memory() -> None:
     arguments = ["plan", "-m", "random:gemma3?layers=6,window=64,hidden=64,heads=4"]
     result = invoke(*arguments, "--context", "1000", "--memory-budget", "64MiB")
@@ -269,7 +280,7 @@ def test_the_plan_is_what_a_cache_does(name: str, budget: int, path: str, attent
             path=KVPath.parse(path),
             engine=EngineConfig(),
             over_tiles=attention == "tiles",
-            weights_bytes=token_weights_bytes(config, torch.float32),
+            weights_bytes=weights_per_token(skeleton(config, torch.float32)),
         ),
     )
     model = load_model(name, dtype=torch.float32, device="cpu").model

@@ -12,6 +12,8 @@ from dualblade.errors import ConfigError
 from dualblade.units import format_size, parse_size
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from dualblade.config import EngineConfig
     from dualblade.hf.plan import CachePlan, PlanRequest
 
@@ -60,7 +62,8 @@ def plan(
     )
 
     from dualblade.cli.output import write_json
-    from dualblade.hf.choice import suited
+    from dualblade.hf.choice import choose
+    from dualblade.hf.footprint import skeleton
     from dualblade.hf.geometry import item_bytes
     from dualblade.hf.models import config_of, default_dtype, parse_dtype, told_shortly
     from dualblade.hf.plan import PlanRequest, plan_cache
@@ -68,9 +71,9 @@ def plan(
     config = config_of(model)
     element = parse_dtype(dtype) or default_dtype(config, device)
     with told_shortly(model):
-        budget = _budget_bytes(memory_budget, config, element, device)
-        measured = _measured(config, element, device, store, engine)
-    way_in = suited(config, element, device).word if attention == "auto" else attention
+        unloaded = skeleton(config, element)
+    way_in = choose(unloaded, attention, device).word
+    budget = _budget_bytes(memory_budget, unloaded, device)
     request = PlanRequest(
         tokens=options.parse_tokens(context),
         batch=batch,
@@ -80,7 +83,7 @@ def plan(
         engine=engine,
         gather_on_host=device == "cpu",
         over_tiles=way_in == "tiles",
-        **measured,
+        **_measured(unloaded, device, store, engine),
     )
     made = plan_cache(config, request)
     result = _result(model, str(element).removeprefix("torch."), request, made)
@@ -90,13 +93,12 @@ def plan(
     write_json(result) if json else _show(result)
 
 
-def _budget_bytes(asked: str, config: Any, dtype: Any, device: str) -> int:
+def _budget_bytes(asked: str, unloaded: PreTrainedModel, device: str) -> int:
     """What is asked for; of `auto` what will be there once the weights are loaded.
 
     Raises: ConfigError for no size, BudgetError if the weights leave nothing.
     """
     from dualblade.errors import BudgetError
-    from dualblade.hf.footprint import footprint
     from dualblade.host.memory import auto_budget_bytes
 
     if asked != "auto":
@@ -104,7 +106,7 @@ def _budget_bytes(asked: str, config: Any, dtype: Any, device: str) -> int:
     there = auto_budget_bytes()
     if device != "cpu":
         return there
-    weights = footprint(config, dtype, rows=1, staging_bytes=0).weights_bytes
+    weights = sum(parameter.nbytes for parameter in unloaded.parameters())
     if weights >= there:
         raise BudgetError(
             f"the weights alone take {format_size(weights)}; there are {format_size(there)}",
@@ -115,21 +117,21 @@ def _budget_bytes(asked: str, config: Any, dtype: Any, device: str) -> int:
 
 
 def _measured(
-    config: Any, dtype: Any, device: str, store: Any, engine: EngineConfig
+    unloaded: PreTrainedModel, device: str, store: Any, engine: EngineConfig
 ) -> dict[str, Any]:
     """The processor's work for a token, and what is known of its speed and the drive's, as
     PlanRequest takes them."""
-    from dualblade.hf.footprint import token_weights_bytes
+    from dualblade.hf.footprint import weights_per_token
     from dualblade.hf.speeds import door_speeds, known_profile, reads_in_place
 
     told: dict[str, Any] = {}
     if device == "cpu":
-        told["weights_bytes"] = token_weights_bytes(config, dtype)
+        told["weights_bytes"] = weights_per_token(unloaded)
     if profile := known_profile(store):
         in_place = reads_in_place(engine, device, store)
         told["speeds"] = door_speeds(profile, in_place=in_place)
         if device == "cpu":
-            told["compute"] = profile.compute.get(str(dtype).removeprefix("torch."))
+            told["compute"] = profile.compute.get(str(unloaded.dtype).removeprefix("torch."))
     return told
 
 

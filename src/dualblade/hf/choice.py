@@ -34,8 +34,9 @@ class AttentionChoice:
             self.reason = "the model's code touches keys or values before attention"
 
 
-def choose(model: PreTrainedModel, word: str) -> AttentionChoice:
-    """The way that `word` names for `model`; for `auto` the faster one that holds.
+def choose(model: PreTrainedModel, word: str, device: str | None = None) -> AttentionChoice:
+    """The way that `word` names for `model`; for `auto` the faster one that holds on `device`, by
+    default the model's own.
 
     Raises: ConfigError; Unsupported when tiles are asked for and cannot be.
     """
@@ -55,10 +56,10 @@ def choose(model: PreTrainedModel, word: str) -> AttentionChoice:
         return AttentionChoice(False, f"{type(model).__name__} has attention code of its own")
     if implementation != "sdpa":
         return AttentionChoice(False, f"the model was loaded with {implementation} attention")
-    return suited(model.config, model.dtype, model.device.type)
+    return _suited(model.config, model.dtype, device or model.device.type)
 
 
-def suited(config: PretrainedConfig, dtype: torch.dtype, device: str) -> AttentionChoice:
+def _suited(config: PretrainedConfig, dtype: torch.dtype, device: str) -> AttentionChoice:
     """What `auto` takes for a model of this configuration whose attention is sdpa."""
     text = config.get_text_config(decoder=True)
     against = None

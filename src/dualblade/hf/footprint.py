@@ -75,9 +75,9 @@ def footprint(
     The parameters are counted on a model without memory. `is_packed`: the weights are unpacked
     from a GGUF file.
     """
-    skeleton = _skeleton(config, dtype)
-    sizes = [parameter.nbytes for parameter in skeleton.parameters()]  # tied weights come once
-    unpacked = sum(parameter.numel() for parameter in skeleton.parameters()) * _UNPACKED_ITEM_BYTES
+    parameters = list(skeleton(config, dtype).parameters())  # tied weights come once
+    sizes = [parameter.nbytes for parameter in parameters]
+    unpacked = sum(parameter.numel() for parameter in parameters) * _UNPACKED_ITEM_BYTES
     stored = getattr(config.get_text_config(decoder=True), "dtype", None) or config.dtype
     cast = max(sizes) if stored not in (None, dtype) else 0  # a tensor beside the one it was
     return Footprint(
@@ -87,11 +87,6 @@ def footprint(
         activation_bytes=rows * _row_bytes(config, dtype) + _widened_bytes(config, dtype, rows),
         staging_bytes=staging_bytes,
     )
-
-
-def token_weights_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """As `weights_per_token`, of a model that is not loaded."""
-    return weights_per_token(_skeleton(config, dtype))
 
 
 def weights_per_token(model: PreTrainedModel) -> int:
@@ -112,7 +107,7 @@ def weights_per_token(model: PreTrainedModel) -> int:
     return total
 
 
-def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model without memory for its weights."""
     with torch.device("meta"):
         # A copy: it is told the dtype, and who asks may want the checkpoint's own.
