@@ -40,7 +40,7 @@ class Machine:
         idle = max(0.0, min(self.compute, self.drive) / LAYERS - fill) * LAYERS
         took = max(self.compute, reading + idle)
         noise = 1 + self.random.uniform(-self.noise, self.noise)
-        return StepTimes(
+        return step(
             seconds=took * noise,
             idle_seconds=(took - reading) * noise,
             stalled_seconds=(took - self.compute) * noise,
@@ -64,7 +64,13 @@ def tuned(slots: int, first: int = 6) -> tuple[Tuner, list[tuple[int, int, str]]
         lookahead=4,
         tell=lambda *event: events.append(event),
     )
+    tuner.step(step())  # the first has none before it
     return tuner, events
+
+
+def step(rows: int = 1, tokens: int = 4096, **times: float) -> StepTimes:
+    told = {"seconds": 1.0, "idle_seconds": 0.1, "stalled_seconds": 0.4, **times}
+    return StepTimes(rows=rows, tokens=tokens, **told)
 
 
 def run(tuner: Tuner, machine: Machine, steps: int) -> list[float]:
@@ -126,7 +132,7 @@ def test_more_that_gains_nothing_is_given_back() -> None:
     """A drive that computing slows down stands still, and is none the faster for more slots."""
     tuner, events = tuned(18)
     for _ in range(100):
-        tuner.step(StepTimes(seconds=1.0, idle_seconds=0.1, stalled_seconds=0.4))
+        tuner.step(step())
     assert [event[:2] for event in events] == [(6, 9), (9, 6)]
     assert "no shorter with 9" in events[-1][2]
 
@@ -144,7 +150,7 @@ def test_steps_of_seconds_tell_each_by_itself() -> None:
 
 def test_a_drive_that_stood_still_all_the_time_asks_for_no_more_than_there_is() -> None:
     tuner, events = tuned(18)
-    tuner.step(StepTimes(seconds=4.0, idle_seconds=4.0, stalled_seconds=4.0, layer_slots=16))
+    tuner.step(step(seconds=4.0, idle_seconds=4.0, stalled_seconds=4.0, layer_slots=16))
     assert [event[:2] for event in events] == [(6, 18)]
 
 
@@ -162,6 +168,35 @@ def test_other_work_is_noticed() -> None:
     other = Machine(compute=1.8, drive=2.0)
     run(tuner, other, 40)
     assert other.step(tuner.setting.slots) <= 1.02 * other.best(40)
+
+
+def test_a_prompt_teaches_nothing() -> None:
+    """Its steps grow with the context, by as much as a wrong setting costs."""
+    tuner, events = tuned(18, first=10)
+    for chunk in range(1, 20):
+        tuner.step(step(rows=512, tokens=512 * chunk, seconds=3.0 + 0.1 * chunk))
+    assert events == []
+    run(tuner, Machine(compute=1.0, drive=0.1), 7)
+    assert [event[:2] for event in events] == [(10, 6)], "decoding is searched from the start"
+
+
+def test_after_a_long_prompt_it_begins_anew() -> None:
+    tuner, events = tuned(18, first=10)
+    for _ in range(9):
+        tuner.step(step(rows=512, tokens=1 << 20, idle_seconds=0.0))
+    assert tuner.setting.slots == 4
+    tuner.step(step(tokens=1 << 20))
+    assert tuner.setting.slots == 10
+    assert "steps of 1 rows are other work" in events[-1][2]
+
+
+def test_candidates_do_not_disturb_it() -> None:
+    """Steps of one row and of some in turn: only pairs of the same are looked at."""
+    tuner, events = tuned(18, first=10)
+    for _ in range(20):
+        tuner.step(step(rows=1))
+        tuner.step(step(rows=11))
+    assert events == []
 
 
 @pytest.mark.parametrize(

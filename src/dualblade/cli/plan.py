@@ -12,8 +12,6 @@ from dualblade.errors import ConfigError
 from dualblade.units import format_size, parse_size
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from dualblade.config import EngineConfig
     from dualblade.hf.plan import CachePlan, PlanRequest
 
@@ -73,12 +71,11 @@ def plan(
     with told_shortly(model):
         unloaded = skeleton(config, element)
     way_in = choose(unloaded, attention, device).word
-    budget = _budget_bytes(memory_budget, unloaded, device)
     request = PlanRequest(
         tokens=options.parse_tokens(context),
         batch=batch,
         item_bytes=item_bytes(element),
-        budget_bytes=budget,
+        budget_bytes=_budget_bytes(memory_budget, unloaded, device),
         path=way,
         engine=engine,
         gather_on_host=device == "cpu",
@@ -93,7 +90,7 @@ def plan(
     write_json(result) if json else _show(result)
 
 
-def _budget_bytes(asked: str, unloaded: PreTrainedModel, device: str) -> int:
+def _budget_bytes(asked: str, unloaded: Any, device: str) -> int:
     """What is asked for; of `auto` what will be there once the weights are loaded.
 
     Raises: ConfigError for no size, BudgetError if the weights leave nothing.
@@ -106,7 +103,7 @@ def _budget_bytes(asked: str, unloaded: PreTrainedModel, device: str) -> int:
     there = auto_budget_bytes()
     if device != "cpu":
         return there
-    weights = sum(parameter.nbytes for parameter in unloaded.parameters())
+    weights: int = sum(parameter.nbytes for parameter in unloaded.parameters())
     if weights >= there:
         raise BudgetError(
             f"the weights alone take {format_size(weights)}; there are {format_size(there)}",
@@ -116,11 +113,9 @@ def _budget_bytes(asked: str, unloaded: PreTrainedModel, device: str) -> int:
     return there - weights
 
 
-def _measured(
-    unloaded: PreTrainedModel, device: str, store: Any, engine: EngineConfig
-) -> dict[str, Any]:
-    """The processor's work for a token, and what is known of its speed and the drive's, as
-    PlanRequest takes them."""
+def _measured(unloaded: Any, device: str, store: Any, engine: EngineConfig) -> dict[str, Any]:
+    """The processor's work for a token of the model, which has no memory, and what is known of its
+    speed and the drive's, as PlanRequest takes them."""
     from dualblade.hf.footprint import weights_per_token
     from dualblade.hf.speeds import door_speeds, known_profile, reads_in_place
 

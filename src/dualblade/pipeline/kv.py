@@ -54,14 +54,12 @@ _EVENTS_MAX = 64
 
 @dataclass(frozen=True, slots=True)
 class _StepEnd:
-    """When a step ended, in seconds; how long the engine had been busy, the model had waited for
-    reads and how much was read directly until then; and the rows that were new in it."""
+    """When a step ended, in seconds; until then the engine was busy, the model waited for reads."""
 
     at: float = 0.0
     busy_seconds: float = 0.0
     stalled_seconds: float = 0.0
     read_bytes: int = 0
-    rows: int = 0
 
 
 class KVPipeline(LayeredKV):
@@ -183,20 +181,22 @@ class KVPipeline(LayeredKV):
         layer.append(new.keys, new.values, machinery.store_tiles)
         if is_sweeping and len(self._layers) == self._settings.layer_count:
             if layer.index == self._settings.layer_count - 1:
-                self._end_step(new.count)
+                self._end_step(new.count, layer.tokens)
             self._sweep().finish(layer.index)
 
-    def _end_step(self, new_rows: int) -> None:
+    def _end_step(self, rows: int, tokens: int) -> None:
         """Learn from what the step took, for the reads of those to come."""
         last = self._last_step
         busy, stalled = self._engine.counters().busy_seconds, self._timeline.stalled_seconds
         read = self._store.counters.direct_read_bytes
-        end = _StepEnd(now_ns() / 1e9, busy, stalled(Lane.READS), read, new_rows)
-        if self._tuner is not None and last.rows == new_rows:  # else no step like the last one
+        end = _StepEnd(now_ns() / 1e9, busy, stalled(Lane.READS), read)
+        if self._tuner is not None:
             seconds = end.at - last.at
             slots = (end.read_bytes - last.read_bytes) / self._require_machinery().shape.slot_bytes
             self._tuner.step(
                 StepTimes(
+                    rows=rows,
+                    tokens=tokens,
                     seconds=seconds,
                     idle_seconds=seconds - (end.busy_seconds - last.busy_seconds),
                     stalled_seconds=end.stalled_seconds - last.stalled_seconds,

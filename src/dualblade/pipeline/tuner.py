@@ -10,6 +10,10 @@ many as it could have filled meanwhile, and half as many at least; if not, a thi
 they get no longer. Each answer is a median of some steps, compared with the best and not with the
 last, so that small losses cannot add up. After a while, or when steps take another time than they
 did, look again; each time the while doubles.
+
+Steps of a prompt teach nothing: each is longer than the one before, whatever the slots. Nor does a
+step whose number of rows differs from the last one's; and where it differs by much, as at the first
+token after a prompt, everything begins anew.
 """
 
 from __future__ import annotations
@@ -48,10 +52,12 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTimes:
-    """Of one step. `idle_seconds`: nothing was in flight; `stalled_seconds`: the model waited for
-    reads. `layer_slots`: slots that were read for each layer; they are a mean, and no whole
-    number."""
+    """Of one step of `rows` new tokens, with which a sequence has `tokens`. `idle_seconds`: nothing
+    was in flight; `stalled_seconds`: the model waited for reads. `layer_slots`: slots that were
+    read for each layer; they are a mean, and no whole number."""
 
+    rows: int
+    tokens: int
     seconds: float
     idle_seconds: float
     stalled_seconds: float
@@ -83,6 +89,9 @@ class TuningPolicy:
     starved_fraction  of a step; more is worth a try with more slots.
     change_fraction   at rest, steps that differ by more mean other work or another drive: look
                       again.
+    growth_max        of the context in a step, as a fraction; more is a part of a prompt.
+    other_rows        times as many rows, or as few, are other work: products of many rows take
+                      long, of few they wait for the weights.
     slots_min         keys and values of some tiles, and the ones after them.
     hold_steps        at rest, before another look; doubles each time, up to hold_steps_max.
     """
@@ -92,6 +101,8 @@ class TuningPolicy:
     differ_fraction: float = 0.02
     starved_fraction: float = 0.02
     change_fraction: float = 0.25
+    growth_max: float = 1 / 256
+    other_rows: int = 16
     slots_min: int = 4
     hold_steps: int = 100
     hold_steps_max: int = 3200
@@ -121,24 +132,26 @@ class Tuner:
         self._least = min(slots, self._policy.slots_min)
         self._tell = tell
         self._is_fixed = mode is not Mode.AUTO
-        first = min(slots, max(self._least, slots_first))
+        self._first = min(slots, max(self._least, slots_first))
         self.setting = {
             Mode.SERIAL: Setting(slots=1, lookahead=0),
             Mode.KEY_VALUE: Setting(slots=2, lookahead=0),
             Mode.TILED: Setting(slots=slots, lookahead=0),
-            Mode.AUTO: Setting(slots=first, lookahead=lookahead),
+            Mode.AUTO: Setting(slots=self._first, lookahead=lookahead),
         }.get(mode, Setting(slots=slots, lookahead=lookahead))
+        self._seen: deque[StepTimes] = deque(maxlen=self._policy.window_steps)
+        self._rows = 0
+        self._begun_rows = 1
         self._hold = self._policy.hold_steps
         self._steps_at_rest = 0
         self._reference: float | None = None
         self._before_try: int | None = None
         self._is_at_rest = False
-        self._seen: deque[StepTimes] = deque(maxlen=self._policy.window_steps)
         self._to_skip = 1
 
     def step(self, times: StepTimes) -> None:
         """What a step took with the setting in force."""
-        if self._is_fixed:
+        if self._is_fixed or not self._is_like_the_last(times):
             return
         if self._to_skip and times.seconds < self._policy.window_seconds:
             self._to_skip -= 1
@@ -156,6 +169,20 @@ class Tuner:
             self._judge(took, self._reference, self._before_try)
         else:
             self._rest(took, self._reference)
+
+    def _is_like_the_last(self, times: StepTimes) -> bool:
+        """Whether the step can be compared with those before it."""
+        last, self._rows = self._rows, times.rows
+        if times.rows > self._policy.growth_max * times.tokens:
+            return False
+        fewer, more = sorted((times.rows, self._begun_rows))
+        if more > self._policy.other_rows * fewer:
+            self._begun_rows, self._hold = times.rows, self._policy.hold_steps
+            self._is_at_rest, self._reference, self._before_try = False, None, None
+            self._seen.clear()
+            if self.setting.slots != self._first:
+                self._change(self._first, f"steps of {times.rows} rows are other work")
+        return times.rows == last
 
     def _has_seen_enough(self) -> bool:
         seconds = sum(times.seconds for times in self._seen)
