@@ -17,6 +17,7 @@ from dualblade.bench.report_decode import ablation_section, decode_section, enve
 from dualblade.bench.report_prefill import prefill_section
 from dualblade.bench.report_section import model_text
 from dualblade.bench.report_tables import flexllmgen_section, striping_section
+from dualblade.bench.workload import stolen_text
 from dualblade.cli.app import app
 from dualblade.errors import ConfigError
 from dualblade.units import GIB, MIB
@@ -168,6 +169,21 @@ def test_who_failed_was_not_killed_and_survivors_are_counted() -> None:
         "failed",
     ]
     assert section.notes == ["Failed (2 x direct, 1 x dual): no space left"]
+
+
+def test_stolen_processors_are_told() -> None:
+    """Results from before it was measured have no such word."""
+    result = decode_result({("dual", "25%"): 0.5, ("direct", "25%"): 0.6})
+    dual, direct = result["runs"]
+    assert decode_section([("x", result)])[0].notes == []
+    dual["stolen_fraction"], direct["stolen_fraction"] = 0.019, 0.0
+    assert decode_section([("x", result)])[0].notes == []
+    direct["stolen_fraction"] = 0.31
+    (note,) = decode_section([("x", result)])[0].notes
+    assert "While 1 of 2 runs were timed" in note
+    assert "31% at most" in note
+    assert stolen_text(dual) == ""
+    assert stolen_text(direct) == ", 31% of the processors stolen"
 
 
 def test_a_prefill_that_failed_was_not_killed() -> None:

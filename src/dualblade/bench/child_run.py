@@ -8,6 +8,7 @@ measured is generating, not the peak of loading.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from dualblade.bench.workload import MMAP
 from dualblade.config import EngineConfig
 from dualblade.errors import ConfigError
 from dualblade.host.cgroup import MemoryLimit
+from dualblade.host.machine import cpu_count, stolen_seconds
 from dualblade.host.memory import process_memory
 from dualblade.host.process import ProcessIO, process_io, release_memory, reset_peak_memory
 
@@ -134,6 +136,24 @@ class Memory:
             "peak_memory_of": self.of,
             "peak_memory_since": self.since,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """One moment: wall and CPU seconds of this process, and those stolen from the machine."""
+
+    wall: float
+    cpu: float
+    stolen: float
+
+    @staticmethod
+    def now() -> Clock:
+        return Clock(time.perf_counter(), time.process_time(), stolen_seconds())
+
+    def stolen_fraction(self, since: Clock) -> float:
+        """Of the machine's processors, what others had since then."""
+        there = (self.wall - since.wall) * cpu_count()
+        return (self.stolen - since.stolen) / there
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import torch
 
 from dualblade.bench.child_run import (
     ChildOptions,
+    Clock,
     budget_facts,
     cache_stats,
     device_io,
@@ -81,9 +82,9 @@ def run(options: ChildOptions) -> dict[str, Any]:
             fill_seconds = time.perf_counter() - started
             for _ in range(options.warmup_steps):
                 decoder.timed()
-            first = cache_stats(cache)
+            first, began = cache_stats(cache), Clock.now()
             steps = _timed_steps(options.steps, decoder, cache)
-            last = cache_stats(cache)
+            last, stolen = cache_stats(cache), Clock.now().stolen_fraction(began)
             tokens_sha256 = decoder.sha256()
             if options.trace is not None and hasattr(cache, "write_trace"):
                 cache.write_trace(options.trace)
@@ -94,6 +95,7 @@ def run(options: ChildOptions) -> dict[str, Any]:
         **memory.to_dict(),
         "fill_seconds": fill_seconds,
         "tokens_sha256": tokens_sha256,
+        "stolen_fraction": stolen,
         "threads": torch.get_num_threads(),
         "device": str(model.device),
         "cache": last or None,

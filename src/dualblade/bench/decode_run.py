@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dualblade.bench.workload import Limit, Workload, at_least, limited_run
+from dualblade.bench.workload import Limit, Workload, at_least, limited_run, stolen_text
 from dualblade.errors import DualBladeError
 from dualblade.units import format_size
 
@@ -70,6 +70,7 @@ _MEASURED = (
     "step_seconds_p99",
     "step_seconds",
     "cpu_seconds_per_step",
+    "stolen_fraction",
     "device_read_bytes_per_step",
     "direct_read_bytes_per_step",
     "page_cache_read_bytes_per_step",
@@ -94,4 +95,6 @@ def told(run: Mapping[str, Any]) -> str:
     if run["error"] is not None:
         return f"{place}: {run['error']}"
     read = format_size(run["device_read_bytes_per_step"])
-    return f"{place}: {run['step_seconds_median'] * 1000:.1f} ms a step, {read} read"
+    return (
+        f"{place}: {run['step_seconds_median'] * 1000:.1f} ms a step, {read} read{stolen_text(run)}"
+    )

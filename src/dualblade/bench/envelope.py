@@ -225,6 +225,7 @@ _KEPT = (
     "step_seconds",
     "step_seconds_median",
     "cpu_seconds_per_step",
+    "stolen_fraction",
     "device_read_bytes_per_step",
     "direct_read_bytes_per_step",
     "page_cache_read_bytes_per_step",

@@ -50,6 +50,7 @@ from dualblade.bench.workload import (
     parse_limit,
     parse_mode,
     require_cgroup,
+    stolen_text,
     store_left_as_found,
     store_place,
     tokens_agree,
@@ -261,6 +262,7 @@ _MEASURED = (
     "stall_fraction",
     "seconds",
     "cpu_seconds",
+    "stolen_fraction",
     "device_read_bytes",
     "device_written_bytes",
     "store_written_bytes",
@@ -303,7 +305,7 @@ def told(run: Run) -> str:
         return f"{place}: {run['error']}"
     return (
         f"{place}: {run['prefill_seconds']:.1f} s, "
-        f"{format_size(run['device_written_bytes'])} written"
+        f"{format_size(run['device_written_bytes'])} written{stolen_text(run)}"
     )
 
 

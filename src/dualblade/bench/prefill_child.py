@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from dualblade.bench.child_run import (
     ChildOptions,
+    Clock,
     budget_facts,
     cache_stats,
     device_io,
@@ -25,18 +24,6 @@ from dualblade.bench.child_run import (
 )
 from dualblade.bench.decode_rows import kv_bytes
 from dualblade.bench.workload import TRANSFORMERS
-
-
-@dataclass(frozen=True, slots=True)
-class _Clock:
-    """Wall and CPU seconds of this process at one moment."""
-
-    wall: float
-    cpu: float
-
-
-def _now() -> _Clock:
-    return _Clock(time.perf_counter(), time.process_time())
 
 
 def prefill(options: ChildOptions) -> dict[str, Any]:
@@ -61,9 +48,9 @@ def prefill(options: ChildOptions) -> dict[str, Any]:
         else:
             cache = stack.enter_context(open_cache(options, model))
         io_before = device_io(cache_stats(cache))
-        before = _now()
+        before = Clock.now()
         first = first_token(model, prompt, cache, options.step_tokens)
-        after = _now()
+        after = Clock.now()
         stats = cache_stats(cache)
         io = device_io(stats)
         if options.trace is not None and hasattr(cache, "write_trace"):
@@ -75,6 +62,7 @@ def prefill(options: ChildOptions) -> dict[str, Any]:
         **memory.to_dict(),
         "prefill_seconds": after.wall - before.wall,
         "cpu_seconds": after.cpu - before.cpu,
+        "stolen_fraction": after.stolen_fraction(before),
         **_stalls(stats, after.wall - before.wall),
         "device_read_bytes": io.read_bytes - io_before.read_bytes,
         "device_written_bytes": io.write_bytes - io_before.write_bytes,

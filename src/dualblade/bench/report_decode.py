@@ -14,7 +14,6 @@ from dualblade.bench.report_section import (
     Section,
     beaten_notes,
     drive_text,
-    failure_notes,
     limit_text,
     machine_text,
     mib,
@@ -25,8 +24,10 @@ from dualblade.bench.report_section import (
     percent_range,
     percent_text,
     ratio_spread,
+    run_notes,
     runs_of,
     saved_cards,
+    stolen_notes,
     title_text,
     workload_text,
 )
@@ -49,7 +50,7 @@ def envelope_section(group: list[Named]) -> Made:
         ),
         command=result["command"],
         machine=machine_text(result["machine"]),
-        notes=_envelope_notes(result),
+        notes=_envelope_notes(result) + stolen_notes(result["runs"]),
         figures=[figures.svg_text(figures.envelope_figure(result))],
         head=["memory", "best split", "its ms/step", "dual ms/step", "dual / best", "killed"],
         rows=[_envelope_row(entry, options["rounds"]) for entry in result["summary"]],
@@ -127,7 +128,7 @@ def decode_section(group: list[Named]) -> Made:
         ),
         command=result["command"],
         machine=machine_text(result["machine"]),
-        notes=beaten_notes(_times(summary)) + failure_notes(runs),
+        notes=beaten_notes(_times(summary)) + run_notes(runs),
         figures=_decode_figures(result, done),
         head=[
             "mode",
@@ -236,7 +237,7 @@ def ablation_section(group: list[Named]) -> Made:
             for entry, gain, _ in gains
             if gain is not None and gain < 0
         ]
-        + failure_notes(result["runs"]),
+        + run_notes(result["runs"]),
         figures=[figures.svg_text(figures.decode_figure(result))],
         head=["step", "mode", "limit", "ms/step", "gain", "in all", "MiB read/step", "CPU s/step"],
         rows=[
@@ -338,7 +339,7 @@ def growth_section(group: list[Named]) -> Made:
         "stay flat.",
         command=result["command"],
         machine=machine_text(result["machine"]),
-        notes=failure_notes([run for _, run in runs]),
+        notes=run_notes([run for _, run in runs]),
         figures=[figures.svg_text(figures.growth_figure(points))],
         head=[
             "sequences x tokens",

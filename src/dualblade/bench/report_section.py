@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dualblade.bench import figures
-from dualblade.bench.workload import MMAP, is_stored
+from dualblade.bench.workload import MMAP, STOLEN_MAX, is_stored
 from dualblade.units import GIB, MIB
 
 BEATEN = 1.05
@@ -110,8 +110,8 @@ def of_runs(text: str, runs: Sequence[Mapping[str, Any]], name: str) -> str:
     return text if done == len(runs) else f"{text}, {done} of {len(runs)} runs"
 
 
-def failure_notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Each error that ended runs, and of which modes."""
+def run_notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each error that ended runs, and of which modes; and `stolen_notes`."""
     failed: dict[str, list[str]] = {}
     for run in runs:
         if run["error"] is not None:
@@ -120,6 +120,18 @@ def failure_notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
         f"Failed ({', '.join(f'{count} x {mode}' for mode, count in Counter(modes).items())}): "
         f"{error}"
         for error, modes in failed.items()
+    ] + stolen_notes(runs)
+
+
+def stolen_notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Whether others had the processors while runs were timed; older results do not know."""
+    fractions = [run.get("stolen_fraction") or 0.0 for run in runs]
+    stolen = [fraction for fraction in fractions if fraction > STOLEN_MAX]
+    if not stolen:
+        return []
+    return [
+        f"While {len(stolen)} of {len(runs)} runs were timed, the hypervisor gave more than "
+        f"{STOLEN_MAX:.0%} of the processors to others, {max(stolen):.0%} at most."
     ]
 
 

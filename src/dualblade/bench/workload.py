@@ -383,3 +383,14 @@ def tokens_agree(runs: list[dict[str, Any]]) -> bool | None:
             hashes.setdefault(run["attention"], []).append(run["tokens_sha256"])
     compared = [some for some in hashes.values() if len(some) > 1]
     return all(len(set(some)) == 1 for some in compared) if compared else None
+
+
+STOLEN_MAX = 0.02
+"""Of the processors, while a run was timed; with more its figures are the neighbours' as well."""
+
+
+def stolen_text(run: Mapping[str, Any]) -> str:
+    """What to add of a run from whose machine a hypervisor took processors; nothing of results that
+    are older than the question."""
+    fraction = run.get("stolen_fraction") or 0.0
+    return f", {fraction:.0%} of the processors stolen" if fraction > STOLEN_MAX else ""

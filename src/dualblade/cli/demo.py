@@ -29,6 +29,9 @@ from run to run. It is page cache too where nothing else takes it. The prefill i
 again as its activations: of one path and prompt they took 75 to 175 MB, for freed ones leave gaps
 in the heap. At the first token that is taken back."""
 
+_STOLEN_MAX = 0.02
+"""Of the processors, before it is told."""
+
 
 def demo(
     memory_budget: Annotated[
@@ -100,9 +103,9 @@ def _run(options: DemoRun, budget: int | None, reporter: Reporter) -> dict[str, 
     from dualblade.cli.demo_process import run_demo_child
     from dualblade.cli.demo_run import QUESTION
     from dualblade.host.cgroup import MemoryCgroup
-    from dualblade.host.machine import command_line, machine_facts
+    from dualblade.host.machine import command_line, cpu_count, machine_facts, stolen_seconds
 
-    began = time.perf_counter()
+    began, stolen = time.perf_counter(), stolen_seconds()
     unlimited_because = MemoryCgroup.available()
     in_cgroup = unlimited_because is None
     reference = run_demo_child(options, in_cgroup=in_cgroup, reporter=reporter)
@@ -123,6 +126,7 @@ def _run(options: DemoRun, budget: int | None, reporter: Reporter) -> dict[str, 
             run_demo_child(replace(limited, path=path), in_cgroup=in_cgroup, reporter=reporter)
         )
     hashes = {run["tokens_sha256"] for run in runs}
+    seconds = time.perf_counter() - began
     return {
         "command": command_line(),
         "model": reference["model"],
@@ -142,7 +146,8 @@ def _run(options: DemoRun, budget: int | None, reporter: Reporter) -> dict[str, 
         "activation_bytes": prefill,
         "decode_needs_bytes": decode,
         "allowance_bytes": _ALLOWANCE_BYTES,
-        "seconds": time.perf_counter() - began,
+        "seconds": seconds,
+        "stolen_fraction": (stolen_seconds() - stolen) / seconds / cpu_count(),
         "machine": machine_facts(),
         "runs": runs,
     }
@@ -226,6 +231,11 @@ def _notes(result: dict[str, Any]) -> list[str]:
         f"dual: {len(cached)} of {len(dual['plan'])} units through the page cache, the rest "
         f"direct; I/O engine {engine['name']}{because}",
     ]
+    if result["stolen_fraction"] > _STOLEN_MAX:
+        notes.append(
+            f"the hypervisor gave {result['stolen_fraction']:.0%} of the processors to others "
+            "meanwhile: times are longer for it"
+        )
     if not result["limits_enforced"]:
         return [
             *notes,

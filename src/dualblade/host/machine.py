@@ -31,7 +31,7 @@ def machine_facts(path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         "kernel": platform.release(),
         "architecture": platform.machine(),
         "cpu_model": cpu_model(),
-        "cpu_count": os.cpu_count(),
+        "cpu_count": cpu_count(),
         "cpu_usable_count": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "memory_available_bytes": memory.available_bytes,
@@ -56,6 +56,24 @@ def cpu_model(root: Path = ROOT) -> str | None:
         if found:
             return found[1].strip()
     return None
+
+
+def cpu_count() -> int:
+    """Processors of the machine, in use by us or not."""
+    return os.cpu_count() or 1
+
+
+def stolen_seconds(root: Path = ROOT) -> float:
+    """Processor time since the start, of all processors, that a hypervisor gave to others while
+    this machine had work for it. 0 where none is counted.
+
+    Source: proc_stat(5), steal.
+    """
+    try:
+        fields = (root / "proc/stat").read_text().split(maxsplit=9)
+        return int(fields[8]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, IndexError):
+        return 0.0
 
 
 def package_version(name: str) -> str | None:
