@@ -186,17 +186,20 @@ def test_after_a_long_prompt_it_begins_anew() -> None:
         tuner.step(step(rows=512, tokens=1 << 20, idle_seconds=0.0))
     assert tuner.setting.slots == 4
     tuner.step(step(tokens=1 << 20))
+    tuner.step(step(tokens=1 << 20))
     assert tuner.setting.slots == 10
     assert "steps of 1 rows are other work" in events[-1][2]
 
 
-def test_candidates_do_not_disturb_it() -> None:
-    """Steps of one row and of some in turn: only pairs of the same are looked at."""
+@pytest.mark.parametrize("candidates", [10, 40])
+def test_candidates_do_not_disturb_it(candidates: int) -> None:
+    """Steps of one row and, now and then, of many: only pairs of the same are looked at."""
     tuner, events = tuned(18, first=10)
-    for _ in range(20):
-        tuner.step(step(rows=1))
-        tuner.step(step(rows=11))
-    assert events == []
+    machine = Machine(compute=1.0, drive=0.1)
+    for _ in range(30):
+        run(tuner, machine, 5)
+        tuner.step(step(rows=1 + candidates, tokens=1 << 20))
+    assert [event[:2] for event in events] == [(10, 6), (6, 4)]
 
 
 @pytest.mark.parametrize(

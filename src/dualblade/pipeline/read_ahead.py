@@ -305,11 +305,13 @@ class ReadAhead:
             return slot
         for visit in reversed(self._visits):
             while visit.coming:
-                last = visit.coming.pop()
-                visit.waiting.appendleft(last.wanted)
+                last = visit.coming[-1]
                 if isinstance(last, _Read):
                     with suppress(StorageError):  # it is read again, and fails then
                         last.ticket.wait()
+                visit.coming.pop()  # not before: a Ctrl-C in the wait leaves it known
+                visit.waiting.appendleft(last.wanted)
+                if isinstance(last, _Read):
                     return last.landing.slot
         raise AssertionError("somebody else has the slots")
 

@@ -12,8 +12,8 @@ last, so that small losses cannot add up. After a while, or when steps take anot
 did, look again; each time the while doubles.
 
 Steps of a prompt teach nothing: each is longer than the one before, whatever the slots. Nor does a
-step whose number of rows differs from the last one's; and where it differs by much, as at the first
-token after a prompt, everything begins anew.
+step whose number of rows differs from the last one's. Where steps come to be of many more rows or
+fewer, as after a long prompt, everything begins anew.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class Tuner:
     def _is_like_the_last(self, times: StepTimes) -> bool:
         """Whether the step can be compared with those before it."""
         last, self._rows = self._rows, times.rows
-        if times.rows > self._policy.growth_max * times.tokens:
+        if times.rows != last or times.rows > self._policy.growth_max * times.tokens:
             return False
         fewer, more = sorted((times.rows, self._begun_rows))
         if more > self._policy.other_rows * fewer:
@@ -182,7 +182,7 @@ class Tuner:
             self._seen.clear()
             if self.setting.slots != self._first:
                 self._change(self._first, f"steps of {times.rows} rows are other work")
-        return times.rows == last
+        return True
 
     def _has_seen_enough(self) -> bool:
         seconds = sum(times.seconds for times in self._seen)
