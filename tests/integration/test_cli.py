@@ -62,6 +62,28 @@ def test_a_trace_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) 
     assert f"no file can be made in {tmp_path / 'no'}" in done.stderr
 
 
+def test_a_trace_of_nothing_is_refused_before_the_work(tmp_path: Path) -> None:
+    done = dualblade(
+        *("generate", "-m", TINY, "-p", "a", "--path", "memory", "--attention", "exact"),
+        *("--trace", str(tmp_path / "t.json")),
+    )
+    assert done.returncode == 1
+    assert "nothing is traced" in done.stderr
+    assert "prefill" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_candidates_stay_within_learned_positions(tmp_path: Path) -> None:
+    """Looking up a position that is not there would be an IndexError near the end."""
+    done = dualblade(
+        *("generate", "-m", "random:opt?layers=1,hidden=64,heads=4,vocab=300,positions=160"),
+        *("-p", "ab" * 60, "--prompt-lookup", "10", "--store", str(tmp_path), "--json"),
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["prompt_tokens"] + result["new_tokens"] == 160 - 10
+
+
 def test_prompt_lookup_takes_several_tokens_a_sweep(
     generated: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -372,6 +372,22 @@ def test_text_is_written_as_soon_as_it_is_whole() -> None:
     assert stream.generation.tokens == [0, 1, 2, 3, 4]
 
 
+def test_lines_keep_their_indentation() -> None:
+    """As sentencepiece decodes: one space is taken from where the text begins."""
+    pieces = {0: " def", 1: ":\n", 2: "    return", 3: "\n", 4: "\n", 5: "  x"}
+    written: list[str] = []
+    stream = TokenStream(
+        lambda tokens: "".join(pieces[token] for token in tokens).removeprefix(" "),
+        written.append,
+        lambda: None,
+    )
+    stream.put(torch.tensor([[9, 9]]))
+    for token in pieces:
+        stream.put(torch.tensor([token]))
+    stream.end()
+    assert "".join(written) == "def:\n    return\n\n  x"
+
+
 def test_an_unfinished_character_is_written_at_the_end() -> None:
     stream, written = stream_of({0: b"a", 1: b"\xc3"})
     stream.put(torch.tensor([0]))
@@ -434,6 +450,10 @@ def test_room_for_new_tokens() -> None:
     assert check_length(model_with(300), 100, 200) == 200
     with pytest.raises(ConfigError, match="has 300 positions"):
         check_length(model_with(300), 300, None)
+    assert check_length(model_with(300), 100, None, candidates=10) == 190
+    with pytest.raises(ConfigError, match="beside 10 of prompt lookup") as refused:
+        check_length(model_with(300), 100, 195, candidates=10)
+    assert "--max-new-tokens 190" in str(refused.value.hint)
 
 
 def test_the_demo_text_is_long_and_without_its_header() -> None:

@@ -220,6 +220,18 @@ def test_no_hub_is_said_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert models.hub.HF_HUB_OFFLINE is False
 
 
+def test_what_is_no_hub_id_does_not_ask_for_the_hub(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Behind a firewall the question takes seconds."""
+    monkeypatch.setattr(models, "_hub_reachable", lambda: pytest.fail("the hub was asked"))
+    for spec in ("demo", f"random:llama?{TINY}", str(tmp_path)):
+        refused = pytest.raises(Unsupported, match="cannot be loaded: no such thing")
+        with refused as caught, models.told_shortly(spec):
+            raise ValueError("no such thing")
+        assert "hub" not in (caught.value.hint or "")
+
+
 def test_what_the_hub_answers() -> None:
     class GatedRepoError(OSError):
         pass

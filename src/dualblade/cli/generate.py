@@ -17,6 +17,7 @@ from dualblade.units import format_size, parse_size
 if TYPE_CHECKING:
     from dualblade.cli.generation import Generation
     from dualblade.config import EngineConfig
+    from dualblade.hf.cache import DualBladeCache
     from dualblade.hf.models import LoadedModel
 
 _PREFILL_CHUNK_TOKENS = 2048
@@ -254,7 +255,7 @@ def _generate(
     from dualblade.cli.generation import Sampling, check_length, generate_text
     from dualblade.hf.cache import DualBladeCache
 
-    new_tokens = check_length(loaded, len(prompt), request.max_new_tokens)
+    new_tokens = check_length(loaded, len(prompt), request.max_new_tokens, request.prompt_lookup)
     with DualBladeCache.for_model(
         loaded.model,
         store=request.store,
@@ -265,6 +266,8 @@ def _generate(
         max_tokens=len(prompt) + new_tokens + request.prompt_lookup,
         config=request.engine,
     ) as cache:
+        if request.trace is not None:
+            cache.write_trace(request.trace)  # says now what it would say at the end
         reporter.tell(f"prefill of {len(prompt)} tokens")
         write = _no_text if request.json else _write_text
         at_first: dict[str, Any] = {}
@@ -293,8 +296,16 @@ def _generate(
             reporter.finish()
             write("\n")
             if request.trace is not None:  # after Ctrl-C too: what was done until then
-                reporter.tell(f"{cache.write_trace(request.trace)} spans in {request.trace}")
+                reporter.note(_write_trace(cache, request.trace))
         return generation, at_first, cache.stats().to_dict()
+
+
+def _write_trace(cache: DualBladeCache, path: Path) -> str:
+    """What to say of it. An error here would take the text, or the error that ended it, away."""
+    try:
+        return f"{cache.write_trace(path)} spans in {path}"
+    except OSError as exc:
+        return f"no trace in {path}: {exc.strerror}"
 
 
 def _read_per_token(

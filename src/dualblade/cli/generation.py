@@ -116,8 +116,10 @@ class TokenStream:
             self._write(ready[self._written :])
             self._written = len(ready)
         if ready == text and text.endswith("\n"):
-            # Decoding all tokens at each one would make long texts slow; lines stand alone.
-            self._start, self._written = len(self.generation.tokens), 0
+            # Decoding all tokens at each one would make long texts slow; lines stand alone, but
+            # for the token that ends one: some tokenizers take a space from where a text begins.
+            self._start = len(self.generation.tokens) - 1
+            self._written = len(self._decode(self.generation.tokens[self._start :]))
 
 
 class PrefillProgress:
@@ -154,8 +156,11 @@ class PrefillProgress:
         self._tell(min(1.0, self._done / self._total))
 
 
-def check_length(loaded: LoadedModel, prompt_tokens: int, wanted: int | None) -> int:
-    """New tokens that there is room for: `wanted`, or 256 and what the positions leave.
+def check_length(
+    loaded: LoadedModel, prompt_tokens: int, wanted: int | None, candidates: int = 0
+) -> int:
+    """New tokens that there is room for: `wanted`, or 256 and what the positions leave. The model
+    computes up to `candidates` tokens past them.
 
     Raises: ConfigError when the prompt, or prompt and wanted tokens, pass the model's positions.
     """
@@ -164,16 +169,18 @@ def check_length(loaded: LoadedModel, prompt_tokens: int, wanted: int | None) ->
     positions = loaded.positions_max
     if positions is None:
         return wanted or NEW_TOKENS_DEFAULT
-    room = positions - prompt_tokens
+    room = positions - candidates - prompt_tokens
+    beside = f", beside {candidates} of prompt lookup" if candidates else ""
     if room < 1:
         raise ConfigError(
-            f"the prompt has {prompt_tokens} tokens; {loaded.name} has {positions} positions",
+            f"the prompt has {prompt_tokens} tokens{beside}; {loaded.name} has {positions} "
+            "positions",
             hint="shorten the prompt, or use a model with a longer context",
         )
     if wanted is not None and wanted > room:
         raise ConfigError(
-            f"prompt and new tokens ({prompt_tokens} + {wanted}) pass the {positions} positions of "
-            f"{loaded.name}",
+            f"prompt and new tokens ({prompt_tokens} + {wanted}{beside}) pass the {positions} "
+            f"positions of {loaded.name}",
             hint=f"use --max-new-tokens {room} or less",
         )
     return min(wanted or NEW_TOKENS_DEFAULT, room)

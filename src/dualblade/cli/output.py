@@ -111,6 +111,11 @@ class Reporter:
             sys.stderr.write(f"{self._what}: {done:.0%}{left}\n")
             sys.stderr.flush()
 
+    def note(self, line: str) -> None:
+        """A line that stays, after `finish`."""
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+
     def finish(self) -> None:
         """Take the moving line away."""
         if self._task is not None:

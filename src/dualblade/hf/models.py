@@ -292,7 +292,8 @@ def _silence() -> Iterator[None]:
 @contextlib.contextmanager
 def told_shortly(spec: str) -> Iterator[None]:
     """Foreign errors of loading `spec` as ours, in a line or two."""
-    is_hub_id = not Path(spec).expanduser().exists() and spec != "demo"
+    is_ours = spec == "demo" or spec.startswith(PREFIX)
+    is_hub_id = not is_ours and not Path(spec).expanduser().exists()
     offline = is_hub_id and not _hub_reachable()
     before = hub.HF_HUB_OFFLINE
     hub.HF_HUB_OFFLINE = before or offline  # else 23 s of retries; the local cache still counts
