@@ -20,8 +20,8 @@ def bench_report(
 ) -> None:
     """Make one self-contained HTML page of results, with figures and how to repeat them.
 
-    Any mixture of files that bench decode, envelope, io, attention and demo wrote; what is none
-    of them is skipped with a warning. Needs the extra `report`.
+    Any mixture of what the bench commands, demo, generate --json and the scripts wrote; other files
+    are skipped with a warning. Needs the extra `report`.
 
     \b
     Examples:
