@@ -24,7 +24,8 @@ from dualblade.errors import DualBladeError
 from dualblade.host.cgroup import MemoryLimit
 from dualblade.host.memory import process_memory
 from dualblade.host.process import die_with_parent, process_io, release_memory, reset_peak_memory
-from dualblade.metrics import TransferTotals
+from dualblade.metrics import CacheStats, TransferTotals
+from dualblade.units import EXTENT_ALIGN_BYTES, round_up
 
 QUESTION = (
     "Which house of Congress has the sole power to impeach, and which has the sole power to try "
@@ -176,9 +177,16 @@ def _generate(
         "decode_seconds_per_token": generation.decode_seconds_per_token,
         "device_read_bytes_per_token": device_bytes // max(1, len(generation.tokens) - 1),
         "page_cache_hit_fraction": _hit_fraction(at_first[0][1], stats.io, device_bytes),
-        "kv_room_bytes": stats.kv_bytes // stats.tokens * tokens_max,
+        "kv_room_bytes": _room_bytes(stats, tokens_max),
         "cache": stats.to_dict(),
     }
+
+
+def _room_bytes(stats: CacheStats, tokens_max: int) -> int:
+    """What path `memory` takes for the KV of so many tokens; over tiles in whole huge pages."""
+    units = 2 * (stats.memory_layers + stats.offloaded_layers)
+    unit = stats.kv_bytes // stats.tokens * tokens_max // units
+    return units * (round_up(unit, EXTENT_ALIGN_BYTES) if stats.attention == "tiles" else unit)
 
 
 def _load(options: DemoRun) -> Any:

@@ -34,11 +34,6 @@ class TileMemory:
         self._device = device
         self._held: dict[Extent, torch.Tensor] = {}
 
-    @property
-    def allocated_bytes(self) -> int:
-        """Memory of all extents."""
-        return sum(memory.nbytes for memory in self._held.values())
-
     def allocate(self, size_bytes: int, door: Door) -> Extent:
         """See `Space`."""
         size = round_up(size_bytes, EXTENT_ALIGN_BYTES)
