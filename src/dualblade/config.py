@@ -117,7 +117,7 @@ class EngineConfig:
         if self.checksums not in get_args(ChecksumMode):
             words = ", ".join(get_args(ChecksumMode))
             raise ConfigError(f"unknown checksums {self.checksums!r}", hint=f"use one of: {words}")
-        for name in ("io_poll", "discard", "in_place"):
+        for name in ("io_poll", "discard", "in_place", "keep_store_blocks"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
         _check("queue_depth", self.queue_depth, 1, 1024)
@@ -135,6 +135,8 @@ class EngineConfig:
             _check("tile_tokens", self.tile_tokens, 1, 4096)
         if self.staging_bytes is not None:
             _check("staging_bytes", self.staging_bytes, 64 * KIB, 64 * GIB)
+        if self.disk_capacity_bytes is not None:
+            _check("disk_capacity_bytes", self.disk_capacity_bytes, 1, 1 << 60)
         if self.memory_reserve_bytes is not None:
             _check("memory_reserve_bytes", self.memory_reserve_bytes, 0, 1 << 50)
         if self.cache_percent is not None:

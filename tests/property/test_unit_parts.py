@@ -90,6 +90,11 @@ class UnitMachine(RuleBasedStateMachine):
                     self.tiles[tile][1].append(self.next_checksum)
                     self.next_checksum += 1
 
+    @rule(count=st.integers(1, 120))
+    def refuse(self, count: int) -> None:
+        """A step that another unit had no room for: this one's room stays unused."""
+        self.unit.make_room(count, self.batch)
+
     @rule(cuts=st.integers(0, 40), more=st.integers(0, MIB))
     def place(self, cuts: int, more: int) -> None:
         self.unit.place(cuts * self.geometry.cut_bytes(self.batch) + more)
@@ -127,6 +132,14 @@ class UnitMachine(RuleBasedStateMachine):
     def tiles_are_where_they_were_written(self) -> None:
         for tile, (place, _) in enumerate(self.tiles):
             assert self.place_of(tile) == place
+
+    @invariant()
+    def segments_follow_each_other(self) -> None:
+        end = 0
+        for segment in self.unit.segments if hasattr(self, "unit") else ():
+            assert segment.first_tile == end
+            assert segment.capacity >= 0
+            end = segment.end_tile
 
     @invariant()
     def checksums_are_those_of_their_tiles(self) -> None:

@@ -15,6 +15,8 @@ from dualblade.io import ENGINE_CHOICES
         ({"io_pol": True}, "did you mean 'io_poll'"),
         ({"io_poll": "on"}, "io_poll must be true or false"),
         ({"discard": 1}, "discard must be true or false"),
+        ({"keep_store_blocks": "no"}, "keep_store_blocks must be true or false"),
+        ({"disk_capacity_bytes": 0}, "disk_capacity_bytes"),
         ({"io_engine": "uring_cmd"}, "use auto, uring-cmd, io_uring or posix"),
     ],
 )

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from dualblade.config import EngineConfig, Path, check_attention
-from dualblade.errors import BudgetError, ConfigError, Unsupported
+from dualblade.errors import BudgetError, Closed, ConfigError, Unsupported
 from dualblade.hf.choice import AttentionChoice, choose, give_back, lend
 from dualblade.hf.footprint import staging_and_tails, weights_per_token
 from dualblade.hf.geometry import (
@@ -76,6 +76,9 @@ class DualBladeCache(Cache):
         self._pipeline = pipeline
         self._store = store
         self._profile: DeviceProfile | None = None
+        self._is_closed = False
+        stored = (index for index, layer in enumerate(layers) if isinstance(layer, StoredLayer))
+        self._first_stored = next(stored, len(layers))
         # A cache that is dropped without close must leave neither its store open nor the model with
         # its attention.
         self._end = None if pipeline is None else weakref.finalize(self, pipeline.close)
@@ -168,7 +171,29 @@ class DualBladeCache(Cache):
                 "with more",
                 hint="make one with for_model for each model",
             )
+        if self._is_closed:
+            raise Closed("this cache is closed", hint="make a new one with for_model")
+        if layer_idx == self._first_stored:  # of a step
+            self._check_beside(key_states)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _check_beside(self, key_states: torch.Tensor) -> None:
+        """At the first stored layer of a step, before its new rows [batch, kv_heads, n, dim] are
+        taken in, layers with a window have as many tokens as it has, and those before it the new
+        ones too. They are transformers', which takes rows in and cannot refuse them later.
+
+        Raises: Closed.
+        """
+        first, new = self._first_stored, key_states.shape[2]
+        stored = self.get_seq_length(first)
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, DynamicSlidingWindowLayer):
+                continue
+            if layer.get_seq_length() != stored + (new if index < first else 0):
+                raise Closed(
+                    "a step was refused or ended between two layers, and the content is lost",
+                    hint="reset the cache for another prompt",
+                )
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> None:
         """Take in rows [batch, kv_heads, n, dim] of a layer without attending to them.
@@ -185,6 +210,10 @@ class DualBladeCache(Cache):
         """End all transfers, discard the KV, free memory, give the model its attention back. Twice
         is once; after Ctrl-C it goes on where it was."""
         self._give_back()  # once
+        self._is_closed = True
+        for layer in self.layers:
+            if not isinstance(layer, StoredLayer):
+                layer.reset()
         if self._pipeline is not None and self._end is not None:
             self._pipeline.close()
             self._end.detach()

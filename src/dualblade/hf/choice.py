@@ -80,12 +80,19 @@ class _Loan:
     original: dict[str, Any]
 
 
-_LOANS: WeakKeyDictionary[PreTrainedModel, _Loan] = WeakKeyDictionary()
+_LOANS: WeakKeyDictionary[torch.nn.Module, _Loan] = WeakKeyDictionary()
+"""By `_innermost`: a wrapper and what it wraps have one attention."""
+
+
+def _innermost(model: PreTrainedModel) -> torch.nn.Module:
+    """The transformers model in a wrapper (PEFT's, torch.compile's)."""
+    return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
 
 
 def lend(model: PreTrainedModel) -> None:
     """Give `model` the attention over tiles until `give_back` was called as often."""
-    loan = _LOANS.get(model)
+    key = _innermost(model)
+    loan = _LOANS.get(key)
     if loan is None:
         config = model.config
         original: dict[str, Any] = {"": config._attn_implementation}
@@ -93,23 +100,24 @@ def lend(model: PreTrainedModel) -> None:
             sub = getattr(config, name, None)
             if sub is not None:
                 original[name] = sub._attn_implementation
-        loan = _LOANS[model] = _Loan(0, original)
+        loan = _LOANS[key] = _Loan(0, original)
         model.set_attn_implementation(NAME)
     loan.count += 1
 
 
 def give_back(model: PreTrainedModel) -> None:
     """The model's own attention, once nobody uses ours; kept when someone set another meanwhile."""
-    loan = _LOANS.get(model)
+    key = _innermost(model)
+    loan = _LOANS.get(key)
     if loan is None:
         return
     loan.count -= 1
     if loan.count == 0:
-        del _LOANS[model]
+        del _LOANS[key]
         if model.config._attn_implementation == NAME:
             model.set_attn_implementation(loan.original)
 
 
 def _lent_for(model: PreTrainedModel) -> Any:
-    loan = _LOANS.get(model)
+    loan = _LOANS.get(_innermost(model))
     return None if loan is None else loan.original[""]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from dualblade.errors import ConfigError, Unsupported
 from dualblade.hf.choice import AttentionChoice
 from dualblade.hf.lazy import offered_tensors
 from dualblade.pipeline import KVPipeline, MemoryKV
+from dualblade.pipeline.layer import check_length
 
 
 class StoredLayer(CacheLayerMixin):
@@ -43,7 +46,8 @@ class StoredLayer(CacheLayerMixin):
     @record_past.setter
     def record_past(self, value: bool) -> None:
         self._record_past = value
-        self._pipeline.set_recall(self._index, value)
+        with _lasting():
+            self._pipeline.set_recall(self._index, value)
 
     def activate_past_recording(self) -> None:
         """transformers is about to append candidates and crop the rejected ones."""
@@ -71,8 +75,7 @@ class StoredLayer(CacheLayerMixin):
         key_states = _as_autocast(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        # Tails outlive the call: made under inference_mode they could not be written outside it.
-        with torch.inference_mode(False), torch.no_grad():
+        with _lasting():
             if self._attention.over_tiles and self.get_seq_length():
                 offer = self._pipeline.offer(self._index, key_states, value_states)
                 return offered_tensors(offer, self._attention.fall_back)
@@ -86,7 +89,7 @@ class StoredLayer(CacheLayerMixin):
         key_states = _as_autocast(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        with torch.inference_mode(False), torch.no_grad():
+        with _lasting():
             self._pipeline.append(self._index, key_states, value_states)
         self._keep_recording()
 
@@ -109,22 +112,26 @@ class StoredLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget all tokens, of all stored layers: they are one cache."""
         if self.get_seq_length():
-            self._pipeline.reset()
+            with _lasting():
+                self._pipeline.reset()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Beam search: sequence i becomes what `beam_idx[i]` was. Stored tiles do not move."""
-        self._pipeline.select(self._index, beam_idx)
+        with _lasting():
+            self._pipeline.select(self._index, beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences that `indices` name (numbers, or a mask), in that order."""
         if indices.dtype == torch.bool:
             indices = indices.nonzero().squeeze(1)
-        self._pipeline.select(self._index, indices)
+        with _lasting():
+            self._pipeline.select(self._index, indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence `repeats` times, copies side by side."""
         batch = self._pipeline.batch(self._index)
-        self._pipeline.select(self._index, torch.arange(batch).repeat_interleave(repeats))
+        with _lasting():
+            self._pipeline.select(self._index, torch.arange(batch).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` tokens. Raises: ConfigError for a positive one."""
@@ -132,7 +139,8 @@ class StoredLayer(CacheLayerMixin):
             raise ConfigError(
                 f"crop({tokens_to_remove}): tokens to remove are given as a negative number"
             )
-        self._pipeline.crop(self._index, -tokens_to_remove)
+        with _lasting():
+            self._pipeline.crop(self._index, -tokens_to_remove)
 
     def offload(self) -> None:
         """Nothing to do: the rows are in the store already."""
@@ -165,7 +173,13 @@ class MemoryLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         past, new = self.get_seq_length(), key_states.shape[-2]
-        with torch.inference_mode(False), torch.no_grad():
+        check_length(past + new, self._tokens_max)
+        if past and self.keys is not None and len(self.keys) != len(key_states):
+            raise ConfigError(
+                f"sequences changed: they were {len(self.keys)}, now {len(key_states)}",
+                hint="reset the cache before another prompt or batch",
+            )
+        with _lasting():
             buffers = self._room_for(past + new, key_states, value_states)
             for buffer, rows in zip(buffers, (key_states, value_states), strict=True):
                 buffer[:, :, past : past + new] = rows
@@ -210,6 +224,13 @@ class MemoryLayer(DynamicLayer):
         """Repeat each sequence `repeats` times."""
         self._buffers = None
         super().batch_repeat_interleave(repeats)
+
+
+@contextlib.contextmanager
+def _lasting() -> Iterator[None]:
+    """Tails outlive the call: made under inference_mode they could not be written outside it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _as_autocast(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

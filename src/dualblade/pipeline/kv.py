@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from dualblade.errors import BudgetError, ConfigError, DualBladeError, NoSpace
+from dualblade.errors import BudgetError, DualBladeError, NoSpace
 from dualblade.io import Engine
 from dualblade.metrics import (
     EngineFacts,
@@ -246,12 +246,6 @@ class KVPipeline(LayeredKV):
         """Memory, plan and blocks for `new_rows` more rows. At the first layer of a step for all
         layers, so that a step that does not fit is refused whole."""
         tokens = layer.tokens + new_rows
-        if self._settings.tokens_max is not None and tokens > self._settings.tokens_max:
-            raise ConfigError(
-                f"the context would grow to {tokens} tokens, past max_tokens="
-                f"{self._settings.tokens_max}",
-                hint="give for_model a larger max_tokens, or none",
-            )
         together = [
             other
             for other in self._layers.values()

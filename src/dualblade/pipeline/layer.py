@@ -59,6 +59,7 @@ class Layer:
     values: HalfLayer
     batch: int
     dtype: torch.dtype
+    tokens_max: int | None
     table: SequenceTable = field(default_factory=SequenceTable)
     stored_tiles: int = 0
     tail_rows: int = 0
@@ -233,7 +234,7 @@ class LayerMaker:
             )
             unit = Unit(UnitId(index, part), geometry, self.space, tokens_max=self.tokens_max)
             halves.append(HalfLayer(unit, tensor.new_empty(shape)))
-        return Layer(index, halves[0], halves[1], batch, key_rows.dtype)
+        return Layer(index, halves[0], halves[1], batch, key_rows.dtype, self.tokens_max)
 
 
 def check_rows(key_rows: torch.Tensor, value_rows: torch.Tensor) -> None:
@@ -252,6 +253,15 @@ def check_rows(key_rows: torch.Tensor, value_rows: torch.Tensor) -> None:
         raise ConfigError(f"keys are {key_rows.dtype}, values {value_rows.dtype}")
 
 
+def check_length(tokens: int, tokens_max: int | None) -> None:
+    """Refuse more than the stated maximum of tokens. Raises: ConfigError."""
+    if tokens_max is not None and tokens > tokens_max:
+        raise ConfigError(
+            f"the context would grow to {tokens} tokens, past max_tokens={tokens_max}",
+            hint="give for_model a larger max_tokens, or none",
+        )
+
+
 def check_continues(layer: Layer, key_rows: torch.Tensor, value_rows: torch.Tensor) -> None:
     """Refuse rows that do not continue the layer. Raises: ConfigError."""
     for name, half, rows in (("keys", layer.keys, key_rows), ("values", layer.values, value_rows)):
@@ -263,3 +273,4 @@ def check_continues(layer: Layer, key_rows: torch.Tensor, value_rows: torch.Tens
                 f"{layer.dtype}, now {now} of {rows.dtype}",
                 hint="reset the cache before another prompt or batch",
             )
+    check_length(layer.tokens + key_rows.shape[2], layer.tokens_max)

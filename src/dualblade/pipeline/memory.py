@@ -92,8 +92,9 @@ class MemoryKV(LayeredKV):
         check_rows(key_rows, value_rows)
         layer = self._layers.get(index)
         if layer is None:
-            layer = self._layers[index] = self._maker.make(index, key_rows, value_rows)
+            layer = self._maker.make(index, key_rows, value_rows)
         check_continues(layer, key_rows, value_rows)
+        self._layers[index] = layer
         layer.fit_tails()
         return layer
 

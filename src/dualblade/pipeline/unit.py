@@ -165,10 +165,12 @@ class Unit:
         self.place(self.cached_bytes)
 
     def _end_batch(self, end: int) -> None:
-        """No more tiles of the last segment's batch come, after tile `end`."""
-        while self.segments[-1].is_rest and self.segments[-1].first_tile >= end:
+        """No more tiles of the last segment's batch come, after tile `end`. Segments beyond it are
+        rests that were cut, or room for a step that was refused."""
+        while len(self.segments) > 1 and self.segments[-1].first_tile >= end:
             self._space.free(self.segments.pop().extent)
-        self.segments[-1].capacity = end - self.segments[-1].first_tile
+        last = self.segments[-1]
+        last.capacity = min(last.capacity, end - last.first_tile)
 
     def _room_bytes(self, segment: Segment) -> int:
         return segment.capacity * self.geometry.tile_bytes(segment.batch)
