@@ -16,6 +16,10 @@ _CACHESTAT = 451
 _NO_CACHESTAT = frozenset({errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP})
 """Old kernel; forbidden by a seccomp profile or for want of ownership; a file system without it."""
 
+_OVERLAYFS = 0x794C7630
+_STATFS_BYTES = 256
+"""More than struct statfs of any architecture; its first word is the type."""
+
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -62,8 +66,9 @@ class PageCacheUse:
 def cached_bytes(fd: int, offset: int, size_bytes: int) -> PageCacheUse:
     """How much of [offset, offset + size_bytes) of the open file or block device is cached.
 
-    Asks cachestat(2); where that is missing or forbidden mincore(2), which knows nothing of dirty
-    pages and calls everything cached when the file is neither ours nor writable to us.
+    Asks cachestat(2); where that is missing, forbidden or blind (`is_overlay`) mincore(2), which
+    knows nothing of dirty pages and calls everything cached when the file is neither ours nor
+    writable to us.
     Pages beyond the end of the file are not cached. Neither call reads or keeps pages.
     Cost of cachestat: by folio; 2 us for 16 MiB in large folios, 35 us in 4 KiB pages.
 
@@ -74,10 +79,21 @@ def cached_bytes(fd: int, offset: int, size_bytes: int) -> PageCacheUse:
     if size_bytes == 0:  # a length of 0 means 'to the end of the file' to cachestat
         return PageCacheUse(cached_bytes=0, dirty_bytes=0, writeback_bytes=0)
     use = _cachestat(fd, offset, size_bytes)
-    if use is not None:
+    if use is not None and (use.cached_bytes or not is_overlay(fd)):
         return use
     cached = _mincore(fd, offset, size_bytes)
     return PageCacheUse(cached_bytes=cached, dirty_bytes=None, writeback_bytes=None)
+
+
+def is_overlay(fd: int) -> bool:
+    """Whether the open file is on overlayfs, as a container's own files are.
+
+    Its pages belong to another file, below. Reads, writes, fsync, fadvise and mmap go there;
+    cachestat and sync_file_range do not: they find nothing, and say so without an error.
+    Source: statfs(2); fs/overlayfs/file.c.
+    """
+    buffer = (ctypes.c_long * (_STATFS_BYTES // ctypes.sizeof(ctypes.c_long)))()
+    return _libc.fstatfs(fd, ctypes.byref(buffer)) == 0 and buffer[0] == _OVERLAYFS
 
 
 def drop(fd: int, offset: int, size_bytes: int) -> None:

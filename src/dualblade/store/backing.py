@@ -18,7 +18,8 @@ from pathlib import Path
 from dualblade.errors import DualBladeError, NotAStore, StorageError, Unsupported
 from dualblade.host.devices import device_facts
 from dualblade.host.drives import find_drive
-from dualblade.io import Engine
+from dualblade.host.page_cache import is_overlay
+from dualblade.io import Engine, Op
 from dualblade.store.fiemap import contiguous_pieces, file_extents
 from dualblade.store.format import DATA_OFFSET, Superblock
 from dualblade.store.place import (
@@ -44,6 +45,7 @@ class FileBacking:
     direct_fd: int | None
     buffered_fd: int
     superblock: Superblock
+    sync: Op
 
     @property
     def coherent(self) -> bool:
@@ -124,6 +126,7 @@ class HeldFile:
             direct_fd=self.direct_fd,
             buffered_fd=self.fd,
             superblock=superblock,
+            sync=Op.DATASYNC if is_overlay(self.fd) else Op.SYNC_RANGE,
         )
 
     def let_go(self) -> None:

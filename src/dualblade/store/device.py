@@ -16,7 +16,7 @@ from dualblade.errors import DualBladeError, NotAStore, StorageError, Unsupporte
 from dualblade.host.drives import PERMISSION_WORDS, Drive, find_drive, signatures
 from dualblade.host.nvme import nvme_facts
 from dualblade.host.page_cache import drop
-from dualblade.io import Engine, Namespace
+from dualblade.io import Engine, Namespace, Op
 from dualblade.store.format import (
     DATA_OFFSET,
     DeviceSection,
@@ -48,6 +48,10 @@ class DeviceBacking:
     buffered_fd: int
     superblock: Superblock
     coherent: bool
+
+    @property
+    def sync(self) -> Op:
+        return Op.SYNC_RANGE
 
     def allocate(self, offset: int, size_bytes: int) -> None:
         """A device has all its blocks."""

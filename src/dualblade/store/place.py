@@ -9,6 +9,7 @@ from typing import Protocol
 
 from dualblade.errors import NoSpace, StorageError
 from dualblade.host.page_cache import drop
+from dualblade.io import Op
 from dualblade.store.format import DATA_OFFSET, SUPERBLOCK_BYTES, Superblock
 
 
@@ -61,6 +62,7 @@ class Backing(Protocol):
     direct_fd    the direct door; None when none was asked for.
     buffered_fd  the page-cache door, and the descriptor whose writeback errors count.
     superblock   as it is there now.
+    sync         what writes a range of buffered_fd back: SYNC_RANGE where the file system has it.
     coherent     direct writes leave no stale page behind: true but for NVMe passthrough.
     """
 
@@ -72,6 +74,8 @@ class Backing(Protocol):
     def buffered_fd(self) -> int: ...
     @property
     def superblock(self) -> Superblock: ...
+    @property
+    def sync(self) -> Op: ...
     @property
     def coherent(self) -> bool: ...
 

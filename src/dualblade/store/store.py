@@ -411,7 +411,7 @@ class Store:
     def _syncs(self, offset: int, size_bytes: int) -> list[Transfer]:
         """Writeback of a range, on each member's descriptor that wrote; they run side by side."""
         return [
-            Transfer(backing.buffered_fd, Op.SYNC_RANGE, 0, size, at)
+            Transfer(backing.buffered_fd, backing.sync, 0, size, at)
             for backing, at, size in self._members.ranges(offset, size_bytes)
         ]
 
