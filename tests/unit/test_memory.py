@@ -229,6 +229,22 @@ def test_hybrid_machines_have_both_versions(tree: Tree) -> None:
     ]
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_the_hosts_tree_in_a_container_hides_no_limit(tree: Tree, *, is_first: bool) -> None:
+    """With -v /:/host the host's cgroups are there too, from outside our namespace."""
+    tree.v2("/")
+    tree.v2_group("/", GIB, 2 * GIB)
+    mounts = [
+        V2_MOUNT.format(root="/"),
+        V2_MOUNT.format(root="/../..").replace("/sys/fs/cgroup ", "/host/sys/fs/cgroup "),
+    ]
+    ordered = mounts[::-1] if is_first else mounts
+    tree.write("proc/self/mountinfo", OTHER_MOUNTS + "".join(ordered))
+    assert [str(g.directory) for g in find_memory_groups(tree.root)] == [
+        str(tree.root / "sys/fs/cgroup")
+    ]
+
+
 @pytest.mark.parametrize("own", ["/", "/../other", "/docker/not-below-this-mount"])
 def test_in_a_namespace_the_top_of_the_mount_is_ours(tree: Tree, own: str) -> None:
     tree.v2(own)

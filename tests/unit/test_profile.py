@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from dualblade.bench.doors import TuneOptions, measure_doors
 from dualblade.cli.app import app
 from dualblade.config import EngineConfig
 from dualblade.config import Path as KVPath
-from dualblade.errors import ConfigError, NotAStore
+from dualblade.errors import ConfigError, NotAStore, StorageError
 from dualblade.hf.models import config_of, load_model
 from dualblade.hf.plan import PlanRequest, plan_cache
 from dualblade.hf.speeds import (
@@ -39,6 +40,7 @@ from dualblade.io import open_engine
 from dualblade.metrics import TransferTotals
 from dualblade.residency.speeds import worth_caching
 from dualblade.store import Store
+from dualblade.store.backing import cache_directory
 from dualblade.store.formatting import carry_out_format, plan_format
 from dualblade.store.inspect import inspect_store
 from dualblade.store.measure import SWEEP_BYTES
@@ -275,3 +277,17 @@ def test_a_measured_device_gives_plan_and_cache_the_same_units(tmp_path: Path) -
         assert cache.stats().plan == plan.placements
     assert {unit.path for unit in plan.placements} == {"direct"}
     assert "as fast as" in plan.placements[0].reason
+
+
+def test_without_a_home_nothing_is_made_of_its_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A uid that the machine does not know, and no HOME: '~' stands for nothing."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert load_profile(tmp_path) is None
+    with pytest.raises(StorageError, match="no home directory"):
+        cache_directory()
+    assert list(tmp_path.iterdir()) == []

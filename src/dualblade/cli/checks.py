@@ -129,7 +129,7 @@ def _torch() -> dict[str, Any]:
 
 def _cache_place() -> Path:
     """The cache directory, or the nearest folder above that exists: looking makes nothing."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     place = Path(base) / "dualblade"
     return next(folder for folder in (place, *place.absolute().parents) if folder.exists())
 

@@ -207,7 +207,9 @@ def _cgroup_mounts(table: str) -> list[tuple[int, str, str]]:
     """(version, root within the hierarchy, mount point) of each from /proc/self/mountinfo.
 
     Line: 35 31 0:32 /root /mount/point rw,relatime shared:1 - cgroup source rw,memory
-    A hierarchy mounted twice is taken once; the later mount may hide the earlier one.
+    A hierarchy mounted twice is taken once; the later mount may hide the earlier one. A root that
+    begins with '..' is outside our cgroup namespace (a container that sees its host's tree): it is
+    taken only where there is no other.
     """
     mounts: dict[int, tuple[int, str, str]] = {}
     for line in table.splitlines():
@@ -217,9 +219,13 @@ def _cgroup_mounts(table: str) -> list[tuple[int, str, str]]:
             continue
         entry = (unescape(fields[3]), unescape(fields[4]))
         if kind[0] == "cgroup2":
-            mounts[2] = (2, *entry)
+            version = 2
         elif kind[0] == "cgroup" and "memory" in kind[-1].split(","):
-            mounts[1] = (1, *entry)
+            version = 1
+        else:
+            continue
+        if version not in mounts or not entry[0].startswith("/.."):
+            mounts[version] = (version, *entry)
     return list(mounts.values())
 
 

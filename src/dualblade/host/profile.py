@@ -8,6 +8,7 @@ none until that one is measured.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -79,7 +80,7 @@ def _check_rates(*rates: float) -> None:
 
 def profiles_file() -> Path:
     """Where profiles are: $XDG_CONFIG_HOME/dualblade/profiles.json."""
-    base = os.environ.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser()
+    base = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     return Path(base) / "dualblade" / "profiles.json"
 
 
@@ -116,6 +117,8 @@ def save_profile(profile: DeviceProfile) -> Path:
     """
     file = profiles_file()
     try:
+        if not file.is_absolute():  # '~' is not expanded, and would be a folder of that name
+            raise FileNotFoundError(errno.ENOENT, "there is no home directory; set XDG_CONFIG_HOME")
         file.parent.mkdir(parents=True, exist_ok=True)
         known = {**_read_all(file), profile.device: asdict(profile)}
         fresh = file.with_suffix(f".{os.getpid()}")

@@ -140,6 +140,8 @@ def cache_directory() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = Path(base) / "dualblade"
     try:
+        if base.startswith("~/"):  # it is not expanded, and would be a folder of that name
+            raise FileNotFoundError(errno.ENOENT, "there is no home directory")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as exc:
         raise StorageError(
@@ -287,7 +289,7 @@ def _lock(fd: int, name: str) -> None:
 
 
 def _open_direct(fd: int, name: str) -> int:
-    facts = device_facts(name if os.path.isdir(name) else os.path.dirname(name) or ".")
+    facts = device_facts(name)
     if not facts.direct.possible:
         raise Unsupported(
             f"{name} cannot be accessed directly: {facts.direct.reason}",
