@@ -262,5 +262,5 @@ def test_a_tiny_envelope_measures(tmp_path: Path) -> None:
     assert entry["oom_killed"] == 0
     assert entry["errors"] == []
     assert entry["dual_to_best"] > 0
-    assert entry["best_static_percent"] in (0, 40, 50, 60)
+    assert entry["best_static_percent"] in (0, 10, 40, 50, 60)  # each of the two, or beside it
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl"]
