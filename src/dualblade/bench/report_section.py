@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dualblade.bench import figures
-from dualblade.bench.workload import MMAP, STOLEN_MAX, is_stored
+from dualblade.bench.workload import MMAP, is_stored
+from dualblade.host.machine import STOLEN_MAX
 from dualblade.units import GIB, MIB
 
 BEATEN = 1.05

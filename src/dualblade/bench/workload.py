@@ -28,6 +28,7 @@ from dualblade.config import EngineConfig, check_attention, parse_settings
 from dualblade.errors import ConfigError, DualBladeError, Unsupported
 from dualblade.host.cgroup import MemoryCgroup
 from dualblade.host.drives import find_drive
+from dualblade.host.machine import STOLEN_MAX
 from dualblade.units import MIB, format_size, parse_size
 
 YARDSTICK = "dynamic-cache"
@@ -383,10 +384,6 @@ def tokens_agree(runs: list[dict[str, Any]]) -> bool | None:
             hashes.setdefault(run["attention"], []).append(run["tokens_sha256"])
     compared = [some for some in hashes.values() if len(some) > 1]
     return all(len(set(some)) == 1 for some in compared) if compared else None
-
-
-STOLEN_MAX = 0.02
-"""Of the processors, while a run was timed; with more its figures are the neighbours' as well."""
 
 
 def stolen_text(run: Mapping[str, Any]) -> str:

@@ -29,9 +29,6 @@ from run to run. It is page cache too where nothing else takes it. The prefill i
 its activations: with the gaps that freed ones leave in the heap they took 70 to 180 MB, from run to
 run of one path. At the first token that is taken back."""
 
-_STOLEN_MAX = 0.02
-"""Of the processors, before it is told."""
-
 
 def demo(
     memory_budget: Annotated[
@@ -222,6 +219,8 @@ def _table(runs: list[dict[str, Any]]) -> Any:
 
 
 def _notes(result: dict[str, Any]) -> list[str]:
+    from dualblade.host.machine import STOLEN_MAX
+
     dual = next(run for run in result["runs"] if run["path"] == "dual")["cache"]
     cached = [unit for unit in dual["plan"] if unit["path"] == "page-cache"]
     engine = dual["engine"]
@@ -231,7 +230,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
         f"dual: {len(cached)} of {len(dual['plan'])} units through the page cache, the rest "
         f"direct; I/O engine {engine['name']}{because}",
     ]
-    if result["stolen_fraction"] > _STOLEN_MAX:
+    if result["stolen_fraction"] > STOLEN_MAX:
         notes.append(
             f"the hypervisor gave {result['stolen_fraction']:.0%} of the processors to others "
             "meanwhile: times are longer for it"

@@ -17,6 +17,10 @@ from dualblade.host.memory import ROOT, available_memory
 
 PACKAGES = ("dualblade", "torch", "transformers", "safetensors", "numpy")
 
+STOLEN_MAX = 0.02
+"""Of the processors, while something was timed; with more its figures are the neighbours' as
+well, and that is told."""
+
 
 def machine_facts(path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """Kernel, processor, memory, versions and date; with `path`, what it stands on.

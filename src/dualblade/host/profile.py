@@ -117,7 +117,7 @@ def save_profile(profile: DeviceProfile) -> Path:
     """
     file = profiles_file()
     try:
-        if not file.is_absolute():  # '~' is not expanded, and would be a folder of that name
+        if str(file).startswith("~/"):  # '~' is not expanded, and would be a folder of that name
             raise FileNotFoundError(errno.ENOENT, "there is no home directory; set XDG_CONFIG_HOME")
         file.parent.mkdir(parents=True, exist_ok=True)
         known = {**_read_all(file), profile.device: asdict(profile)}

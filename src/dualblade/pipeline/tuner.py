@@ -151,8 +151,11 @@ class Tuner:
 
     def step(self, times: StepTimes) -> None:
         """What a step took with the setting in force."""
-        if self._is_fixed or not self._is_like_the_last(times):
+        last, self._rows = self._rows, times.rows
+        is_prompt = times.rows > self._policy.growth_max * times.tokens
+        if self._is_fixed or is_prompt or times.rows != last:
             return
+        self._note_rows(times.rows)
         if self._to_skip and times.seconds < self._policy.window_seconds:
             self._to_skip -= 1
             return
@@ -170,19 +173,16 @@ class Tuner:
         else:
             self._rest(took, self._reference)
 
-    def _is_like_the_last(self, times: StepTimes) -> bool:
-        """Whether the step can be compared with those before it."""
-        last, self._rows = self._rows, times.rows
-        if times.rows != last or times.rows > self._policy.growth_max * times.tokens:
-            return False
-        fewer, more = sorted((times.rows, self._begun_rows))
-        if more > self._policy.other_rows * fewer:
-            self._begun_rows, self._hold = times.rows, self._policy.hold_steps
-            self._is_at_rest, self._reference, self._before_try = False, None, None
-            self._seen.clear()
-            if self.setting.slots != self._first:
-                self._change(self._first, f"steps of {times.rows} rows are other work")
-        return True
+    def _note_rows(self, rows: int) -> None:
+        """Begin anew where steps of so many rows are other work than what was learned from."""
+        fewer, more = sorted((rows, self._begun_rows))
+        if more <= self._policy.other_rows * fewer:
+            return
+        self._begun_rows, self._hold = rows, self._policy.hold_steps
+        self._is_at_rest, self._reference, self._before_try = False, None, None
+        self._seen.clear()
+        if self.setting.slots != self._first:
+            self._change(self._first, f"steps of {rows} rows are other work")
 
     def _has_seen_enough(self) -> bool:
         seconds = sum(times.seconds for times in self._seen)
