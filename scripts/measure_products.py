@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from dualblade.hf.linear import WidenedLinear, widen_linears, widening_pays
+from dualblade.attention import widening_pays
+from dualblade.hf.linear import WidenedLinear, widen_linears
 from dualblade.hf.models import load_model
 from dualblade.host.machine import command_line, machine_facts
 from dualblade.host.threads import wait_briefly

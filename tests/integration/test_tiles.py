@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import dualblade
 from dualblade import DualBladeCache, EngineConfig
+from dualblade.attention import GroupedAttention
 from tests.integration.tiny_models import EAGER_ONLY, FAMILIES, prompt, tiny_model
 from tests.stepping import take_turn
 
@@ -111,6 +112,23 @@ def test_every_path_has_the_same_bits(options: dict[str, Any], dtype: torch.dtyp
         assert torch.equal(other.sequences, first.sequences), path
         for ours, theirs in zip(other.logits, first.logits, strict=True):
             assert torch.equal(ours, theirs), path
+
+
+@pytest.mark.parametrize(("pays", "held"), [(False, torch.bfloat16), (True, torch.float32)])
+def test_a_group_is_widened_where_16_bits_multiply_slowly(
+    pays: bool, held: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+
+    def noted(query: Any, keys: torch.Tensor, values: torch.Tensor) -> GroupedAttention:
+        seen.update((keys.dtype, values.dtype))
+        return GroupedAttention(query, keys, values)
+
+    monkeypatch.setattr("dualblade.pipeline.attend.widening_pays", lambda _: pays)
+    monkeypatch.setattr("dualblade.pipeline.attend.GroupedAttention", noted)
+    model = tiny_model(dtype=torch.bfloat16)
+    run(model, "direct", prompt(batch=2, tokens=300), prefill_chunk_size=90, max_new_tokens=2)
+    assert seen == {held}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from dualblade.attention import AttentionQuery, GroupedAttention, KernelAttention, Rows, Running
+from dualblade.attention import (
+    AttentionQuery,
+    GroupedAttention,
+    KernelAttention,
+    Rows,
+    Running,
+    grouped,
+)
 from dualblade.attention.kernel import _native
 
 GROUP_TOKENS = 512
@@ -79,8 +86,8 @@ class Case:
     def kernel(self) -> KernelAttention:
         return KernelAttention(self.query, self.kv_heads, self.dims[1])
 
-    def grouped(self) -> GroupedAttention:
-        is_one = self.keys.shape[2] <= GROUP_TOKENS
+    def grouped(self, *, widened: bool = False) -> GroupedAttention:
+        is_one = self.keys.shape[2] <= GROUP_TOKENS and not widened
         group = (
             torch.empty(
                 (self.batch, self.kv_heads, GROUP_TOKENS, dim),
@@ -141,6 +148,7 @@ def test_groups_are_as_close_as_sdpa(problem: dict[str, object]) -> None:
     out = case.run(case.grouped(), case.piece_tiles)
     assert_close(case, out)
     assert torch.equal(case.run(case.grouped(), 100, both=True), out)
+    assert_close(case, case.run(case.grouped(widened=True), case.piece_tiles))
 
 
 @pytest.mark.parametrize("name", ["amx", "avx512", "avx2", "plain"])
@@ -208,6 +216,44 @@ def test_masks_biases_and_caps_are_heeded() -> None:
     scores = torch.tanh(query @ keys.transpose(2, 3) * 0.2 / 3.0) * 3.0 + bias
     want = torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1) @ values
     torch.testing.assert_close(running.finish(), want.transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("past", "tokens", "calls"),
+    [
+        # Groups of 64 tokens. What is before the query, and its own rows: (query rows, keys).
+        (0, 60, [(60, 60)]),
+        (50, 10, [(20, 50), (10, 10)]),
+        (100, 60, [(120, 64), (120, 36), (60, 28), (32, 32)]),
+    ],
+    ids=["first", "one group", "three groups"],
+)
+def test_what_no_row_sees_is_not_multiplied(
+    past: int, tokens: int, calls: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two heads share a KV head: rows that see all keys are folded, a causal call is of one head's
+    rows and of keys that begin with them."""
+    seen: list[tuple[int, int]] = []
+    real = grouped._flash
+
+    def counted(rows: torch.Tensor, keys: torch.Tensor, *rest: object, **more: object) -> object:
+        seen.append((rows.shape[2], keys.shape[2]))
+        return real(rows, keys, *rest, **more)
+
+    monkeypatch.setattr(grouped, "_flash", counted)
+    monkeypatch.setattr(AttentionQuery, "visible", lambda *_: pytest.fail("a mask was made"))
+    query = torch.randn(1, 2, tokens, 64)
+    running = GroupedAttention(
+        AttentionQuery(query=query, past=past, scaling=0.1),
+        torch.empty(1, 1, 64, 64),
+        torch.empty(1, 1, 64, 64),
+    )
+    for first in range(0, past + tokens, 64):
+        count = min(64, past + tokens - first)
+        some = torch.randn(1, 1, 1, count, 64)
+        running.both(Rows(some, first, count), Rows(some, first, count))
+    running.finish()
+    assert sorted(seen) == sorted(calls)
 
 
 def test_two_threads_attend_at_a_time() -> None:

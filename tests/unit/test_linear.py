@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dualblade.attention import arithmetic, widening_pays
 from dualblade.hf import linear
 from dualblade.hf.footprint import footprint
 from dualblade.hf.linear import WidenedLinear, widen_linears, widening_bytes
@@ -149,16 +150,16 @@ def test_nothing_changes_where_the_processor_has_the_arithmetic(
 
 def test_the_question_is_asked_on_x86_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other processors were not measured."""
-    monkeypatch.setattr(linear, "_HAS_ARITHMETIC", {torch.bfloat16: "_never"})
+    monkeypatch.setattr(arithmetic, "_QUESTIONS", {torch.bfloat16: "_never"})
     monkeypatch.setattr(torch.ops.mkldnn, "_never", lambda: False, raising=False)
     for machine, pays in (("x86_64", True), ("aarch64", False)):
-        monkeypatch.setattr(linear.platform, "machine", lambda is_on=machine: is_on)
-        assert linear.widening_pays(torch.bfloat16) == pays
+        monkeypatch.setattr(arithmetic.platform, "machine", lambda is_on=machine: is_on)
+        assert widening_pays(torch.bfloat16) == pays
 
 
 def test_the_question_is_about_sixteen_bits_alone() -> None:
-    assert not linear.widening_pays(torch.float32)
-    assert not linear.widening_pays(torch.float64)
+    assert not widening_pays(torch.float32)
+    assert not widening_pays(torch.float64)
 
 
 @pytest.mark.usefixtures("pays")

@@ -3,8 +3,8 @@ fixed size, torch attends to each group, and the results are merged by their log
 
 Several groups are in fp32 whatever the model is in: torch rounds what a group yields to the type of
 its keys, and merging roundings of bfloat16 would double the error. Where one group holds all tokens
-it stays in the model's type. All of that is a function of the shapes
-alone, so that the result does not depend on how tiles arrive.
+it stays in the model's type, unless the processor multiplies that slowly. All of that is a function
+of the shapes and the processor alone, so that the result does not depend on how tiles arrive.
 """
 
 from __future__ import annotations
@@ -97,13 +97,8 @@ class GroupedAttention:
         out, total = _attend_to(self._query, self._wide, keys, values, self._first)
         if self._out is None or self._total is None:
             self._out, self._total = out, total
-            return
-        assert self._keys.dtype == torch.float32, "groups that are merged are in fp32"
-        # A share, not two weights: their roundings would not add up to one. Who sees nothing in
-        # this group has none, whatever came before.
-        share = torch.sigmoid(total - self._total).masked_fill(total == -torch.inf, 0)
-        self._out += (out - self._out) * share[..., None]
-        self._total = torch.logaddexp(self._total, total)
+        else:
+            _merge(self._out, self._total, out, total)
 
     def _is_hidden(self) -> bool:
         starts = self._query.first_visible
@@ -123,29 +118,96 @@ def _attend_to(
     """Attention of the rows `wide` to one group: out [batch, heads, tokens, dim] and log-sum-exp
     [batch, heads, tokens]. A row that sees nothing has zeros and minus infinity.
     """
-    seen = query.visible(first, first + keys.shape[2])
-    batch, heads, tokens, _ = wide.shape
-    group = heads // keys.shape[1]
+    last = first + keys.shape[2]
     plain = query.softcap is None and query.bias is None
     if not plain or keys.device.type != "cpu" or keys.shape[3] != values.shape[3]:
-        return _math(query, wide, keys, values, seen, first)
+        return _math(query, wide, keys, values, query.visible(first, last), first)
+    is_one_part = last <= query.past + 1 or first >= query.past
+    if query.is_causal_from(first) and (is_one_part or wide.dtype == torch.float32):
+        return _causal(query, wide, keys, values, first)
+    seen = query.visible(first, last)
     if seen is None:
-        folded = wide.reshape(batch, keys.shape[1], group * tokens, -1)
-        out, total = _flash(folded, keys, values, None, query.scaling)
-        return out.reshape(batch, heads, tokens, -1), total.reshape(batch, heads, tokens)
+        return _all_seen(wide, keys, values, query.scaling)
     added = seen if seen.dtype != torch.bool else torch.where(seen, 0.0, -torch.inf)
-    # One KV head at a time: a mask for folded rows would be `group` times as large.
-    parts = []
-    for head in range(keys.shape[1]):
-        some = slice(head * group, (head + 1) * group)
-        own = added if added.shape[1] == 1 else added[:, some]
-        part = [x[:, head : head + 1].expand(-1, group, -1, -1) for x in (keys, values)]
-        parts.append(_flash(wide[:, some], part[0], part[1], own.to(wide.dtype), query.scaling))
-    out = torch.cat([out for out, _ in parts], dim=1)
-    total = torch.cat([total for _, total in parts], dim=1)
+    out, total = _by_kv_head(
+        wide, keys, values, added.to(wide.dtype), is_causal=False, scaling=query.scaling
+    )
     # Of a row that sees nothing the kernel says zeros, and a log-sum-exp of zero.
     hidden = (added == -torch.inf).all(dim=-1).expand(total.shape)
     return out, total.masked_fill(hidden, -torch.inf)
+
+
+def _causal(
+    query: AttentionQuery, wide: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_attend_to` where each row sees itself and all before it: no mask is made, and what no row
+    sees is not multiplied. Two parts, what was before the query and its own rows, are merged."""
+    if first + keys.shape[2] <= query.past + 1:
+        return _all_seen(wide, keys, values, query.scaling)
+    before = max(query.past - first, 0)
+    hidden = max(first - query.past, 0)  # rows before the group's first
+    out, total = _by_kv_head(
+        wide[:, :, hidden:],
+        keys[:, :, before:],
+        values[:, :, before:],
+        None,
+        is_causal=True,
+        scaling=query.scaling,
+    )
+    if hidden:
+        out = torch.nn.functional.pad(out, (0, 0, hidden, 0))
+        total = torch.nn.functional.pad(total, (hidden, 0), value=-torch.inf)
+    if before:
+        earlier = (keys[:, :, :before], values[:, :, :before])
+        _merge(out, total, *_all_seen(wide, *earlier, query.scaling))
+    return out, total
+
+
+def _all_seen(
+    wide: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_attend_to` where every row sees all keys: the heads of a KV head are rows like others."""
+    batch, heads, tokens, _ = wide.shape
+    kv_heads = keys.shape[1]
+    folded = wide.reshape(batch, kv_heads, heads // kv_heads * tokens, -1)
+    out, total = _flash(folded, keys, values, None, is_causal=False, scaling=scaling)
+    return out.reshape(batch, heads, tokens, -1), total.reshape(batch, heads, tokens)
+
+
+def _by_kv_head(
+    wide: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    added: torch.Tensor | None,
+    *,
+    is_causal: bool,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One KV head at a time: a mask for folded rows would be as many times as large as heads share
+    a KV head, and causal order is that of one head's rows."""
+    group = wide.shape[1] // keys.shape[1]
+    parts = []
+    for head in range(keys.shape[1]):
+        some = slice(head * group, (head + 1) * group)
+        own = added if added is None or added.shape[1] == 1 else added[:, some]
+        part = [x[:, head : head + 1].expand(-1, group, -1, -1) for x in (keys, values)]
+        parts.append(
+            _flash(wide[:, some], part[0], part[1], own, is_causal=is_causal, scaling=scaling)
+        )
+    out = torch.cat([out for out, _ in parts], dim=1)
+    return out, torch.cat([total for _, total in parts], dim=1)
+
+
+def _merge(
+    out: torch.Tensor, total: torch.Tensor, other: torch.Tensor, other_total: torch.Tensor
+) -> None:
+    """Make `out` and `total`, of one part of the tokens, those of both, in place."""
+    assert out.dtype == torch.float32, "parts that are merged are in fp32"
+    # A share, not two weights: their roundings would not add up to one. Who sees nothing in the
+    # other part has none of it, whatever the first has.
+    share = torch.sigmoid(other_total - total).masked_fill(other_total == -torch.inf, 0)
+    out += (other - out) * share[..., None]
+    torch.logaddexp(total, other_total, out=total)
 
 
 def _flash(
@@ -153,10 +215,12 @@ def _flash(
     keys: torch.Tensor,
     values: torch.Tensor,
     mask: torch.Tensor | None,
+    *,
+    is_causal: bool,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        rows, keys, values, 0.0, False, attn_mask=mask, scale=scaling
+        rows, keys, values, 0.0, is_causal, attn_mask=mask, scale=scaling
     )
     return out, total
 

@@ -46,6 +46,11 @@ class AttentionQuery:
         """Query rows that share one KV head."""
         return self.query.shape[1] // kv_heads * self.tokens
 
+    def is_causal_from(self, first: int) -> bool:
+        """Whether each row sees itself and all before it, of the tokens from `first` on."""
+        starts = self.first_visible
+        return self.mask is None and (starts is None or first >= int(starts.max()))
+
     def visible(self, first: int, last: int) -> torch.Tensor | None:
         """What of tokens [first, last) is seen: [batch or 1, heads or 1, tokens, last - first] as
         `mask`, or None when all of it is."""

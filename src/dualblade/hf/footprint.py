@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from dualblade.attention import widening_pays
 from dualblade.config import EngineConfig
 from dualblade.errors import BudgetError
 from dualblade.geometry import TILE_ROWS_DEFAULT
 from dualblade.hf.geometry import layer_shapes
-from dualblade.hf.linear import widening_bytes, widening_pays
+from dualblade.hf.linear import widening_bytes
 from dualblade.hf.random_models import share_layers
 from dualblade.host.memory import MemoryBudget
 from dualblade.pipeline.staging import staging_shape

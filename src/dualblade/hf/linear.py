@@ -9,9 +9,9 @@ Measured: docs/performance.md, "Prompts without 16-bit arithmetic".
 
 from __future__ import annotations
 
-import platform
-
 import torch
+
+from dualblade.attention import widening_pays
 
 _ROWS_MIN = 12
 """From here on widening pays: 12 rows take 0.65 to 0.8 of torch's time, 16 about half."""
@@ -28,11 +28,7 @@ _ROWS_AT_ONCE = 512
 _BLOCK_BYTES = 8 << 20
 """Of weights widened at a time: 4 MiB wake threads twice as often, 64 MiB leave the cache."""
 
-_HAS_ARITHMETIC = {
-    torch.bfloat16: "_is_mkldnn_bf16_supported",
-    torch.float16: "_is_mkldnn_fp16_supported",
-}
-"""The question to oneDNN, which torch's products go through where the answer is yes."""
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 class WidenedLinear(torch.nn.Linear):
@@ -50,7 +46,7 @@ class WidenedLinear(torch.nn.Linear):
             and not torch.is_grad_enabled()
             and input.device.type == "cpu"
             and input.dtype == self.weight.dtype
-            and input.dtype in _HAS_ARITHMETIC
+            and input.dtype in _HALVES
             and not torch.is_autocast_enabled("cpu")
         )
         if not is_ours:
@@ -95,15 +91,6 @@ def widen_linears(model: torch.nn.Module) -> int:
             module.__class__ = WidenedLinear
             count += 1
     return count
-
-
-def widening_pays(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies `dtype` faster as float32. Measured on x86 alone, so
-    elsewhere never."""
-    if platform.machine() != "x86_64":
-        return False
-    question = getattr(torch.ops.mkldnn, _HAS_ARITHMETIC.get(dtype, ""), None)
-    return question is not None and not question()
 
 
 def widening_bytes(rows: int, columns: int) -> int:

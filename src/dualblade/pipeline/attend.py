@@ -13,6 +13,7 @@ from dualblade.attention import (
     KernelAttention,
     Rows,
     Running,
+    widening_pays,
 )
 from dualblade.pipeline.layer import HalfLayer, Layer
 
@@ -106,7 +107,9 @@ def _running(layer: Layer, tokens: int, query: AttentionQuery, buffers: Buffers 
         keys, values = layer.keys.unit.geometry, layer.values.unit.geometry
         return KernelAttention(query, keys.kv_heads, values.dim)
     is_one_group = tokens <= layer.group_tiles * layer.rows
-    return GroupedAttention(query, *buffers(layer.dtype if is_one_group else torch.float32))
+    is_slow = query.query.is_cpu and widening_pays(layer.dtype)
+    is_kept = is_one_group and not is_slow
+    return GroupedAttention(query, *buffers(layer.dtype if is_kept else torch.float32))
 
 
 def _recent(layer: Layer, half: HalfLayer, new: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
