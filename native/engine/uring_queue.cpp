@@ -158,6 +158,9 @@ class UringQueue final : public Queue {
         }
         completed_.clear();
         for (auto& command : commands) command();
+        // Only commands may have kept the engine from ending, and all who close it may have woken
+        // this thread already, in a wake-up that brought these commands too.
+        if (!commands.empty()) wake();
         if (pause.count() > 0) std::this_thread::sleep_for(pause);
         prepare_all();
         return true;

@@ -9,6 +9,7 @@
 #include <sys/ioctl.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
@@ -480,6 +481,21 @@ void waiters_meet_a_closing_engine(Open open_engine) {
     CHECK(device.same(0, ticket->landed_bytes()));
 }
 
+// Who closes wakes the engine's thread together with a registration, and must not be forgotten.
+void closing_beside_a_registration(Open open_engine) {
+    for (int round = 0; round < 1000; ++round) {
+        auto engine = open_engine({1, kBlock});
+        std::atomic<bool> go{false};
+        std::thread other([&] {
+            while (!go) std::this_thread::yield();
+            engine->unregister_file(0);
+        });
+        go = true;
+        engine->close();
+        other.join();
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -507,6 +523,7 @@ int main() {
         namespaces_are_refused_or_addressed(open_engine);
         destroyed_with_everything_under_way(open_engine);
         waiters_meet_a_closing_engine(open_engine);
+        closing_beside_a_registration(open_engine);
         std::printf("%s: passed\n", name);
     }
     return 0;
