@@ -53,7 +53,10 @@ const Kernel* find_kernel(const char* wanted) {
         return *wanted == '\0' || std::strcmp(wanted, kernel.name) == 0;
     };
 #if defined(__x86_64__)
-    const bool has_avx512 = __builtin_cpu_supports("avx512f");
+    // What CMakeLists.txt compiles it for.
+    const bool has_avx512 =
+        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (is_wanted(kernel_amx) && has_avx512 && may_use_amx()) return &kernel_amx;
     if (is_wanted(kernel_avx512) && has_avx512) return &kernel_avx512;
     if (is_wanted(kernel_avx2) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {

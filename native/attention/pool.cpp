@@ -1,6 +1,7 @@
 #include "attention/pool.hpp"
 
 #include <chrono>
+#include <system_error>
 #include <thread>
 
 namespace dualblade {
@@ -24,7 +25,11 @@ bool spin_until(Done done) {
 
 Pool::Pool(int threads) : parts_(static_cast<std::size_t>(threads)) {
     for (std::size_t part = 1; part < parts_.size(); ++part) {
-        threads_.start("db-attend", [this, part] { work(part); });
+        try {
+            threads_.start("db-attend", [this, part] { work(part); });
+        } catch (const std::system_error&) {
+            return;  // a limit on processes: who is there takes all parts
+        }
     }
 }
 

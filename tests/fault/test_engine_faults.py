@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from dualblade.attention import _attention
+
 # Reads 1 MiB in pieces of 64 KiB into zeroed memory, or writes it; prints what came of it.
 PROGRAM = """
 import json, os, sys
@@ -170,3 +172,28 @@ def test_threads_run_out(path: Path) -> None:
         path,
     )
     assert "cannot start an engine of 1 threads" in result["unsupported"]
+
+
+# Loads the kernel alone: torch starts threads of its own.
+POOL_PROGRAM = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("_attention", sys.argv[1])
+kernels = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kernels)
+pool = kernels.Attention(4, "")
+del pool
+print("ended")
+"""
+
+
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_attention_does_with_the_threads_that_it_gets(tmp_path: Path, first: int) -> None:
+    """The first to be refused is the first, second or third of its helpers."""
+    wrapper = inject(
+        tmp_path / "none", "clone,clone3", f"error=EAGAIN:when={first}+", only_device=False
+    )
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
+    command = [*wrapper, sys.executable, "-c", POOL_PROGRAM, _attention.__file__]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "ended\n"), done.stderr
