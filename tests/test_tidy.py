@@ -135,5 +135,6 @@ def test_native_core_stays_small() -> None:
     # 1,000 for attention, written once for all vector lengths; 400 for its products of bfloat16
     # on matrix units, without which they bound grouped heads, and for sums that stay in their
     # registers; 30 for rows on cache lines of their own and threads that keep to their part; 20
-    # for writes that leave folios of 2 MiB, which reading in place is for.
-    assert sum(len(p.read_text().splitlines()) for p in sources) <= 3500
+    # for writes that leave folios of 2 MiB, which reading in place is for; 15 for threads that are
+    # not to be had, and for closing beside a registration.
+    assert sum(len(p.read_text().splitlines()) for p in sources) <= 3515

@@ -87,8 +87,9 @@ class EngineConfig:
     discard              tell a device (TRIM) of each extent when it is freed. Off: all are told of
                          at close, and a discard stops the step in which it happens. For caches
                          that live long on drives that want to know. Files do not need it.
-    keep_store_blocks    keep a named store's blocks allocated at close (the KV stays on the drive
-                         until the next open); the default gives them back.
+    keep_store_blocks    keep a named store's blocks allocated at close: the KV stays on the drive,
+                         of a file until it is closed without this, of a device until it is
+                         overwritten or wiped. The default gives them back.
     """
 
     io_engine: Literal["auto", "uring-cmd", "io_uring", "posix"] = "auto"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -15,6 +17,7 @@ import pytest
 from dualblade.errors import NoSpace, NotAStore, StorageError, Unsupported
 from dualblade.io import Arena, Engine, open_engine
 from dualblade.store import Door, Store
+from dualblade.store import device as device_module
 from dualblade.store.format import DATA_OFFSET, SUPERBLOCK_BYTES, second_copy_offset
 from dualblade.store.formatting import carry_out_format, carry_out_wipe, plan_format, plan_wipe
 from dualblade.store.inspect import inspect_store, unreadable_ranges
@@ -192,7 +195,7 @@ def test_a_file_system_beside_the_superblock_is_refused(device: str, engine: Eng
     filled[32:64] = os.urandom(32)
     write(device, 64 * 1024, bytes(filled))
     before = contents(device)
-    with pytest.raises(NotAStore, match="now has a btrfs"):
+    with pytest.raises(NotAStore, match="now: a btrfs"):
         Store.open(device, engine)
     assert contents(device) == before
 
@@ -257,6 +260,74 @@ def test_planning_writes_nothing(blank: str) -> None:
     with pytest.raises(NotAStore, match="store wipe"):
         plan_format(blank)
     assert contents(blank) == before
+
+
+def test_a_store_that_was_made_meanwhile_is_not_formatted_over(blank: str) -> None:
+    """Two people format at a time; one types the serial after the other has made a store."""
+    late = plan_format(blank)
+    carry_out_format(plan_format(blank))
+    before = contents(blank)
+    with pytest.raises(NotAStore, match="a dualblade store already"):
+        carry_out_format(late)
+    assert contents(blank) == before
+
+
+@pytest.mark.parametrize("error", [errno.EREMOTEIO, errno.EIO])
+def test_a_drive_that_refuses_trim_is_closed_opened_and_wiped(
+    device: str,
+    engine: Engine,
+    arena: Arena,
+    error: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Bridges to USB and SCSI say that they take it, and answer with an error."""
+    real = fcntl.ioctl
+
+    def refusing(fd: int, request: int, *rest: object) -> object:
+        if request == device_module._BLKDISCARD:
+            raise OSError(error, os.strerror(error))
+        return real(fd, request, *rest)
+
+    monkeypatch.setattr(device_module.fcntl, "ioctl", refusing)
+    with Store.open(device, engine) as store:
+        extent = store.allocate(4 * MIB, Door.DIRECT)
+        arena.buffer[:] = b"\xff" * (4 * MIB)
+        store.write(extent, 0, arena.address, 4 * MIB).wait()
+    assert "refuses TRIM" in caplog.text
+    assert "store wipe" in caplog.text
+    report = inspect_store(device)
+    assert report.problem is None
+    assert report.superblock is not None
+    assert not report.superblock.in_use
+    assert carry_out_wipe(plan_wipe(device), tell=lambda _: None) == ["overwritten with zeros"]
+    assert not any(contents(device))
+
+
+def test_a_read_only_device_is_refused_before_any_write(device: str, engine: Engine) -> None:
+    before = contents(device)
+    subprocess.run(["blockdev", "--setro", device], check=True)
+    try:
+        with pytest.raises(NotAStore, match="read-only") as caught:
+            Store.open(device, engine)
+        assert f"blockdev --setrw {device}" in str(caught.value)
+    finally:
+        subprocess.run(["blockdev", "--setrw", device], check=True)
+    assert contents(device) == before
+    Store.open(device, engine).close()
+
+
+def test_ctrl_c_while_a_device_is_recognised_leaves_it_free(
+    device: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: object) -> list[object]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device_module, "signatures", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Store.open(device, engine)
+    Store.open(device, engine).close()
 
 
 def test_a_name_that_went_to_another_device_is_refused(blank: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 from dualblade.errors import ConfigError, DeviceError, NoSpace, NotAStore
 from dualblade.io import Arena, Engine, Op, Transfer, open_engine
 from dualblade.store import Door, Store
+from dualblade.store.backing import FileBacking
 from dualblade.store.device import write_superblocks
 from dualblade.store.format import DATA_OFFSET, STRIPE_BYTES, SUPERBLOCK_BYTES, Superblock
 from dualblade.store.formatting import (
@@ -455,3 +456,25 @@ def forge(path: str, change: Callable[[Superblock], Superblock]) -> None:
     write = write_superblock if block.device is None else write_superblocks
     write(fd, change(block))
     os.close(fd)
+
+
+def test_ctrl_c_while_one_member_closes_lets_go_of_all(
+    files: list[str], engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closing takes seconds where much is cut back or trimmed."""
+    store = Store.open(files, engine, capacity_bytes=8 * MIB)
+    real = FileBacking.close
+    closed: list[str] = []
+
+    def interrupted(backing: FileBacking, *, keep_blocks: bool, end: int) -> None:
+        real(backing, keep_blocks=keep_blocks, end=end)
+        closed.append(backing.path)
+        if len(closed) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(FileBacking, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.close()
+    assert closed == files
+    store.close()
+    Store.open(files, engine, capacity_bytes=8 * MIB).close()

@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,22 @@ def test_what_is_read_only_or_too_small(blank: str, tmp_path: Path) -> None:
         pytest.raises(Unsupported, match="too small"),
     ):
         plan_format(small)
+
+
+@needs_root
+def test_what_a_drive_cannot_do_for_a_store(blank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zones that are written in order only, and blocks larger than a superblock."""
+    drive = find_drive(blank)
+    real = drives._text
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            drives, "_text", lambda path: "host-managed" if path.name == "zoned" else real(path)
+        )
+        assert_refused(blank, "it is zoned", None)
+    large = replace(drive, block_bytes=16384)
+    monkeypatch.setattr("dualblade.store.formatting.find_drive", lambda _: large)
+    with pytest.raises(Unsupported, match="blocks of 16384 bytes"):
+        plan_format(blank)
 
 
 @needs_root

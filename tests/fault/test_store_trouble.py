@@ -24,6 +24,7 @@ from dualblade.errors import (
 from dualblade.io import Arena, Engine, open_engine
 from dualblade.store import Door, Store
 from dualblade.store.format import DATA_OFFSET, SUPERBLOCK_BYTES
+from dualblade.store.formatting import carry_out_wipe, plan_wipe
 from dualblade.units import MIB
 from tests.fault.disks import disk_with_failing_writeback, ext4_disk, needs_root
 
@@ -55,6 +56,48 @@ def test_kept_blocks_stay(tmp_path: Path, engine: Engine) -> None:
     with open_store(path, engine, keep_blocks=True) as store:
         store.allocate(4 * MIB, Door.DIRECT)
     assert path.stat().st_blocks * 512 >= 4 * MIB
+
+
+def test_ctrl_c_while_a_file_is_made_leaves_nothing(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty file would be refused from then on: it is no store."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    path = tmp_path / "kv.store"
+    with monkeypatch.context() as patch:
+        patch.setattr("dualblade.store.backing._lock", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            open_store(path, engine)
+    assert not path.exists()
+    open_store(path, engine).close()
+
+
+def test_wiping_through_a_link_removes_the_file(tmp_path: Path, engine: Engine) -> None:
+    path, link = tmp_path / "drive.store", tmp_path / "kv.store"
+    open_store(path, engine).close()
+    link.symlink_to(path)
+    assert carry_out_wipe(plan_wipe(str(link)), tell=lambda _: None) == ["removed"]
+    assert not path.exists()
+
+
+def test_a_store_that_cannot_be_removed_stays_one(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its directory may be somebody else's."""
+    path = tmp_path / "kv.store"
+    open_store(path, engine).close()
+    plan = plan_wipe(str(path))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "dualblade.store.formatting.os.unlink",
+            lambda _: (_ for _ in ()).throw(PermissionError(13, "Permission denied")),
+        )
+        with pytest.raises(StorageError, match="Permission denied"):
+            carry_out_wipe(plan, tell=lambda _: None)
+    open_store(path, engine).close()
 
 
 def test_a_private_store_has_no_name(own_cache_directory: Path, engine: Engine) -> None:

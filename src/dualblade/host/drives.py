@@ -155,6 +155,12 @@ def findings(drive: Drive) -> list[Finding]:
         found.append(
             Finding(what="it is read-only", free_with=f"blockdev --setrw {drive.block_path}")
         )
+    if _text(_SYS / "block" / Path(drive.whole_path).name / "queue/zoned") == "host-managed":
+        found.append(
+            Finding(
+                what="it is zoned (host-managed): it takes writes in order only", free_with=None
+            )
+        )
     if drive.metadata_bytes:
         found.append(
             Finding(

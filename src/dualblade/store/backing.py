@@ -15,7 +15,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dualblade.errors import DualBladeError, NotAStore, StorageError, Unsupported
+from dualblade.errors import NotAStore, StorageError, Unsupported
 from dualblade.host.devices import device_facts
 from dualblade.host.drives import find_drive
 from dualblade.host.page_cache import is_overlay
@@ -221,10 +221,10 @@ def hold_file(
             raw = read_superblock(fd, 0)
             superblock = Superblock.decode(raw, path=name, file_bytes=os.fstat(fd).st_size)
         direct_fd = _open_direct(fd, name) if direct else None
-    except (OSError, DualBladeError) as exc:
-        os.close(fd)
+    except BaseException as exc:
         if is_new and not private:
             os.unlink(name)
+        os.close(fd)
         if isinstance(exc, OSError):
             raise storage_error("open", name, exc) from exc
         raise

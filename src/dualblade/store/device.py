@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import struct
 from dataclasses import dataclass, replace
 
-from dualblade.errors import DualBladeError, NotAStore, StorageError, Unsupported
+from dualblade.errors import NotAStore, StorageError, Unsupported
 from dualblade.host.drives import PERMISSION_WORDS, Drive, find_drive, signatures
 from dualblade.host.nvme import nvme_facts
 from dualblade.host.page_cache import drop
@@ -32,6 +33,8 @@ from dualblade.store.place import (
     write_superblock,
 )
 from dualblade.units import BLOCK_BYTES
+
+log = logging.getLogger("dualblade.store")
 
 _BLKDISCARD = 0x1277
 _BLKZEROOUT = 0x127F
@@ -68,7 +71,7 @@ class DeviceBacking:
     def close(self, *, keep_blocks: bool, end: int) -> None:
         try:
             if not keep_blocks and end > DATA_OFFSET:
-                discard(self.buffered_fd, self.drive, DATA_OFFSET, end - DATA_OFFSET)
+                _discard_content(self.buffered_fd, self.drive, end)
             write_superblocks(self.buffered_fd, replace(self.superblock, in_use=False))
         except OSError as exc:
             raise storage_error("close", self.path, exc) from exc
@@ -107,7 +110,7 @@ class HeldDevice:
         try:
             write_superblocks(self.fd, superblock)
             if unclean:  # what a crash left behind
-                discard(self.fd, self.drive, DATA_OFFSET, self.superblock.capacity_bytes)
+                _discard_content(self.fd, self.drive, DATA_OFFSET + self.superblock.capacity_bytes)
             # What probing and readahead left: pages that direct writes would make stale.
             drop(self.fd, 0, self.drive.size_bytes)
             os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
@@ -138,13 +141,20 @@ def hold_store(path: str | os.PathLike[str], engine: Engine, *, direct: bool) ->
     nothing is left behind.
     """
     drive = find_drive(path)
+    if drive.read_only:  # the kernel opens it, and refuses the first write
+        raise NotAStore(
+            f"{drive.path} is read-only",
+            operation="open",
+            path=drive.path,
+            hint=f"blockdev --setrw {drive.block_path}",
+        )
     fd = hold_device(drive)
     try:
         superblock = recognise(fd, drive)
         direct_fd, coherent = None, True
         if direct:
             direct_fd, coherent = _open_direct(drive, engine, superblock.capacity_bytes)
-    except (OSError, DualBladeError) as exc:
+    except BaseException as exc:
         os.close(fd)
         if isinstance(exc, OSError):
             raise _device_error("open", drive.path, exc) from exc
@@ -263,7 +273,7 @@ def recognise(fd: int, drive: Drive) -> Superblock:
     found = signatures(drive)
     if found:
         raise NotAStore(
-            f"{drive.path} was a dualblade store, and now has {found[0].what}",
+            f"{drive.path} was a dualblade store; now: {found[0].what}",
             operation="open",
             path=drive.path,
             hint=f"if that is not wanted: {found[0].free_with}",
@@ -294,19 +304,30 @@ def write_superblocks(fd: int, superblock: Superblock) -> None:
 
 
 def discard(fd: int, drive: Drive, offset: int, size_bytes: int) -> bool:
-    """Tell the drive that a range is of no use any more (TRIM); False if it does not take that.
-
-    Raises: OSError.
+    """Tell the drive that a range is of no use any more (TRIM); False if it does not take that, or
+    refuses what it says that it takes, as bridges to USB and SCSI do: TRIM is advice. Raises:
+    OSError.
     """
     if not drive.discard_bytes_max:
         return False
     try:
         fcntl.ioctl(fd, _BLKDISCARD, struct.pack("=QQ", offset, size_bytes))
     except OSError as exc:
-        if exc.errno != errno.EOPNOTSUPP:
+        if exc.errno not in (errno.EOPNOTSUPP, errno.EREMOTEIO, errno.EIO, errno.EINVAL):
             raise
         return False
     return True
+
+
+def _discard_content(fd: int, drive: Drive, end: int) -> None:
+    """`discard` all extents before `end`; where the drive refuses what it says that it takes, that
+    is told. Raises: OSError."""
+    if not discard(fd, drive, DATA_OFFSET, end - DATA_OFFSET) and drive.discard_bytes_max:
+        log.warning(
+            "%s refuses TRIM: what was stored stays on it until it is overwritten or wiped "
+            "(dualblade store wipe)",
+            drive.path,
+        )
 
 
 def zero(fd: int, offset: int, size_bytes: int) -> None:

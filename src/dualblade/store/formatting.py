@@ -99,21 +99,27 @@ def plan_format(path: str) -> Plan:
             f"{format_size(DEVICE_BYTES_MIN)}",
             hint="name a larger device",
         )
-    if drive.is_ng and drive.block_bytes > SUPERBLOCK_BYTES:
+    if drive.block_bytes > SUPERBLOCK_BYTES:
         raise Unsupported(f"{path} has blocks of {drive.block_bytes} bytes, more than 4096")
     fd = os.open(drive.block_path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        held = recognise(fd, drive)
-    except NotAStore:
-        capacity = device_capacity(drive.size_bytes)
-        return Plan(path=path, drive=drive, capacity_bytes=capacity)
+        _refuse_store(fd, drive)
     finally:
         os.close(fd)
+    return Plan(path=path, drive=drive, capacity_bytes=device_capacity(drive.size_bytes))
+
+
+def _refuse_store(fd: int, drive: Drive) -> None:
+    """Raises: NotAStore where one of ours is on `drive`."""
+    try:
+        held = recognise(fd, drive)
+    except NotAStore:
+        return
     raise NotAStore(
-        f"{path} is a dualblade store already (generation {held.generation})",
+        f"{drive.path} is a dualblade store already (generation {held.generation})",
         operation="format",
-        path=path,
-        hint=f"use it as it is; or make it free: dualblade store wipe {path}",
+        path=drive.path,
+        hint=f"use it as it is; or make it free: dualblade store wipe {drive.path}",
     )
 
 
@@ -130,7 +136,7 @@ def carry_out_format(*plans: Plan) -> Superblock:
         return made.backings[0].superblock
     with contextlib.ExitStack() as stack:
         held = [_hold(plan, stack) for plan in plans]
-        blocks = _new_superblocks(plans)
+        blocks = _new_superblocks(plans, held)
         for plan, fd, superblock in zip(plans, held, blocks, strict=True):
             assert plan.drive is not None
             try:
@@ -141,13 +147,14 @@ def carry_out_format(*plans: Plan) -> Superblock:
     return blocks[0]
 
 
-def _new_superblocks(plans: Sequence[Plan]) -> list[Superblock]:
+def _new_superblocks(plans: Sequence[Plan], held: Sequence[int]) -> list[Superblock]:
     """Of devices, each looked at once more. Raises: NotAStore."""
     uuid, now, count = uuid_module.uuid4(), int(time.time()), len(plans)
     blocks = []
-    for index, plan in enumerate(plans):
+    for index, (plan, fd) in enumerate(zip(plans, held, strict=True)):
         assert plan.drive is not None
         _refuse(plan.drive, "format", signatures(plan.drive))
+        _refuse_store(fd, plan.drive)
         blocks.append(
             Superblock(
                 uuid=uuid,
@@ -221,8 +228,9 @@ def _tell_of(tell: Callable[[float], None], done: int, count: int, part: float) 
 def _wipe(plan: Plan, fd: int, tell: Callable[[float], None]) -> str:
     """One held store or member. Raises: OSError."""
     if plan.drive is None:
+        # The name first: a store that cannot be removed stays one. `fd` may be behind a link.
+        os.unlink(os.path.realpath(plan.path))
         os.ftruncate(fd, 0)
-        os.unlink(plan.path)
         tell(1)
         return "removed"
     assert plan.capacity_bytes is not None

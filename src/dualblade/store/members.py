@@ -6,6 +6,7 @@ says of itself, then all with one another.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import uuid as uuid_module
@@ -13,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dualblade.errors import ConfigError, NoSpace, NotAStore, StorageError
+from dualblade.errors import ConfigError, NoSpace, NotAStore
 from dualblade.io import Engine
 from dualblade.store.backing import check_engine, hold_file, is_device
 from dualblade.store.device import hold_store
@@ -74,15 +75,11 @@ class Members:
         return None if None in counts else sum(filter(None, counts))
 
     def close(self, *, keep_blocks: bool, end: int) -> None:
-        """As Backing.close, for all; `end` is of the store. Raises: StorageError of the first."""
-        problem: StorageError | None = None
-        for backing, member_end in self.ends(end):
-            try:
-                backing.close(keep_blocks=keep_blocks, end=member_end)
-            except StorageError as exc:
-                problem = problem or exc
-        if problem is not None:
-            raise problem
+        """As Backing.close, for all, whatever closing one of them ends with, be it Ctrl-C; `end` is
+        of the store. Raises: StorageError of the last that failed."""
+        with contextlib.ExitStack() as stack:
+            for backing, member_end in reversed(self.ends(end)):
+                stack.callback(backing.close, keep_blocks=keep_blocks, end=member_end)
 
     def let_go(self) -> None:
         """As Backing.let_go, for all."""
