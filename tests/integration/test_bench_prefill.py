@@ -254,3 +254,14 @@ def test_a_summary_compares_with_memory() -> None:
     assert (memory["prefill_to_memory"], memory["runs"]) == (1.0, 1)
     assert (fresh["prefill_seconds"], fresh["prefill_seconds_spread"]) == (4.0, [3.0, 5.0])
     assert (fresh["prefill_to_memory"], written["prefill_to_memory"]) == (2.0, 1.25)
+
+
+def test_a_fresh_store_is_new_after_a_run_that_was_killed(tmp_path: Path) -> None:
+    """It leaves its blocks, and the next run would only rewrite them."""
+    options = PrefillBenchOptions(**SHAPE, store=tmp_path / "kv.store")
+    stores = prefill._Stores(options, tmp_path, Watch())
+    planned = Planned(0, None, "fresh", "direct")
+    assert stores.ready(planned).store == stores.fresh
+    stores.fresh.write_bytes(b"left behind")
+    assert stores.ready(planned).store == stores.fresh
+    assert not stores.fresh.exists()

@@ -124,6 +124,18 @@ def test_a_result_is_not_written_over_its_own_log(command: str, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_runs_on_a_drive_held_to_another_speed_are_others(
+    children: Install, tmp_path: Path
+) -> None:
+    """A scenario's file may be edited between two calls."""
+    watch = Watch(log_path=tmp_path / "log.jsonl", device_bytes_per_second=10**9)
+    children()
+    run_decode_bench(OPTIONS, watch)
+    for other, said in ((2 * 10**8, "200000000"), (None, "None")):
+        with pytest.raises(ConfigError, match=f"device_bytes_per_second 1000000000, not {said}"):
+            run_decode_bench(OPTIONS, replace(watch, device_bytes_per_second=other))
+
+
 def test_the_log_keeps_what_failed(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     with RunLog(log, {}, dict) as first:
@@ -139,7 +151,8 @@ def test_a_log_of_other_code_or_another_machine_gets_no_more_runs(
     children: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watch = Watch(log_path=tmp_path / "log.jsonl")
-    here = {**machine_facts(), "git": {"commit": "a" * 40, "dirty": False}}
+    facts = {"git": {"commit": "a" * 40, "dirty": False}, "device": {"path": "/mnt/kv"}}
+    here = {**machine_facts(), **facts}
     monkeypatch.setattr(decode, "machine_facts", lambda *_: here)
     children()
     result = run_decode_bench(OPTIONS, watch)
@@ -149,6 +162,8 @@ def test_a_log_of_other_code_or_another_machine_gets_no_more_runs(
         ({"kernel": "1.0"}, f"kernel {here['kernel']}, not 1.0"),
         ({"cpu_model": "Z80"}, "cpu_model .*, not Z80"),
         ({"versions": {**here["versions"], "torch": "1.0"}}, "torch .*, not 1.0"),
+        ({"cpu_count": 64}, "cpu_count .*, not 64"),
+        ({"device": {"path": "/mnt/other"}}, "store on /mnt/kv, not /mnt/other"),
     ):
         now = {**here, **other}
         monkeypatch.setattr(decode, "machine_facts", lambda *_, now=now: now)

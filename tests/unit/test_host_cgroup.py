@@ -129,7 +129,7 @@ def test_groups_of_dead_processes_are_swept() -> None:
         ours.rmdir()
 
 
-def test_v2_files_are_read_and_written(tmp_path: Path) -> None:
+def test_v2_files_are_read_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The v2 names, on a recorded directory: the guest of tests/lab has the real thing."""
     recorded = {
         "memory.max": "max\n",
@@ -146,7 +146,19 @@ def test_v2_files_are_read_and_written(tmp_path: Path) -> None:
     assert limit.needed_bytes() == 292 * MIB
     assert limit.peak_bytes() == 400 * MIB
     assert limit.oom_kills() == 1
+    # Killed for want of memory above the group, or in the machine: its own limit was not reached.
+    (tmp_path / "memory.events").write_text("low 0\nhigh 0\nmax 12\noom 0\noom_kill 1\n")
+    assert limit.oom_kills() == 0
+    order: list[str] = []
+    monkeypatch.setattr(
+        MemoryLimit,
+        "_write",
+        lambda self, name, text, real=MemoryLimit._write: (
+            order.append(name) or real(self, name, text)
+        ),
+    )
     limit.set(512 * MIB)
+    assert order == ["memory.swap.max", "memory.max"], "else what is reclaimed goes to swap"
     assert (tmp_path / "memory.max").read_text() == str(512 * MIB)
     assert (tmp_path / "memory.swap.max").read_text() == "0"
     limit.set(None)

@@ -130,7 +130,7 @@ def run_decode_bench(options: DecodeBenchOptions, watch: Watch | None = None) ->
 
 def _run_rest(options: DecodeBenchOptions, plan: Plan[Planned], log: RunLog, watch: Watch) -> None:
     """Run what the log lacks."""
-    log.require_same_machine(machine_facts())
+    log.require_same_machine(machine_facts(store_place(options.store)))
     calibration = log.facts["calibration"]
     if calibration is not None:
         require_cgroup()

@@ -175,7 +175,7 @@ def _engine(options: EnvelopeOptions) -> dict[str, Any]:
 
 
 def _measure(options: EnvelopeOptions, log: RunLog, watch: Watch) -> None:
-    log.require_same_machine(machine_facts())
+    log.require_same_machine(machine_facts(store_place(options.store)))
     require_cgroup()
     calibration = log.facts["calibration"]
     is_written = False

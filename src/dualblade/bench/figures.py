@@ -53,7 +53,8 @@ def envelope_figure(result: Mapping[str, Any]) -> Figure:
     """
     entries = sorted(result["summary"], key=lambda entry: entry["memory_limit_bytes"])
     with _figure() as (figure, axes):
-        places = [_limit_place(entry) for entry in entries]
+        by_kv = all(isinstance(parse_limit(e["memory_limit"]), float) for e in entries)
+        places = [_limit_place(entry, by_kv=by_kv) for entry in entries]
         percents = sorted({s["percent"] for entry in entries for s in entry["splits"]})
         ends: list[tuple[float, float, str]] = []
         for percent in percents:
@@ -75,7 +76,11 @@ def envelope_figure(result: Mapping[str, Any]) -> Figure:
         axes.set_xticks(places, [f"{place:g}" for place in places])
         axes.margins(x=0.09)
         _name_lines(axes, ends)
-        axes.set_xlabel(_limit_label(entries))
+        axes.set_xlabel(
+            "memory left for the cache, percent of the KV"
+            if by_kv
+            else "memory limit of the process, GiB"
+        )
         axes.set_ylabel("ms per decode step")
         axes.set_title("The automatic split against every fixed one")
         axes.legend(loc="best")
@@ -332,19 +337,12 @@ def _plot_with_spread(
     )
 
 
-def _limit_place(entry: Mapping[str, Any]) -> float:
-    """Where a limit stands on the axis: percent of the KV, or GiB when it was a size."""
+def _limit_place(entry: Mapping[str, Any], *, by_kv: bool) -> float:
+    """Where a limit stands on the axis: percent of the KV, or GiB where some were sizes."""
     wanted = parse_limit(entry["memory_limit"])
-    return 100 * wanted if isinstance(wanted, float) else entry["memory_limit_bytes"] / GIB
-
-
-def _limit_label(entries: list[Mapping[str, Any]]) -> str:
-    fractions = all(isinstance(parse_limit(entry["memory_limit"]), float) for entry in entries)
-    return (
-        "memory left for the cache, percent of the KV"
-        if fractions
-        else "memory limit of the process, GiB"
-    )
+    if by_kv and isinstance(wanted, float):
+        return 100 * wanted
+    return int(entry["memory_limit_bytes"]) / GIB
 
 
 @contextlib.contextmanager

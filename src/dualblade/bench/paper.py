@@ -81,6 +81,7 @@ def run_paper(
             progress=_prefixed(f"[{number + 1}/{len(scenario.entries)} {entry.name}]", progress),
             log_path=_log_of(entry, output),
             following=following,
+            device_bytes_per_second=entry.device_bytes_per_second,
         )
         with _held_to(entry.device_bytes_per_second if entry in left.entries else None, place):
             told.append(_one(scenario, entry, output / f"{entry.name}.json", keep, watch))

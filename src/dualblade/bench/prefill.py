@@ -165,7 +165,7 @@ def _run_rest(
     options: PrefillBenchOptions, plan: Plan[Planned], log: RunLog, stores: _Stores, watch: Watch
 ) -> None:
     """Run what the log lacks."""
-    log.require_same_machine(machine_facts())
+    log.require_same_machine(machine_facts(store_place(options.store)))
     calibration = log.facts["calibration"]
     if calibration is not None:
         require_cgroup()
@@ -197,7 +197,7 @@ class _Stores:
         self._watch = watch
         self._is_written: dict[bool, bool] = {}  # by whether it is that of mapped files
         self.written = options.store or place / f"bench-prefill-{os.getpid()}.store"
-        self.fresh = self.written.with_name(self.written.name + ".fresh")
+        self.fresh = self.written.with_name(f"{self.written.name}.fresh-{os.getpid()}")
 
     def ready(self, planned: Planned) -> PrefillBenchOptions:
         """The options of the run with its store, which is as it should be when this returns."""
@@ -205,6 +205,8 @@ class _Stores:
         if planned.state is None:
             return self._options
         if planned.state == FRESH:
+            # A run that was killed leaves its blocks, and the next would rewrite them.
+            self.fresh.unlink(missing_ok=True)
             engine = {**self._options.engine, "keep_store_blocks": False}
             return replace(self._options, store=self.fresh, engine=engine)
         engine = {**self._options.engine, "keep_store_blocks": True}

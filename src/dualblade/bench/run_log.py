@@ -149,8 +149,9 @@ class RunLog:
 def _identity(machine: Mapping[str, Any]) -> dict[str, Any]:
     """Of machine_facts what must not change between the runs of one result."""
     commit = (machine.get("git") or {}).get("commit")
-    names = {name: machine.get(name) for name in ("cpu_model", "kernel")}
-    return {"commit": commit, **names, **machine.get("versions", {})}
+    store = (machine.get("device") or {}).get("path")
+    names = {name: machine.get(name) for name in ("cpu_model", "cpu_count", "kernel")}
+    return {"commit": commit, "store on": store, **names, **machine.get("versions", {})}
 
 
 def finished_count(path: Path) -> int:

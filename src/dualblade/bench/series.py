@@ -30,11 +30,14 @@ class Watch:
     log_path    keeps each finished run, so that the same call goes on after an interruption; None:
                 nothing is kept.
     following   runs of other benchmarks that come after these: part of the time left.
+    device_bytes_per_second   what the drive is held to; None: nothing. Runs at another speed are
+                others.
     """
 
     progress: Progress = quiet
     log_path: Path | None = None
     following: int = 0
+    device_bytes_per_second: int | None = None
 
 
 @contextlib.contextmanager
@@ -47,7 +50,8 @@ def opened_log(
         path = watch.log_path
         if path is None:
             path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "runs.jsonl"
-        yield stack.enter_context(RunLog(path, options, find_facts, may_grow="repeats"))
+        asked = {**options, "device_bytes_per_second": watch.device_bytes_per_second}
+        yield stack.enter_context(RunLog(path, asked, find_facts, may_grow="repeats"))
 
 
 def run_all(

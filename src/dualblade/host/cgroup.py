@@ -50,8 +50,9 @@ class MemoryLimit:
         """
         try:
             if self.version == 2:
-                self._write("memory.max", "max" if limit_bytes is None else str(limit_bytes))
+                # Swap first: what the limit reclaims would go there, and stay.
                 self._write_if_there("memory.swap.max", "max" if limit_bytes is None else "0")
+                self._write("memory.max", "max" if limit_bytes is None else str(limit_bytes))
                 return
             # Memory plus swap may never be below memory alone: lift it before, set it after.
             self._write_if_there("memory.memsw.limit_in_bytes", "-1")
@@ -98,10 +99,14 @@ class MemoryLimit:
             return False
 
     def oom_kills(self) -> int:
-        """Processes that were killed for want of memory in this group."""
+        """Processes of this group that were killed because its limit was reached. v1 counts those
+        too that were killed for want of memory above it, or in the machine."""
         name = "memory.events" if self.version == 2 else "memory.oom_control"
-        found = re.search(r"^oom_kill (\d+)$", (self.directory / name).read_text(), re.MULTILINE)
-        return int(found[1]) if found else 0
+        text = (self.directory / name).read_text()
+        events = dict(re.findall(r"^(\w+) (\d+)$", text, re.MULTILINE))
+        if self.version == 2 and events.get("oom") == "0":
+            return 0
+        return int(events.get("oom_kill", 0))
 
     def close(self) -> None:
         """Give the peak's descriptor back. The group itself stays."""
@@ -221,7 +226,8 @@ def _find_parent() -> tuple[MemoryGroup | None, str | None]:
         if not _has_memory(group):
             continue
         if not os.access(group.directory, os.W_OK):
-            return None, f"{group.directory} is not writable (root is needed)"
+            needs = "root is needed, and in a container cgroups that are mounted writable"
+            return None, f"{group.directory} is not writable ({needs})"
         if group.version == 1 or _delegates_memory(group.directory):
             return group, None
         reason = f"{group.directory} cannot give the memory controller to children"
