@@ -36,6 +36,7 @@ from dualblade import (
     StorageError,
     Unsupported,
 )
+from dualblade.pipeline.gather import GatherBuffers
 from dualblade.store import Extent, Store
 from dualblade.store.format import DATA_OFFSET
 from dualblade.units import MIB
@@ -463,3 +464,34 @@ with a_step_old(attention="tiles"):
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60
     )
     assert (done.stderr, done.stdout) == ("", "3\n")
+
+
+def test_a_device_without_room_to_gather_refuses_the_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A GPU's memory is not in the budget. For the tokens that there are is better than for an
+    eighth more; what has no room is refused, and goes on once there is some."""
+    room = 0
+    real = GatherBuffers._buffer
+
+    def limited(self: GatherBuffers, size_bytes: int) -> torch.Tensor:
+        if size_bytes > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, size_bytes)
+
+    monkeypatch.setattr(GatherBuffers, "_buffer", limited)
+    model, inputs = tiny_model(), prompt(batch=2, tokens=300)
+    settings = {"max_new_tokens": 5, "do_sample": False}
+    want = model.generate(**inputs, cache=DynamicCache(config=model.config), **settings)
+    with DualBladeCache.for_model(
+        model, memory_budget="16MiB", path="direct", attention="exact"
+    ) as cache:
+        with pytest.raises(BudgetError, match="no room for a gathered layer") as caught:
+            model.generate(**inputs, cache=cache, **settings)
+        heads, dim = model.config.num_key_value_heads, model.config.head_dim
+        token_bytes = 2 * heads * dim * 4  # of keys, of both sequences
+        assert caught.value.needed_bytes == 2 * 320 * token_bytes
+        room = 320 * token_bytes
+        assert torch.equal(model.generate(**inputs, cache=cache, **settings), want)
+        cache.reset()
+        assert torch.equal(model.generate(**inputs, cache=cache, **settings), want)

@@ -106,6 +106,21 @@ def overlapping(some: list[tuple[float, float]], others: list[tuple[float, float
     return sum(any(a < d and c < b for c, d in others) for a, b in some)
 
 
+def test_copies_that_go_on_by_themselves_are_not_taken_off_control() -> None:
+    """Rows on their way out are copied by the device: the host's time is its own."""
+    bench = Bench("copies", over_tiles=False)
+    try:
+        stages = bench.kv._timeline.stages()
+        took_in = sum(
+            end - start
+            for lane, what, start, end, *_ in bench.kv._timeline._events or ()
+            if what == "take in"
+        )
+        assert 0 < stages.control_seconds <= took_in / 1e9
+    finally:
+        bench.kv.close()
+
+
 def test_tiles_flow_through_all_stages_at_once(bottleneck: str, tmp_path: Path) -> None:
     bench = Bench(bottleneck, over_tiles=True)
     try:

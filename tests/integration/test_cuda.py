@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from dualblade import DualBladeCache
+from dualblade import DualBladeCache, EngineConfig
 from dualblade.bench.decode import DecodeBenchOptions, run_decode_bench
 from tests.integration.tiny_models import prompt, tiny_model
 
@@ -30,6 +30,24 @@ def test_greedy_is_bit_equal_on_cuda(path: str, dtype: torch.dtype) -> None:
     assert torch.equal(got.sequences, want.sequences)
     for ours, theirs in zip(got.logits, want.logits, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("attention", ["exact", "tiles"])
+def test_many_tiles_through_few_slots_on_cuda(attention: str) -> None:
+    """Slots go round while copies out of them and into them are under way."""
+    model = tiny_model("llama", torch.float32).to("cuda")
+    inputs = {name: tensor.to("cuda") for name, tensor in prompt(batch=2, tokens=3000).items()}
+    settings = {"max_new_tokens": 40, "do_sample": False, "prefill_chunk_size": 400}
+    want = model.generate(**inputs, cache=DynamicCache(config=model.config), **settings)
+    config = EngineConfig(staging_bytes=512 << 10, checksums="all")
+    with DualBladeCache.for_model(
+        model, memory_budget="32MiB", path="direct", attention=attention, config=config
+    ) as cache:
+        got = model.generate(**inputs, cache=cache, **settings)
+        stats = cache.stats()
+    assert torch.equal(got, want)
+    assert stats.attention == attention
+    assert stats.stages.copies_seconds < stats.stages.wall_seconds
 
 
 def test_beams_and_crops_on_cuda() -> None:

@@ -52,17 +52,29 @@ def test_only_what_was_measured_as_asked_is_kept(script: Any, tmp_path: Path) ->
     output = tmp_path / "quick-direct.json"
     asked = ["bench", "decode", "--steps", "8"]
     assert not script.is_kept(output, asked, on_cpu=True)
-    result = {"command": "__main__.py bench decode --steps 8", "runs": [{"device": "cpu"}]}
+    result = {
+        "command": "__main__.py bench decode --steps 8",
+        "machine": {"git": {"commit": script.commit_here(), "dirty": False}},
+        "runs": [{"device": "cpu"}],
+    }
     output.write_text(json.dumps(result))
     assert script.is_kept(output, asked, on_cpu=True)
     assert not script.is_kept(output, asked, on_cpu=False)
     assert not script.is_kept(output, [*asked[:-1], "2"], on_cpu=True)
+    result["machine"]["git"]["commit"] = "a" * 40
+    output.write_text(json.dumps(result))
+    assert not script.is_kept(output, asked, on_cpu=True)
 
 
 @pytest.mark.skipif(not SCRIPT.exists(), reason="installed without the sources")
-def test_fio_is_asked_for_beside_files_alone(script: Any) -> None:
+def test_fio_is_asked_for_beside_files_alone(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script.shutil, "which", lambda name: f"/usr/bin/{name}")
     assert script.on_drive("/mnt/kv.store") == ["--compare-fio", "--store", "/mnt/kv.store"]
     assert script.on_drive("/dev/null") == ["--store", "/dev/null"]
+    assert script.on_drive(None) == ["--compare-fio"]
+    monkeypatch.setattr(script.shutil, "which", lambda _: None)
+    assert script.on_drive("/mnt/kv.store") == ["--store", "/mnt/kv.store"]
+    assert script.on_drive(None) == []
 
 
 @pytest.mark.skipif(not SCRIPT.exists(), reason="installed without the sources")

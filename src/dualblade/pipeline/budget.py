@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from dualblade.pipeline.gather import GatherBuffers
+from dualblade.pipeline.gather import GatherBuffers, no_room_to_gather
 from dualblade.pipeline.layer import HalfLayer, Layer
 from dualblade.residency import BudgetShares, DoorSpeeds, worth_caching
 from dualblade.units import round_up
@@ -84,9 +84,15 @@ class MemoryBudget:
         return tokens > self.capacity_tokens or claimed != (layer.batch, layer.tail_bytes)
 
     def claim(
-        self, layers: Collection[Layer], layer_count: int, staging_bytes: int, tokens: int
+        self,
+        layers: Collection[Layer],
+        layer_count: int,
+        staging_bytes: int,
+        tokens: int,
+        buffers: GatherBuffers,
     ) -> None:
-        """Claim for `tokens` and a while more, or for `tokens` alone when that is all that fits.
+        """Claim for `tokens` and a while more, or for `tokens` alone when that is all that fits,
+        here and in `buffers`, which a GPU's own memory may have no room for.
 
         Layers not seen yet are taken to be like the ones that were.
         Raises: BudgetError with the bytes needed; the claims are then as before.
@@ -95,11 +101,15 @@ class MemoryBudget:
         narrow = round_up(tokens, CAPACITY_STEP_TOKENS)
         for capacity in (max(wide, self.capacity_tokens), narrow):
             shares = self._divide(layers, layer_count, staging_bytes, capacity)
-            if shares.fixed_bytes <= shares.budget_bytes:
+            gathered = self._gather_bytes(layers, capacity)
+            fits = shares.fixed_bytes <= shares.budget_bytes
+            if fits and (self.over_tiles or buffers.try_to_hold(*gathered)):
                 break
-        shares.require()
+        else:
+            shares.require()
+            raise no_room_to_gather(sum(gathered))
         self.shares, self.capacity_tokens = shares, capacity
-        self.keys_bytes, self.values_bytes = self._gather_bytes(layers, capacity)
+        self.keys_bytes, self.values_bytes = gathered
         self._claimed = {layer.index: (layer.batch, layer.tail_bytes) for layer in layers}
 
     def staging_room(self, layers: Collection[Layer], layer_count: int) -> int:

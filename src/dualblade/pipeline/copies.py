@@ -7,6 +7,8 @@ slot goes back to the drive when its event has passed (`pipeline/staging.py`).
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
@@ -18,6 +20,9 @@ from dualblade.errors import Unsupported
 from dualblade.io import Arena
 from dualblade.pipeline.staging import CopyEvent, Slot
 from dualblade.pipeline.timeline import now_ns
+from dualblade.units import format_size
+
+log = logging.getLogger("dualblade.pipeline")
 
 
 class Copies(Protocol):
@@ -129,8 +134,10 @@ class CudaCopyEvent:
 
     def span_ns(self) -> tuple[int, int]:
         """See `CopyEvent`."""
-        began, ended = (self._base.elapsed_time(event) for event in (self._began, self.ended))
-        return self._base_ns + int(began * 1e6), self._base_ns + int(ended * 1e6)
+        # CUDA's float32 milliseconds: since the base they tell 16 us after two minutes, so how
+        # long it took is asked for by itself.
+        began = self._base_ns + int(self._base.elapsed_time(self._began) * 1e6)
+        return began, began + int(self._began.elapsed_time(self.ended) * 1e6)
 
 
 class CudaCopies:
@@ -150,17 +157,20 @@ class CudaCopies:
         self._stream = torch.cuda.Stream(device)
         self._models = torch.cuda.current_stream(device)  # as it is when copies are issued
         self._arena = arena
-        status = torch.cuda.cudart().cudaHostRegister(arena.address, arena.size_bytes, 0)
+        runtime = torch.cuda.cudart()
+        status = runtime.cudaHostRegister(arena.address, arena.size_bytes, 0)
         if int(status) != 0:
+            _forget_error(device)
             raise Unsupported(
-                f"staging of {arena.size_bytes} bytes cannot be pinned for the GPU: {status}",
+                f"staging of {format_size(arena.size_bytes)} cannot be pinned for the GPU: "
+                f"{runtime.cudaGetErrorString(status)}",
                 hint="give it a smaller memory_budget",
             )
         base = torch.cuda.Event(enable_timing=True)
         self._stream.record_event(base)
         base.synchronize()  # once, when the cache is made: the host time of a device event
         self._base = (now_ns(), base)
-        self._event = self._begun()
+        self._event: CudaCopyEvent | None = None  # of copies issued since the last one that ended
 
     def begin(self) -> None:
         """Copies from here on wait for what the model's stream has been given so far."""
@@ -182,6 +192,7 @@ class CudaCopies:
 
     def land(self, slot: Slot, size_bytes: int) -> torch.Tensor:
         """A device copy of the slot's bytes; call it inside `issuing`."""
+        self._note_begun()
         landed = slot.memory[:size_bytes].to(self._device, non_blocking=True)
         # Without this the allocator could reuse it while the model's stream still reads it.
         landed.record_stream(self._models)
@@ -198,6 +209,7 @@ class CudaCopies:
     def fill(self, slot: Slot, view: torch.Tensor, rows: torch.Tensor) -> None:
         """Copy device `rows` into `view`, a view of the slot, behind the model's stream."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._note_begun()
         with torch.cuda.stream(self._stream):
             # Laid out on the device first, so that the way over the bus is one plain copy.
             view.copy_(rows.contiguous(), non_blocking=True)
@@ -205,22 +217,40 @@ class CudaCopies:
         rows.record_stream(self._stream)
         slot.busy = self._ended()
 
-    def _begun(self) -> CudaCopyEvent:
-        began = torch.cuda.Event(enable_timing=True)
-        self._stream.record_event(began)
-        return CudaCopyEvent(self._base, began)
+    def _note_begun(self) -> None:
+        """The next copies begin here, and not where the last ones ended: the stream may have waited
+        for the drive or the model since."""
+        if self._event is None:
+            began = torch.cuda.Event(enable_timing=True)
+            self._stream.record_event(began)
+            self._event = CudaCopyEvent(self._base, began)
 
     def _ended(self) -> CudaCopyEvent:
-        """The event of the copies since the last one; the next copies begin here."""
-        event = self._event
+        """The event of the copies since the last one."""
+        event, self._event = self._event, None
+        assert event is not None, "a slot is marked after its copies"
         self._stream.record_event(event.ended)
-        self._event = self._begun()
         return event
 
     def close(self) -> None:
-        """Let the copies end and unpin staging."""
-        self._stream.synchronize()
+        """Let the copies end and unpin staging. A device that failed has none that go on."""
+        try:
+            self._stream.synchronize()
+        except RuntimeError as exc:
+            log.warning("the GPU failed before the cache was closed: %s", exc)
         torch.cuda.cudart().cudaHostUnregister(self._arena.address)
+
+
+def _forget_error(device: torch.device) -> None:
+    """torch asks for the last error after each launch, and would raise that of another call."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device=device)
+
+
+def shares_host_memory(device: torch.device) -> bool:
+    """Whether tensors on `device` are in the host's memory: the CPU, and GPUs that have none of
+    their own (Jetson)."""
+    return device.type == "cpu" or bool(torch.cuda.get_device_properties(device).is_integrated)
 
 
 def copies_for(device: torch.device, arena: Arena) -> Copies:

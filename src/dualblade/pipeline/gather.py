@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import torch
 
+from dualblade.errors import BudgetError
 from dualblade.geometry import TileGeometry
 from dualblade.io import Arena
 from dualblade.pipeline.order import SequenceTable
 from dualblade.pipeline.unit import Piece
-from dualblade.units import EXTENT_ALIGN_BYTES, round_up
+from dualblade.units import EXTENT_ALIGN_BYTES, format_size, round_up
 
 
 class GatherBuffers:
@@ -24,7 +25,20 @@ class GatherBuffers:
         self._values = torch.empty(0, dtype=torch.uint8)
 
     def ensure(self, keys_bytes: int, values_bytes: int) -> None:
-        """Have room for a layer of that size, and no more. Contents are lost at a change."""
+        """Have room for a layer of that size, and no more. Contents are lost at a change. Raises:
+        BudgetError when the device has no room."""
+        if not self.try_to_hold(keys_bytes, values_bytes):
+            raise no_room_to_gather(keys_bytes + values_bytes)
+
+    def try_to_hold(self, keys_bytes: int, values_bytes: int) -> bool:
+        """As `ensure`; False when the device has no room."""
+        try:
+            self._hold(keys_bytes, values_bytes)
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    def _hold(self, keys_bytes: int, values_bytes: int) -> None:
         if self._keys.nbytes != self.allocated_bytes(keys_bytes):
             self._keys = torch.empty(0, dtype=torch.uint8)  # free before taking the new one
             self._keys = self._buffer(keys_bytes)
@@ -53,6 +67,15 @@ class GatherBuffers:
         # The arena's memory lives as long as the tensor does.
         arena = Arena(self.allocated_bytes(size_bytes))
         return torch.frombuffer(arena.buffer, dtype=torch.uint8)
+
+
+def no_room_to_gather(size_bytes: int) -> BudgetError:
+    """That the model's device has no memory for a gathered layer."""
+    return BudgetError(
+        f"the device has no room for a gathered layer of {format_size(size_bytes)}",
+        needed_bytes=size_bytes,
+        hint="a shorter context, fewer sequences, or attention='tiles', which gathers no layer",
+    )
 
 
 def _shaped(

@@ -31,6 +31,7 @@ from dualblade.metrics import (
 from dualblade.pipeline.attend import Arrived, NewRows
 from dualblade.pipeline.budget import MemoryBudget
 from dualblade.pipeline.checksums import Checksums
+from dualblade.pipeline.copies import shares_host_memory
 from dualblade.pipeline.facts import engine_facts, transfer_totals
 from dualblade.pipeline.gather import GatherBuffers, scatter
 from dualblade.pipeline.layer import HalfLayer, Layer, LayerMaker, check_continues, check_rows
@@ -78,7 +79,7 @@ class KVPipeline(LayeredKV):
         self._budget = MemoryBudget(
             settings.budget_bytes,
             settings.tokens_max,
-            gather_on_host=settings.device.type == "cpu",
+            gather_on_host=shares_host_memory(settings.device),
             over_tiles=settings.over_tiles,
             layers_alike=settings.layers_alike,
         )
@@ -141,6 +142,7 @@ class KVPipeline(LayeredKV):
         timeline = self._timeline
         self._gather_whole_layers(layer, new.count)
         machinery = self._require_machinery()
+        self._gather.ensure(self._budget.keys_bytes, self._budget.values_bytes)
         began, stalled = now_ns(), timeline.stalled_ns
         capacity = self._budget.capacity_tokens
         together = {
@@ -160,7 +162,7 @@ class KVPipeline(LayeredKV):
             machinery.copies.landed(landing.slot)
             size = landing.piece.size_bytes(geometry)
             if landing.slot.busy is None:  # the copy has ended: here, in this thread
-                timeline.span(Lane.COPIES, "gather", copying, now_ns(), layer.index, size)
+                timeline.copied("gather", copying, now_ns(), layer.index, size)
             self._count_dead(layer, landing)
         stored, past = layer.stored_tiles * layer.rows, layer.tokens
         for half, rows in zip(layer.halves, (new.keys, new.values), strict=True):
@@ -282,7 +284,7 @@ class KVPipeline(LayeredKV):
             )
         else:
             shape = self._shape
-        self._budget.claim(layers, count, shape.total_bytes, tokens)
+        self._budget.claim(layers, count, shape.total_bytes, tokens, self._gather)
         if self._machinery is None:
             self._tuner = Tuner(
                 Mode(self._settings.config.pipeline),
@@ -296,8 +298,6 @@ class KVPipeline(LayeredKV):
             self._machinery = Machinery(
                 shape, self._store, self._engine, device, sums, timeline, self._settings.copies
             )
-        if not self._budget.over_tiles:
-            self._gather.ensure(self._budget.keys_bytes, self._budget.values_bytes)
 
     def _gather_whole_layers(self, layer: Layer, new_rows: int) -> None:
         """From here on layers are gathered whole. Raises: BudgetError when there is no room."""

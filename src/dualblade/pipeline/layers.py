@@ -128,9 +128,9 @@ class LayeredKV(ABC):
     def take_in(self, layer: Layer, new: NewRows, *, is_sweeping: bool) -> None:
         """See `Taker`."""
         timeline = self._timeline
-        began, others = now_ns(), timeline.copies_ns + timeline.stalled_ns
+        began, others = now_ns(), timeline.copied_ns + timeline.stalled_ns
         self._append(layer, new, is_sweeping=is_sweeping)
-        ended, others = now_ns(), timeline.copies_ns + timeline.stalled_ns - others
+        ended, others = now_ns(), timeline.copied_ns + timeline.stalled_ns - others
         self._append_ns += ended - began
         timeline.span(Lane.CONTROL, "take in", began, ended, layer.index, idle_ns=others)
         timeline.leave()

@@ -10,7 +10,7 @@ from dualblade.pipeline.copies import Copies, MakeCopies
 from dualblade.pipeline.layer import HalfLayer, Layer
 from dualblade.pipeline.read_ahead import Landing
 from dualblade.pipeline.staging import Slots, StagingShape
-from dualblade.pipeline.timeline import Lane, Timeline, now_ns
+from dualblade.pipeline.timeline import Timeline, now_ns
 from dualblade.pipeline.unit import Piece, Unit, tile_view
 from dualblade.pipeline.write_behind import WriteBehind
 from dualblade.store import Store
@@ -31,6 +31,8 @@ class Machinery:
     ) -> None:
         self.shape = shape
         self.arena = Arena(shape.total_bytes)
+        # Before the engine knows the arena, for it keeps what it was given.
+        self.copies: Copies = make_copies(device, self.arena)
         engine.register_arena(self.arena)
         self._store = store
         self._checksums = checksums
@@ -48,7 +50,6 @@ class Machinery:
             checksums,
             timeline,
         )
-        self.copies: Copies = make_copies(device, self.arena)
 
     def store_tiles(self, unit: Unit, first_tile: int, rows: torch.Tensor) -> None:
         """Send `rows` [batch, kv_heads, n x tile_rows, dim] behind compute as whole tiles."""
@@ -64,7 +65,7 @@ class Machinery:
             self.copies.fill(slot, view, some.permute(2, 0, 1, 3, 4))
             if slot.busy is None:  # the copy has ended: here, in this thread
                 moved = piece.size_bytes(geometry)
-                self._timeline.span(Lane.COPIES, "fill", began, now_ns(), unit.id.layer, moved)
+                self._timeline.copied("fill", began, now_ns(), unit.id.layer, moved)
             self.writes.write(unit, piece, slot)
 
     def fetch(self, layer: Layer, half: HalfLayer, piece: Piece) -> None:

@@ -48,6 +48,7 @@ class Timeline:
         self._busy_ns = [0] * len(Lane)
         self._until_ns = [0] * len(Lane)
         self._stall_ns = [0] * len(Lane)
+        self.copied_ns = 0
         self._began_ns = 0
         self._left_ns = 0
         self._is_inside = False
@@ -80,10 +81,10 @@ class Timeline:
         """Time that the model's thread waited for any stage."""
         return sum(self._stall_ns)
 
-    @property
-    def copies_ns(self) -> int:
-        """Time that copies went on."""
-        return self._busy_ns[Lane.COPIES]
+    def copied(self, name: str, start_ns: int, end_ns: int, layer: int, size_bytes: int) -> None:
+        """The model's thread copied; `copied_ns` is all that it did of this."""
+        self.copied_ns += end_ns - start_ns
+        self.span(Lane.COPIES, name, start_ns, end_ns, layer, size_bytes)
 
     def stalled_seconds(self, cause: Lane) -> float:
         """Time that the model's thread waited for the stage."""
