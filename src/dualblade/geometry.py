@@ -87,26 +87,35 @@ class TileGeometry:
 
 
 def choose_tile_rows(
-    *, kv_heads: int, dims: tuple[int, int], item_bytes: int, batch: int, tail_bytes_max: int | None
+    *,
+    kv_heads: int,
+    dims: tuple[int, int],
+    item_bytes: int,
+    batch: int,
+    tail_bytes_max: int | None,
+    slab_bytes_max: int | None = None,
 ) -> int:
     """Rows in a tile of a layer whose keys and values have `dims` = (key_dim, value_dim).
 
     64, when a slab of both is then whole blocks; else the next that is (128, 256, 512), else 64
-    with padding. When both tails would exceed `tail_bytes_max` (None: no limit), the largest
-    smaller whole-block count that fits, else the smallest one.
+    with padding. When both tails would exceed `tail_bytes_max`, or a slab `slab_bytes_max` (None:
+    no limit), the largest smaller whole-block count that fits, else the smallest one.
     """
 
     def is_whole(rows: int) -> bool:
         return all(kv_heads * rows * dim * item_bytes % BLOCK_BYTES == 0 for dim in dims)
 
-    def tails_fit(rows: int) -> bool:
-        size_bytes = batch * kv_heads * rows * sum(dims) * item_bytes
-        return tail_bytes_max is None or size_bytes <= tail_bytes_max
+    def fits(rows: int) -> bool:
+        row_bytes = kv_heads * item_bytes
+        tails, slab = batch * rows * sum(dims) * row_bytes, rows * max(dims) * row_bytes
+        return (tail_bytes_max is None or tails <= tail_bytes_max) and (
+            slab_bytes_max is None or round_up(slab, BLOCK_BYTES) <= slab_bytes_max
+        )
 
     wanted = (TILE_ROWS_DEFAULT, *_WIDER_ROWS)
     rows = next((rows for rows in wanted if is_whole(rows)), TILE_ROWS_DEFAULT)
-    if tails_fit(rows):
+    if fits(rows):
         return rows
     smaller = [less for less in (*wanted, *_NARROWER_ROWS) if less < rows and is_whole(less)]
     smaller.sort(reverse=True)
-    return next((less for less in smaller if tails_fit(less)), smaller[-1] if smaller else rows)
+    return next((less for less in smaller if fits(less)), smaller[-1] if smaller else rows)

@@ -36,6 +36,10 @@ from dualblade import (
     StorageError,
     Unsupported,
 )
+from dualblade.config import EngineConfig
+from dualblade.config import Path as KVPath
+from dualblade.io import open_engine
+from dualblade.pipeline import KVPipeline, KVSettings
 from dualblade.pipeline.gather import GatherBuffers
 from dualblade.store import Extent, Store
 from dualblade.store.format import DATA_OFFSET
@@ -495,3 +499,77 @@ def test_a_device_without_room_to_gather_refuses_the_step(
         assert torch.equal(model.generate(**inputs, cache=cache, **settings), want)
         cache.reset()
         assert torch.equal(model.generate(**inputs, cache=cache, **settings), want)
+
+
+def pipeline_of(shapes: list[tuple[int, int]], **settings: Any) -> KVPipeline:
+    """Layers of (heads, dim), on a store of their own; staging of eight slots of 64 KiB."""
+    engine = open_engine("posix", queue_depth=2)
+    return KVPipeline(
+        Store.open(None, engine, capacity_bytes=256 * MIB),
+        engine,
+        KVSettings(
+            path=KVPath.DIRECT,
+            budget_bytes=160 * MIB,
+            layer_count=len(shapes),
+            tokens_max=None,
+            device=torch.device("cpu"),
+            config=EngineConfig(staging_bytes=512 << 10, **settings),
+            over_tiles=False,
+            layers_alike=len(set(shapes)) == 1,
+        ),
+    )
+
+
+def feed(kv: KVPipeline, shapes: list[tuple[int, int]], batch: int) -> None:
+    for layer, (heads, dim) in enumerate(shapes):
+        made = torch.randn(batch, heads, 130, dim).to(torch.bfloat16)
+        kv.append(layer, made, made)
+    for layer, (heads, dim) in enumerate(shapes):
+        one = torch.zeros(batch, heads, 1, dim, dtype=torch.bfloat16)
+        keys, _ = kv.update(layer, one, one)
+        assert keys.shape[2] == 131
+
+
+def test_a_smaller_batch_after_reset_has_slabs_that_fit_the_slots() -> None:
+    """Of 16 sequences tiles have 32 tokens, of one they would have 64: 128 KiB."""
+    shapes = [(8, 128)] * 8
+    kv = pipeline_of(shapes)
+    try:
+        for batch in (16, 1):
+            feed(kv, shapes, batch)
+            kv.reset()
+    finally:
+        kv.close()
+
+
+def test_a_wide_layer_after_a_narrow_one_has_slabs_that_fit_the_slots() -> None:
+    shapes = [(1, 64), (8, 128)]
+    kv = pipeline_of(shapes)
+    try:
+        feed(kv, shapes, 1)
+    finally:
+        kv.close()
+
+
+def test_tiles_that_cannot_fit_the_slots_are_refused_and_a_reset_goes_on() -> None:
+    shapes = [(1, 64), (8, 128)]
+    kv = pipeline_of(shapes, tile_tokens=64)
+    try:
+        with pytest.raises(BudgetError, match="a tile of 64 tokens takes 128 KiB") as caught:
+            feed(kv, shapes, 1)
+        assert "staging_bytes=1048576" in str(caught.value)
+        kv.reset()
+        feed(kv, [(1, 64), (1, 64)], 1)
+    finally:
+        kv.close()
+
+
+@pytest.mark.parametrize("path", ["memory", "direct"])
+def test_reset_after_all_tokens_were_taken_back(path: str) -> None:
+    with DualBladeCache.for_model(tiny_model(), memory_budget="16MiB", path=path) as cache:
+        step(cache, 70)
+        cache.crop(-70)
+        assert cache.get_seq_length() == 0
+        cache.reset()
+        step(cache, 5, batch=2)
+        assert cache.get_seq_length() == 5

@@ -72,9 +72,9 @@ def interrupted_at(line: int | None) -> Iterator[None]:
 class Schedule:
     """One pipeline and what happens to it."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, trouble: str | None = None) -> None:
         self.random = random.Random(seed)
-        self.trouble = self.random.choice(TROUBLES)
+        self.trouble = trouble or self.random.choice(TROUBLES)
         self.engine = FaultyEngine(
             open_engine("posix", queue_depth=2, chunk_bytes=64 * KIB), self._faults()
         )
@@ -193,3 +193,36 @@ def test_nothing_is_stuck_after_any_schedule(batch: int, monkeypatch: pytest.Mon
             schedule.close()
     assert min(seen[trouble] for trouble in ("read", "write", "copy", "interrupt")) > 0, seen
     assert threading.active_count() == threads, "a thread is stuck"
+
+
+@pytest.mark.parametrize("batch", range(2))
+def test_a_reset_that_is_interrupted_is_done_by_the_next(
+    batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any line: what goes on without one is right or refused, and the next prompt is right."""
+    monkeypatch.setattr("dualblade.io.arena._huge_bytes", lambda _address, size_bytes: size_bytes)
+    interrupted = refused = 0
+    for seed in range(batch * 200, (batch + 1) * 200):
+        schedule = Schedule(seed, trouble="slow" if seed % 3 == 0 else "none")
+        try:
+            for step, tokens in enumerate((200, 1, 1)):
+                schedule.step(tokens, step)
+            try:
+                with interrupted_at(schedule.random.randrange(150)):
+                    schedule.kv.reset()
+            except KeyboardInterrupt:
+                interrupted += 1
+                if schedule.random.random() < 0.5:
+                    if not schedule.kv.tokens(0):  # all was forgotten already
+                        schedule.model = {layer: rows(0, 0) for layer in range(LAYERS)}
+                    with suppress(Closed):
+                        schedule.step(1, 9)
+                        refused -= 1
+                    refused += 1
+                schedule.kv.reset()
+            schedule.model = {layer: rows(0, 0) for layer in range(LAYERS)}
+            for step, tokens in enumerate((300, 1, 17, 1)):
+                schedule.step(tokens, 20 + step)
+        finally:
+            schedule.close()
+    assert min(interrupted, refused) > 5, (interrupted, refused)

@@ -19,10 +19,13 @@ def test_a_narrow_layer_takes_more_rows_for_whole_blocks() -> None:
     assert rows == 256  # 1 x 256 x 8 x 2 = 4096
 
 
-def test_rows_shrink_when_tails_would_be_too_large() -> None:
+def test_rows_shrink_when_tails_or_slabs_would_be_too_large() -> None:
     tails = 3 * (64 + 64) * 2  # bytes of one row of keys and values
     assert choose_tile_rows(**LAYER, tail_bytes_max=64 * tails) == 64
     assert choose_tile_rows(**LAYER, tail_bytes_max=64 * tails - 1) == 32
+    slab = 64 * 3 * 64 * 2
+    assert choose_tile_rows(**LAYER, tail_bytes_max=GIB, slab_bytes_max=slab) == 64
+    assert choose_tile_rows(**LAYER, tail_bytes_max=GIB, slab_bytes_max=slab - 1) == 32
 
 
 @given(

@@ -111,7 +111,7 @@ class StoredLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget all tokens, of all stored layers: they are one cache."""
-        if self.get_seq_length():
+        if not self._pipeline.is_empty:
             with _lasting():
                 self._pipeline.reset()
 

@@ -295,6 +295,7 @@ class KVPipeline(LayeredKV):
             )
             device, sums, timeline = self._settings.device, self.checksums, self._timeline
             self._shape = shape
+            self._maker = replace(self._maker, slot_bytes=shape.slot_bytes)
             self._machinery = Machinery(
                 shape, self._store, self._engine, device, sums, timeline, self._settings.copies
             )
@@ -382,9 +383,7 @@ class KVPipeline(LayeredKV):
         fetch = partial(machinery.fetch, layer)
         layer.drop_tokens(count, machinery.shape.slot_bytes, fetch)
 
-    def reset(self) -> None:
-        """Forget all tokens; staging stays for the next prompt. Raises: DeviceError, Closed."""
-        super().reset()
+    def _forget(self) -> None:
         self._placements.forget()
         self._budget.forget()
         self._maker = self._maker.beside(self._budget.shares.staging_bytes)

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from dualblade.attention import group_tokens
-from dualblade.errors import ConfigError
+from dualblade.errors import BudgetError, ConfigError
 from dualblade.geometry import Part, TileGeometry, UnitId, choose_tile_rows
 from dualblade.pipeline.order import SequenceTable
+from dualblade.pipeline.staging import SLOTS_MIN
 from dualblade.pipeline.tails import TailLimit
 from dualblade.pipeline.unit import Piece, Space, Unit
+from dualblade.units import format_size
 
 
 @dataclass(slots=True, eq=False)
@@ -201,12 +203,14 @@ class LayerMaker:
 
     tile_tokens     rows of a tile; None: see `choose_tile_rows`.
     tail_limit      most memory for the tails of one layer; None: as much as they like.
+    slot_bytes      of staging, which a slab must fit; None: there is none yet, it is made to fit.
     """
 
     space: Space
     tokens_max: int | None
     tile_tokens: int | None
     tail_limit: TailLimit | None
+    slot_bytes: int | None = None
 
     def beside(self, staging_bytes: int) -> LayerMaker:
         """One that leaves staging what it has."""
@@ -214,7 +218,8 @@ class LayerMaker:
         return replace(self, tail_limit=limit and replace(limit, staging_bytes=staging_bytes))
 
     def make(self, index: int, key_rows: torch.Tensor, value_rows: torch.Tensor) -> Layer:
-        """A layer for rows like these, [batch, kv_heads, n, dim]."""
+        """A layer for rows like these, [batch, kv_heads, n, dim]. Raises: BudgetError when its
+        slabs are larger than the slots that staging has."""
         batch, heads, _, key_dim = key_rows.shape
         item_bytes = key_rows.element_size()
         token_elements = batch * heads * (key_dim + value_rows.shape[3])
@@ -225,6 +230,7 @@ class LayerMaker:
             item_bytes=item_bytes,
             batch=batch,
             tail_bytes_max=limit.bytes_max(token_elements, item_bytes) if limit else None,
+            slab_bytes_max=self.slot_bytes,
         )
         halves = []
         for part, tensor in ((Part.KEYS, key_rows), (Part.VALUES, value_rows)):
@@ -232,9 +238,20 @@ class LayerMaker:
             geometry = TileGeometry(
                 kv_heads=shape[1], rows=rows, dim=shape[3], item_bytes=tensor.element_size()
             )
+            self._check_slab(geometry)
             unit = Unit(UnitId(index, part), geometry, self.space, tokens_max=self.tokens_max)
             halves.append(HalfLayer(unit, tensor.new_empty(shape)))
         return Layer(index, halves[0], halves[1], batch, key_rows.dtype, self.tokens_max)
+
+    def _check_slab(self, geometry: TileGeometry) -> None:
+        if self.slot_bytes is not None and geometry.slab_bytes > self.slot_bytes:
+            needed = SLOTS_MIN * geometry.slab_bytes
+            raise BudgetError(
+                f"a tile of {geometry.rows} tokens takes {format_size(geometry.slab_bytes)} of a "
+                f"sequence, and staging was made of slots of {format_size(self.slot_bytes)}",
+                needed_bytes=needed,
+                hint=f"make a new cache for this batch, or with staging_bytes={needed}",
+            )
 
 
 def check_rows(key_rows: torch.Tensor, value_rows: torch.Tensor) -> None:

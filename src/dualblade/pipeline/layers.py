@@ -34,7 +34,7 @@ class LayeredKV(ABC):
         self._layers: dict[int, Layer] = {}
         self._offer: Offer | None = None
         self._failure: BaseException | None = None
-        self._was_refused = False  # the failure: nothing of the layer had changed
+        self._was_refused = False  # the failure: a reset is all that it takes
         self._closed = False
         self._attention_ns = 0
         self._append_ns = 0
@@ -198,18 +198,32 @@ class LayeredKV(ABC):
         """Take back `count` tokens; what is left of a tile that is cut becomes the tail."""
 
     def reset(self) -> None:
-        """Forget all tokens; after a step that there was no room for, too. Raises: DeviceError,
-        Closed."""
+        """Forget all tokens; after a step that there was no room for, too, and after a reset that
+        did not come to its end. Raises: DeviceError, Closed."""
         if self._was_refused:
             self._failure = self._offer = None
             self._was_refused = False
         self.check_usable()
         self._settle()
         self._quiesce()
-        for layer in self._layers.values():
-            layer.free()
-        self._layers.clear()
+        try:
+            for layer in self._layers.values():
+                layer.free()
+            self._layers.clear()
+            self._forget()
+        except BaseException as exc:  # tokens without their tiles: only a reset may follow
+            self._failure, self._was_refused = exc, True
+            raise
         self._timeline.pause()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to forget."""
+        return not self._layers and self._failure is None
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """Drop what was planned for the layers that there were."""
 
     @abstractmethod
     def _quiesce(self) -> None:

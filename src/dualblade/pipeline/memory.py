@@ -144,6 +144,9 @@ class MemoryKV(LayeredKV):
             )
             yield Arrived(layer.keys, keys, pair[0].tile, pair[0].sequence, values)
 
+    def _forget(self) -> None:
+        """Nothing is planned."""
+
     def _drop_tokens(self, layer: Layer, count: int) -> None:
         def fetch(half: HalfLayer, piece: Piece) -> None:
             layer.recall_tile(half, piece, self._memory.view(half.unit, piece, layer.dtype)[0])

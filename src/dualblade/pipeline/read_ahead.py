@@ -162,6 +162,7 @@ class ReadAhead:
         self._before_visit = before_visit
         self._timeline = timeline
         self._visits: deque[_Visit] = deque()
+        self._is_cancelling = False
         self._closed_to_cursor: set[int] = set()
         self._cursor = 0
 
@@ -173,7 +174,7 @@ class ReadAhead:
         A layer out of the order of the sweep restarts it there. Raises: DeviceError,
         CorruptExtent.
         """
-        if not self._visits or self._visits[0].index != index:
+        if self._is_cancelling or not self._visits or self._visits[0].index != index:
             self.cancel()
             self._enter(index)
         self.advance()
@@ -333,15 +334,19 @@ class ReadAhead:
 
     def cancel(self) -> None:
         """Forget what was read ahead; waits until no transfer touches a slot any more."""
+        self._is_cancelling = True  # a Ctrl-C in the waits leaves it so, and the rest to the next
         for visit in self._visits:
-            for read in visit.coming:
-                if isinstance(read, _Read):
+            while visit.coming:
+                if isinstance(visit.coming[-1], _Read):
                     # Nobody asked for these bytes; a later read of them fails by itself.
                     with suppress(StorageError):
-                        read.ticket.wait()
-                    self._release(read.landing.slot)
+                        visit.coming[-1].ticket.wait()
+                last = visit.coming.pop()  # not before it ended, and before its slot is free
+                if isinstance(last, _Read):
+                    self._release(last.landing.slot)
         self._visits.clear()
         self._closed_to_cursor.clear()
+        self._is_cancelling = False
 
     def _enter(self, index: int) -> _Visit:
         layer = self._layers[index]

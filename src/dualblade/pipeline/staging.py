@@ -37,7 +37,7 @@ _SLOT_BYTES_MAX = 4 * MIB
 """Four 1 MiB requests: the device's queue stays full while one slot is gathered."""
 
 _SLOT_BYTES_MIN = 64 * KIB
-_SLOTS_MIN = 8
+SLOTS_MIN = 8
 
 _SLOTS_WANTED = 16
 _SLOT_BYTES_WANTED = 512 * KIB
@@ -94,11 +94,11 @@ def staging_shape(
         total = min(total, _TOTAL_BYTES_GIVEN_WAY)
     total = config.staging_bytes or total
     slot = _SLOT_BYTES_MAX
-    if total < _SLOTS_MIN * slot:
+    if total < SLOTS_MIN * slot:
         enough = max(total // _SLOTS_WANTED, _SLOT_BYTES_WANTED)
-        slot = min(enough, max(total // _SLOTS_MIN, _SLOT_BYTES_MIN))
+        slot = min(enough, max(total // SLOTS_MIN, _SLOT_BYTES_MIN))
     slot = max(slot // BLOCK_BYTES * BLOCK_BYTES, round_up(slab_bytes_max, BLOCK_BYTES))
-    count = max(total // slot, _SLOTS_MIN)
+    count = max(total // slot, SLOTS_MIN)
     write_slots = max(min(total, _TOTAL_BYTES_MAX) // slot // _WRITE_SLOTS_SHARE, 2)
     return StagingShape(slot_bytes=slot, read_slots=count - write_slots, write_slots=write_slots)
 
