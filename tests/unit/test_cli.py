@@ -26,7 +26,7 @@ from dualblade.errors import BudgetError, ConfigError
 from dualblade.hf.footprint import footprint, skeleton, weights_per_token
 from dualblade.hf.models import LoadedModel, config_of, load_model
 from dualblade.hf.plan import PlanRequest, plan_cache
-from dualblade.units import MIB
+from dualblade.units import GIB, MIB
 
 TINY = "random:llama?layers=3,hidden=64,heads=4,kv_heads=2,vocab=300,positions=600"
 HEAVY = "random:llama?layers=1,hidden=1024,heads=8,kv_heads=2,intermediate=4096,vocab=300"
@@ -297,6 +297,41 @@ def test_the_plan_is_what_a_cache_does(name: str, budget: int, path: str, attent
         assert getattr(plan.shares, name) == getattr(stats.memory, name), name
     least = {8 * MIB: 2 * MIB, 64 * MIB: 16 * MIB, 96 * MIB: 32 * MIB, 1024 * MIB: 65 * MIB}[budget]
     assert plan.shares.staging_bytes >= least
+
+
+def test_sequences_that_are_multiplied_in_turn_take_staging(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While their products go on the drive does; in the plan as in the cache."""
+    monkeypatch.setattr("dualblade.hf.cache.rows_in_turn", lambda _: 7)
+    model = load_model(HEAVY, dtype=torch.float32, device="cpu").model
+    staging = {}
+    for batch in (1, 3, 12):
+        request = PlanRequest(
+            tokens=128,
+            batch=batch,
+            item_bytes=4,
+            budget_bytes=2 * GIB,
+            path=KVPath.DIRECT,
+            engine=EngineConfig(),
+            over_tiles=True,
+            weights_bytes=weights_per_token(skeleton(model.config, torch.float32)),
+            rows_in_turn=7,
+        )
+        with DualBladeCache.for_model(
+            model, memory_budget=2 * GIB, path="direct", attention="tiles", max_tokens=128
+        ) as cache:
+            with torch.inference_mode():
+                model(torch.ones(batch, 128, dtype=torch.long), cache=cache)
+            staging[batch] = cache.stats().memory.staging_bytes
+        shares = plan_cache(model.config, request).shares
+        assert shares is not None
+        assert shares.staging_bytes == staging[batch]
+    layer_bytes = request.weights_bytes // model.config.num_hidden_layers
+    for batch, turns in ((1, 1), (3, 3), (12, 7)):
+        more = staging[batch] - 64 * MIB
+        assert turns * layer_bytes // 6 <= more + 4 * MIB, "whole slots"
+        assert more <= turns * layer_bytes // 6 + 2 * MIB, "whole huge pages"
 
 
 def test_a_plan_that_does_not_fit() -> None:

@@ -117,11 +117,13 @@ def _measured(unloaded: Any, device: str, store: Any, engine: EngineConfig) -> d
     """The processor's work for a token of the model, which has no memory, and what is known of its
     speed and the drive's, as PlanRequest takes them."""
     from dualblade.hf.footprint import weights_per_token
+    from dualblade.hf.linear import rows_in_turn
     from dualblade.hf.speeds import door_speeds, known_profile, reads_in_place
 
     told: dict[str, Any] = {}
     if device == "cpu":
         told["weights_bytes"] = weights_per_token(unloaded)
+        told["rows_in_turn"] = rows_in_turn(unloaded.dtype)
     if profile := known_profile(store):
         in_place = reads_in_place(engine, device, store)
         told["speeds"] = door_speeds(profile, in_place=in_place)

@@ -25,6 +25,7 @@ from dualblade.hf.geometry import (
     offloadable,
 )
 from dualblade.hf.layer import MemoryLayer, StoredLayer
+from dualblade.hf.linear import rows_in_turn
 from dualblade.hf.speeds import (
     FIRST_USE_KV_BYTES_MIN,
     door_speeds,
@@ -146,6 +147,7 @@ class DualBladeCache(Cache):
             config=settings,
             over_tiles=choice.over_tiles,
             layer_weights_bytes=_layer_weights_bytes(model, len(layers)),
+            rows_in_turn=rows_in_turn(model.dtype),
             layers_alike=are_alike(s for s in layer_shapes(model.config) if s.offloaded),
             memory=source,
         )

@@ -16,6 +16,9 @@ from dualblade.attention import widening_pays
 _ROWS_MIN = 12
 """From here on widening pays: 12 rows take 0.65 to 0.8 of torch's time, 16 about half."""
 
+_ROWS_IN_TURN = 7
+"""8 rows take 6.5 times as long as one, and the 12 that are widened 7."""
+
 _ROWS_MULTIPLE = 4
 """Of rows that the float32 product is best at: 16 take half the time of 15."""
 
@@ -91,6 +94,13 @@ def widen_linears(model: torch.nn.Module) -> int:
             module.__class__ = WidenedLinear
             count += 1
     return count
+
+
+def rows_in_turn(dtype: torch.dtype) -> int:
+    """How many rows of a step the processor multiplies one after another, each for as long as one
+    alone; what are more take no longer. Where it has arithmetic of `dtype`, or `dtype` is wide, few
+    rows are multiplied while the weights are read, as one is."""
+    return _ROWS_IN_TURN if widening_pays(dtype) else 1
 
 
 def widening_bytes(rows: int, columns: int) -> int:

@@ -45,7 +45,8 @@ class PlanRequest:
 
     `gather_on_host` is False for a GPU with memory of its own. `over_tiles`: attention works on
     tiles, and a group of them is gathered at most. `speeds`, `compute` None: not measured.
-    `weights_bytes`, which a processor multiplies for each token, ask for staging; 0 on a GPU. How
+    `weights_bytes`, which a processor multiplies for each token, ask for staging; 0 on a GPU. So
+    many sequences as `rows_in_turn` are multiplied one after another (`linear.rows_in_turn`). How
     fast it is does not change where units go, which a cache decides before it has computed
     anything; only the time that is predicted.
     """
@@ -61,6 +62,7 @@ class PlanRequest:
     speeds: DoorSpeeds | None = None
     compute: ComputeSpeeds | None = None
     weights_bytes: int = 0
+    rows_in_turn: int = 1
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.batch < 1:
@@ -115,7 +117,8 @@ def plan_cache(config: PretrainedConfig, request: PlanRequest) -> CachePlan:
         ]
         return _plan([*whole, *kept], None, [], token_bytes, request)
     rows = _tile_rows(stored, request)
-    shares = _shares(stored, rows, request, request.weights_bytes // len(shapes))
+    in_turn = min(request.batch, request.rows_in_turn)
+    shares = _shares(stored, rows, request, request.weights_bytes // len(shapes) * in_turn)
     shares.require()
     placed = _residency(stored, rows, shares, request)
     made = _plan([*map(describe, placed.placements), *kept], shares, rows, token_bytes, request)

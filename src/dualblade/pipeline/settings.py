@@ -18,7 +18,8 @@ class KVSettings:
 
     layer_count          the offloaded layers only.
     over_tiles           attention works on tiles, and no layer is gathered whole.
-    layer_weights_bytes  see `staging_shape`.
+    layer_weights_bytes  see `staging_shape`; each of so many sequences as `rows_in_turn` takes the
+                         time of one.
     layers_alike         all layers have the same heads.
     memory               None: the budget holds, and nobody asks what memory there is.
     speeds               None: not measured.
@@ -32,6 +33,7 @@ class KVSettings:
     config: EngineConfig
     over_tiles: bool = False
     layer_weights_bytes: int = 0
+    rows_in_turn: int = 1
     layers_alike: bool = True
     memory: MemorySource | None = None
     speeds: DoorSpeeds | None = None

@@ -82,9 +82,10 @@ def staging_shape(
     """The slots for a budget. A slot holds at least one slab (`slab_bytes_max`); there are at
     least 8, so that the least staging is 8 slabs. `room_bytes`: what a small budget may give beyond
     its share (`staging_room`). `layer_weights_bytes` are multiplied between two layers' attention,
-    while the drive is to go on; 0: in no time worth mentioning. `fitting_bytes`: the most that
-    leaves room for all KV in the page cache; 0: no staging does. Where that is barely what staging
-    would take, or less, it gives way, and all KV stays in memory."""
+    while the drive is to go on, as many times as rows take turns; 0: in no time worth mentioning.
+    `fitting_bytes`: the most that leaves room for all KV in the page cache; 0: no staging does.
+    Where that is barely what staging would take, or less, it gives way, and all KV stays in
+    memory."""
     share = min(
         max(budget_bytes // _SHARE_OF_BUDGET, _TOTAL_BYTES_MIN),
         _TOTAL_BYTES_MAX + layer_weights_bytes // _SHARE_OF_WEIGHTS,
