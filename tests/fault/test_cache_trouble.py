@@ -573,3 +573,12 @@ def test_reset_after_all_tokens_were_taken_back(path: str) -> None:
         cache.reset()
         step(cache, 5, batch=2)
         assert cache.get_seq_length() == 5
+
+
+def test_a_model_that_is_set_to_use_no_cache_is_refused() -> None:
+    """transformers would give the whole text to the cache at each step, as what is new."""
+    model = tiny_model()
+    model.generation_config.use_cache = False
+    with pytest.raises(ConfigError, match="use no cache") as caught:
+        DualBladeCache.for_model(model)
+    assert "generation_config.use_cache = True" in str(caught.value)

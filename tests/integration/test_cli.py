@@ -320,3 +320,33 @@ def test_doctor_without_io_uring_says_why(tmp_path: Path) -> None:
     engine = json.loads(done.stdout)["engine"]
     assert engine["engine"] == "posix"
     assert "EPERM" in engine["reason"]
+
+
+def test_arguments_that_are_no_text_are_told() -> None:
+    for option in ("-p", "--system"):
+        arguments = ["generate", "-m", TINY, *(() if option == "-p" else ("-p", "a"))]
+        command = [sys.executable, "-m", "dualblade", *arguments, option, b"a\xffb"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+        assert done.returncode == 2
+        assert "is not UTF-8 text (character 1)" in done.stderr
+
+
+def test_a_closed_stdin_and_a_seed_out_of_range_are_told() -> None:
+    shell = f'exec "{sys.executable}" -m dualblade generate -m {TINY} --prompt-file - <&-'
+    done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "stdin is closed" in done.stderr
+    done = dualblade("generate", "-m", TINY, "-p", "a", "--seed", "99999999999999999999")
+    assert done.returncode == 2
+    assert "--seed" in done.stderr
+
+
+def test_brackets_in_names_are_shown(tmp_path: Path) -> None:
+    """They are markup to rich."""
+    place = tmp_path / "a[b]c"
+    place.mkdir()
+    done = dualblade("doctor", str(place))
+    assert done.returncode == 0
+    assert str(place) in done.stdout.replace("\n", "")
+    done = dualblade("plan", "-m", "./a[/b]c", "--context", "100")
+    assert "no model at ./a[/b]c" in done.stderr

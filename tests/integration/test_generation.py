@@ -9,7 +9,8 @@ import torch
 from transformers import DynamicCache
 
 import dualblade
-from dualblade.cli.generation import Generation, Sampling, generate_text
+from dualblade.cli.generation import Generation, Sampling, check_length, generate_text
+from dualblade.errors import Unsupported
 from dualblade.hf.models import LoadedModel
 from dualblade.hf.random_models import ByteTokenizer
 from tests.integration.tiny_models import prompt, tiny_model
@@ -115,14 +116,25 @@ def test_the_model_is_left_as_it_was() -> None:
         {"no_repeat_ngram_size": 1},
         {"num_beams": 3},
         {"do_sample": True, "top_p": 0.5, "temperature": 2.0},
+        {"return_dict_in_generate": True},
+        {"cache_implementation": "static"},
     ],
 )
-def test_settings_of_the_model_choose_no_token(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("lookup", [0, 6])
+def test_settings_of_the_model_choose_no_token(settings: dict[str, Any], lookup: int) -> None:
     on = loaded()
-    plain = generated(on)[0].tokens
+    plain = generated(on, lookup=lookup)[0].tokens
     for name, value in settings.items():
         setattr(on.model.generation_config, name, value)
-    assert generated(on)[0].tokens == plain
+    assert generated(on, lookup=lookup)[0].tokens == plain
+
+
+def test_prompt_lookup_of_a_model_with_a_state_is_refused_before_its_prompt() -> None:
+    on = loaded()
+    on.model._is_stateful = True
+    with pytest.raises(Unsupported, match="cannot take tokens back"):
+        check_length(on, 10, 5, candidates=4)
+    assert check_length(on, 10, 5) == 5
 
 
 @pytest.mark.parametrize("attention", ["exact", "tiles"])

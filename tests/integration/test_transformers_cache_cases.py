@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from transformers.cache_utils import Cache
 
 from dualblade import DualBladeCache
+from dualblade.hf.geometry import layer_shapes
 from tests.integration.tiny_models import prompt, tiny_model
 
 LAYERS, DIM = 3, 16
@@ -271,7 +272,12 @@ def test_a_pass_over_a_whole_conversation_is_one_step_at_a_time() -> None:
 
 _SIZES = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _INNER = {"intermediate_size": 96, "max_position_embeddings": 256}
+_LATENTS = {"kv_lora_rank": 32, "q_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32}
+_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
+    # Latents are cached, and keys and values made of them after the cache (MLA).
+    "deepseek_v3": {**_SIZES, **_INNER, **_LATENTS, **_EXPERTS, "v_head_dim": 24},
+    "minicpm3": {**_SIZES, **_INNER, **_LATENTS, "v_head_dim": 24},
     "gptj": {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
     "gpt_neox": {**_SIZES, **_INNER},
     "falcon": {**_SIZES, "multi_query": True, "new_decoder_architecture": False},
@@ -289,12 +295,45 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_more_architectures(name: str) -> None:
+def made_of(name: str) -> PreTrainedModel:
     config = AutoConfig.for_model(
         name, **ARCHITECTURES[name], bos_token_id=1, eos_token_id=2, pad_token_id=0
     )
     torch.manual_seed(2)
     model = AutoModelForCausalLM.from_config(config).eval()
     model.generation_config.eos_token_id = None
-    ours_and_theirs(model, DYNAMIC, **prompt(batch=2, tokens=80, pad=5))
+    return model
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_more_architectures(name: str) -> None:
+    ours_and_theirs(made_of(name), DYNAMIC, **prompt(batch=2, tokens=80, pad=5))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_configuration_tells_what_is_cached(name: str) -> None:
+    model, theirs = made_of(name), DynamicCache()
+    with torch.inference_mode():
+        model(**prompt(tokens=5), cache=theirs)
+    for shape, layer in zip(layer_shapes(model.config), theirs.layers, strict=True):
+        assert layer.keys.shape == (1, shape.kv_heads, 5, shape.key_dim)
+        assert layer.values.shape == (1, shape.kv_heads, 5, shape.value_dim)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prefill_chunk_size": 30}])
+@pytest.mark.parametrize("attention", ["auto", "tiles"])
+def test_models_that_multiply_what_they_cache(attention: str, options: dict[str, Any]) -> None:
+    """The stand-ins for keys and values are made real there, and views are taken of them."""
+    model, inputs = made_of("deepseek_v3"), prompt(batch=2, tokens=80, pad=5)
+    expected = generated(model, DynamicCache(config=model.config), **inputs, **options)
+    with DualBladeCache.for_model(
+        model,
+        path="direct",
+        attention=attention,  # type: ignore[arg-type]
+        memory_budget="16MiB",
+    ) as cache:
+        if attention == "auto":
+            assert "MLA" in cache.stats().attention_reason
+        actual = generated(model, cache, **inputs, **options)
+        assert cache.stats().attention == "exact"
+    assert torch.equal(actual.sequences, expected.sequences)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from dualblade.errors import ConfigError, DualBladeError, Unsupported
 from dualblade.hf import models
@@ -21,7 +25,7 @@ from dualblade.hf.models import (
     parse_dtype,
     told_shortly,
 )
-from dualblade.hf.random_models import FAMILIES, PRESETS, random_config
+from dualblade.hf.random_models import FAMILIES, PRESETS, ByteTokenizer, random_config
 
 TINY = "layers=2,hidden=64,heads=4,vocab=300,positions=128"
 
@@ -136,6 +140,8 @@ def test_gemma_keeps_its_window() -> None:
         ("missing.gguf", "no model at missing.gguf", "name a folder"),
         ("two words", "no model at two words", "name a folder"),
         ("", "no model is named", "name a folder"),
+        ("x" * 300, "cannot be looked into", "name a folder"),
+        ("~nosuchuser/x", "cannot be looked into", "name a folder"),
     ],
 )
 def test_a_wrong_spec_says_what_to_do(spec: str, said: str, hint: str | None) -> None:
@@ -186,6 +192,12 @@ def saved(tmp_path: Path) -> Path:
         ("config.json", b'{"model_type": "bert", "hidden_size": "many"}', "cannot be loaded"),
         ("config.json", b'{"model_type": "t5"}', "not a decoder"),
         ("model.safetensors", b"short", "cannot be loaded"),
+        ("tokenizer.json", b'{"version": "9", "model": {"type": "none"}}', "cannot be loaded"),
+        (
+            "config.json",
+            b'{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}',
+            "needs code of its own",
+        ),
     ],
 )
 def test_a_damaged_or_foreign_folder(tmp_path: Path, name: str, content: bytes, said: str) -> None:
@@ -256,9 +268,37 @@ def test_words_for_dtypes_and_devices() -> None:
         parse_dtype("int8")
     with pytest.raises(ConfigError, match="unknown device 'gpu'"):
         load_model(f"random:llama?{TINY}", device="gpu")
+    with pytest.raises(ConfigError, match="models on meta are not served"):
+        load_model(f"random:llama?{TINY}", device="meta")
     if not torch.cuda.is_available():
         with pytest.raises(Unsupported, match="no CUDA GPU"):
             load_model(f"random:llama?{TINY}", device="cuda")
+
+
+def test_a_template_that_refuses_is_told() -> None:
+    """Gemma 2's takes no system text."""
+
+    class Refusing(ByteTokenizer):
+        def apply_chat_template(self, *_: Any, **__: Any) -> str:
+            raise RuntimeError("System role not supported")  # jinja2's own is one
+
+    loaded = load_model(f"random:llama?{TINY}")
+    chatty = replace(loaded, tokenizer=Refusing(300), chat=True)
+    with pytest.raises(ConfigError, match="refuses: System role not supported"):
+        chatty.encode("hi", system="be nice")
+
+
+def test_a_checkpoint_of_a_training_uses_its_cache_and_gives_one_answer(tmp_path: Path) -> None:
+    """Training with checkpointed gradients leaves use_cache off in what it saves."""
+    model = load_model(f"random:llama?{TINY}").model
+    model.generation_config.use_cache = model.config.use_cache = False
+    model.generation_config.num_return_sequences = 2
+    model.generation_config.do_sample = True  # it is not saved without
+    model.save_pretrained(tmp_path)
+    words = Tokenizer(WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    settings = load_model(str(tmp_path)).model.generation_config
+    assert (settings.use_cache, settings.num_return_sequences) == (True, 1)
 
 
 def test_bytes_stand_in_for_a_tokenizer() -> None:

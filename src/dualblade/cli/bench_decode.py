@@ -216,7 +216,7 @@ def bench_envelope(
 def _show_envelope(result: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from dualblade.cli.output import result_console
+    from dualblade.cli.output import colored, result_console
 
     table = Table(box=None, pad_edge=False)
     for name in ("limit", "best split", "its ms", "dual ms", "dual / best", "spread", "killed"):
@@ -240,17 +240,15 @@ def _show_envelope(result: dict[str, Any]) -> None:
     for entry in result["summary"]:
         for error in entry["errors"]:
             console.print(f"{entry['memory_limit']}: {error}")
-    reached = "holds" if result["reached"] else "[red]does not hold[/red]"
-    console.print(
-        f"dual at most {result['target']} x the best fixed split, never killed: {reached}"
-    )
+    reached = "holds" if result["reached"] else colored("does not hold", "red")
+    console.print(f"dual at most {result['target']} x the best fixed split, never killed:", reached)
 
 
 def show_decode(result: dict[str, Any]) -> None:
     """A row for each run."""
     from rich.table import Table
 
-    from dualblade.cli.output import result_console
+    from dualblade.cli.output import colored, result_console
 
     columns = ("mode", "limit", "ms per step", "p99", "read per step", "hits", "peak", "engine")
     table = Table(box=None, pad_edge=False)
@@ -260,12 +258,10 @@ def show_decode(result: dict[str, Any]) -> None:
         table.add_row(*_decode_row(run))
     console = result_console()
     console.print(table)
-    agree = {
-        True: "runs with the same attention gave the same tokens",
-        False: "[red]the tokens differ[/red]",
-    }
-    if result["tokens_agree"] is not None:
-        console.print(agree[result["tokens_agree"]])
+    if result["tokens_agree"] is True:
+        console.print("runs with the same attention gave the same tokens")
+    elif result["tokens_agree"] is False:
+        console.print(colored("the tokens differ", "red"))
 
 
 def _decode_row(run: dict[str, Any]) -> list[str]:

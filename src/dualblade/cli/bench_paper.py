@@ -117,7 +117,7 @@ def _show_scenarios(scenarios: list[Scenario], *, as_json: bool) -> None:
 def _show(result: dict[str, Any], output: Path) -> None:
     from rich.table import Table
 
-    from dualblade.cli.output import result_console
+    from dualblade.cli.output import colored, result_console
 
     table = Table(box=None, pad_edge=False)
     for name in ("run", "mode", "store", "limit", "time", "spread", "/ memory", "read", "peak"):
@@ -129,9 +129,9 @@ def _show(result: dict[str, Any], output: Path) -> None:
     console.print(table)
     for entry in result["entries"]:
         if entry["error"] is not None:
-            console.print(f"[red]failed[/red] {entry['name']}: {entry['error']}")
+            console.print(colored("failed", "red"), f"{entry['name']}: {entry['error']}")
         if entry["tokens_agree"] is False:
-            console.print(f"[red]the tokens of {entry['name']} differ[/red]")
+            console.print(colored(f"the tokens of {entry['name']} differ", "red"))
     console.print("time of a decode step in ms, of a prefill in s; medians")
     console.print(f"dualblade bench report {output} --output {output}.html draws it")
 

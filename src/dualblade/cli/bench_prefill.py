@@ -113,7 +113,7 @@ def show_prefill(result: dict[str, Any]) -> None:
     """A row for each mode, state and limit: medians of the runs."""
     from rich.table import Table
 
-    from dualblade.cli.output import result_console
+    from dualblade.cli.output import colored, result_console
 
     table = Table(box=None, pad_edge=False)
     columns = ("mode", "store", "limit", "seconds", "stalled", "written", "read", "peak", "runs")
@@ -124,9 +124,9 @@ def show_prefill(result: dict[str, Any]) -> None:
     console = result_console()
     console.print(table)
     for error in sorted({run["error"] for run in result["runs"] if run["error"] is not None}):
-        console.print(f"[red]failed[/red] {error}")
+        console.print(colored("failed", "red"), error)
     if result["tokens_agree"] is False:
-        console.print("[red]the first tokens differ[/red]")
+        console.print(colored("the first tokens differ", "red"))
 
 
 def _row(entry: dict[str, Any]) -> list[str]:

@@ -28,7 +28,7 @@ def bench_report(
       dualblade bench report results --output results.html
     """
     from dualblade.bench.report import write_report
-    from dualblade.cli.output import Reporter, result_console, write_json
+    from dualblade.cli.output import Reporter, colored, result_console, write_json
 
     with Reporter() as reporter:
         reporter.tell(f"drawing the results in {results}")
@@ -39,5 +39,5 @@ def bench_report(
         return
     warnings = result_console(stderr=True)
     for skipped in page.skipped:
-        warnings.print(f"[yellow]skipped[/yellow] {skipped}")
+        warnings.print(colored("skipped", "yellow"), skipped)
     result_console().print(f"{output}: {len(files)} sections, {len(page.skipped)} files skipped")

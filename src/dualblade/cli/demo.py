@@ -160,15 +160,15 @@ def _needs(reference: dict[str, Any]) -> tuple[int, int]:
 
 
 def _show(result: dict[str, Any]) -> None:
-    from dualblade.cli.output import result_console
+    from dualblade.cli.output import colored, result_console
 
     console = result_console()
     console.print(
         f"{result['model']}, {result['dtype']}, {result['prompt_tokens']} tokens of prompt: the "
         "Constitution of the United States, Articles I and II\n"
     )
-    console.print(f"[bold]Question[/bold]  {result['question']}")
-    console.print(f"[bold]Answer[/bold]    {result['answer']}\n", markup=True)
+    console.print(colored("Question ", "bold"), result["question"])
+    console.print(colored("Answer   ", "bold"), f"{result['answer']}\n")
     console.print(
         f"KV cache {format_size(result['kv_bytes'])}, memory budget "
         f"{format_size(result['budget_bytes'])}: {result['kv_to_budget']:.1f} times as much KV as "
@@ -180,7 +180,7 @@ def _show(result: dict[str, Any]) -> None:
             f"(sha256 {result['tokens_sha256'][:16]}...)\n"
         )
     else:
-        console.print("[red]the paths produced different tokens:[/red]")
+        console.print(colored("the paths produced different tokens:", "red"))
         for run in result["runs"]:
             console.print(f"  {run['path']}: {run['tokens_sha256']}")
     console.print(_table(result["runs"]))

@@ -10,7 +10,8 @@ import typer
 from dualblade.cli import options
 from dualblade.units import format_size
 
-_GOOD, _POOR = "[green]ok[/green]", "[yellow]![/yellow]"
+_GOOD, _POOR = "ok", "!"
+_COLORS = {_GOOD: "green", _POOR: "yellow"}
 
 
 def doctor(
@@ -60,12 +61,12 @@ def doctor(
 def _show(result: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from dualblade.cli.output import result_console
+    from dualblade.cli.output import colored, result_console
 
     table = Table(show_header=False, box=None, pad_edge=False)
     for section in (_machine_rows, _memory_rows, _engine_rows, _members_rows):
         for mark, name, text in section(result):
-            table.add_row(mark, name, text)
+            table.add_row(colored(mark, _COLORS.get(mark, "")), name, text)
     result_console().print(table)
 
 

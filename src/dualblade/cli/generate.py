@@ -75,7 +75,10 @@ MaxNewTokens = Annotated[
 Temperature = Annotated[
     float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of sampling, and of `random:` weights.")]
+Seed = Annotated[
+    int,
+    typer.Option("--seed", min=0, max=2**63 - 1, help="Of sampling, and of `random:` weights."),
+]
 PrefillChunk = Annotated[
     int,
     typer.Option("--prefill-chunk-size", min=1, help="Tokens of the prompt computed at once."),
@@ -136,7 +139,7 @@ def generate(
         _Request(
             model=model,
             prompt=_prompt_text(prompt, prompt_file),
-            system=system,
+            system=None if system is None else _utf8("system text", system),
             chat=chat,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -173,7 +176,9 @@ def _prompt_text(prompt: str | None, prompt_file: str | None) -> str:
         raise ConfigError(what, hint="give one of them; --prompt-file - reads stdin")
     if prompt_file is None:
         assert prompt is not None
-        return prompt
+        return _utf8("prompt", prompt)
+    if prompt_file == "-" and sys.stdin is None:
+        raise ConfigError("stdin is closed", hint="give a file, or --prompt")
     try:
         raw = sys.stdin.buffer.read() if prompt_file == "-" else Path(prompt_file).read_bytes()
         return raw.decode()
@@ -181,6 +186,15 @@ def _prompt_text(prompt: str | None, prompt_file: str | None) -> str:
         raise ConfigError(f"cannot read the prompt {prompt_file}: {exc.strerror}") from exc
     except UnicodeDecodeError as exc:
         raise ConfigError(f"the prompt {prompt_file} is not UTF-8 text (byte {exc.start})") from exc
+
+
+def _utf8(what: str, text: str) -> str:
+    """`text`, an argument. Raises: ConfigError where the shell gave bytes that are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise ConfigError(f"the {what} is not UTF-8 text (character {exc.start})") from exc
+    return text
 
 
 def _run(request: _Request) -> None:

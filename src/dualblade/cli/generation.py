@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dualblade.errors import ConfigError
+from dualblade.errors import ConfigError, Unsupported
 from dualblade.hf.models import LoadedModel
 
 NEW_TOKENS_DEFAULT = 256
@@ -162,8 +162,14 @@ def check_length(
     """New tokens that there is room for: `wanted`, or 256 and what the positions leave. The model
     computes up to `candidates` tokens past them.
 
-    Raises: ConfigError when the prompt, or prompt and wanted tokens, pass the model's positions.
+    Raises: ConfigError when the prompt, or prompt and wanted tokens, pass the model's positions;
+            Unsupported for candidates of a model that cannot take them back.
     """
+    if candidates and getattr(loaded.model, "_is_stateful", False):
+        raise Unsupported(
+            f"{loaded.name} has layers that cannot take tokens back, which prompt lookup does",
+            hint="leave out --prompt-lookup",
+        )
     if prompt_tokens == 0:
         raise ConfigError("the prompt is empty", hint="give one with --prompt or --prompt-file")
     positions = loaded.positions_max
@@ -303,8 +309,11 @@ _NEUTRAL: dict[str, Any] = {
     "penalty_alpha": None,
     "guidance_scale": None,
     "exponential_decay_length_penalty": None,
+    "cache_implementation": None,
+    "return_dict_in_generate": False,
 }
-"""Settings of a model that would change which token is taken, at the value that changes nothing."""
+"""Settings of a model that would change which token is taken, or what `generate` returns, at the
+value that changes nothing."""
 
 
 def _decoder_layers(model: Any) -> list[torch.nn.Module]:

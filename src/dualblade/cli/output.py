@@ -20,6 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from dualblade.errors import ConfigError
 
@@ -28,11 +29,17 @@ _LINE_EVERY_SECONDS = 5.0
 
 
 def result_console(*, stderr: bool = False) -> Console:
-    """For tables: as wide as the terminal; in a file or pipe wide enough for all columns."""
-    console = Console(stderr=stderr, highlight=False)
+    """For tables: as wide as the terminal; in a file or pipe wide enough for all columns. It reads
+    no markup: names may have brackets."""
+    console = Console(stderr=stderr, highlight=False, markup=False)
     if not console.is_terminal:
         console.width = _WIDTH_WITHOUT_TERMINAL
     return console
+
+
+def colored(words: str, color: str) -> Text:
+    """`words` for a result_console."""
+    return Text(words, style=color)
 
 
 def write_json(result: dict[str, Any]) -> None:
@@ -65,7 +72,7 @@ class Reporter:
         self._task: TaskID | None = None
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),

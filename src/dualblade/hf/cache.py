@@ -442,6 +442,12 @@ def _check_words(attention: str, max_tokens: int | None) -> None:
 
 def _check_model(model: PreTrainedModel, layers: list[Any], stored: list[bool]) -> None:
     name = type(model).__name__
+    if getattr(getattr(model, "generation_config", None), "use_cache", None) is False:
+        # generate() would give it the whole text at each step, as what is new.
+        raise ConfigError(
+            f"{name} is set to use no cache",
+            hint="set model.generation_config.use_cache = True",
+        )
     if not model.can_generate():
         raise Unsupported(f"{name} does not generate", hint="load it as AutoModelForCausalLM")
     if not any(stored):

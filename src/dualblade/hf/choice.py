@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from dualblade.attention import kernel_name
 from dualblade.config import check_attention
 from dualblade.errors import Unsupported
+from dualblade.hf.geometry import caches_latents
 from dualblade.hf.tile_attention import NAME
 
 
@@ -67,6 +68,8 @@ def _suited(config: PretrainedConfig, dtype: torch.dtype, device: str) -> Attent
         against = "on a GPU gathering costs next to nothing, and the model's attention is fast"
     elif dtype not in (torch.float32, torch.bfloat16):
         against = f"the kernel does not do {dtype}"
+    elif caches_latents(text):
+        against = "the model makes keys and values of what it caches (MLA) before attention"
     elif getattr(text, "attn_logit_softcapping", None) is not None:
         against = "the model caps its scores, which the kernel does not do"
     if against is not None:

@@ -112,7 +112,9 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model without memory for its weights."""
     with torch.device("meta"):
         # A copy: it is told the dtype, and who asks may want the checkpoint's own.
-        made: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype)
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(
+            deepcopy(config), dtype=dtype, trust_remote_code=False
+        )
     share_layers(made)
     return made
 

@@ -84,17 +84,26 @@ def layer_shapes(config: PretrainedConfig) -> list[LayerShape]:
     text = config.get_text_config(decoder=True)
     kinds = getattr(text, "layer_types", None) or [type(layer).__name__ for layer in layers]
     per_layer = list(getattr(text, "per_layer_config", None) or [text] * len(layers))
-    return [
-        LayerShape(
-            index=index,
-            kind=kind if kind != "DynamicLayer" else "full_attention",
-            offloaded=is_stored,
-            kv_heads=_kv_heads(one),
-            key_dim=_key_dim(one),
-            value_dim=getattr(one, "v_head_dim", None) or _key_dim(one),
+    shapes = []
+    for index, (kind, is_stored, one) in enumerate(zip(kinds, stored, per_layer, strict=True)):
+        kv_heads, key_dim, value_dim = _cached_shape(one)
+        shapes.append(
+            LayerShape(
+                index=index,
+                kind=kind if kind != "DynamicLayer" else "full_attention",
+                offloaded=is_stored,
+                kv_heads=kv_heads,
+                key_dim=key_dim,
+                value_dim=value_dim,
+            )
         )
-        for index, (kind, is_stored, one) in enumerate(zip(kinds, stored, per_layer, strict=True))
-    ]
+    return shapes
+
+
+def caches_latents(config: Any) -> bool:
+    """Whether layers of this text configuration cache what keys and values are made of before
+    attention (MLA: DeepSeek and others; transformers 5.24, in each family's attention)."""
+    return bool(getattr(config, "kv_lora_rank", None) and getattr(config, "qk_rope_head_dim", None))
 
 
 def are_alike(shapes: Iterable[LayerShape]) -> bool:
@@ -105,6 +114,14 @@ def are_alike(shapes: Iterable[LayerShape]) -> bool:
 def item_bytes(dtype: torch.dtype) -> int:
     """Bytes of one element."""
     return torch.empty((), dtype=dtype).element_size()
+
+
+def _cached_shape(config: Any) -> tuple[int, int, int]:
+    """(KV heads, key's dim, value's dim) of what a layer caches for a token."""
+    if caches_latents(config):
+        return 1, int(config.kv_lora_rank), int(config.qk_rope_head_dim)
+    kv_heads, key_dim = _kv_heads(config), _key_dim(config)
+    return kv_heads, key_dim, int(getattr(config, "v_head_dim", None) or key_dim)
 
 
 def _kv_heads(config: Any) -> int:

@@ -76,7 +76,8 @@ def offered_tensors(
             on_touch()
             # As in StoredLayer: tails outlive the call, so they are no inference tensors.
             with torch.inference_mode(False), torch.no_grad():
-                return offer.gather()[index]
+                # As the stand-in says that it lies: views of it may be taken.
+                return offer.gather()[index].contiguous()
 
         shape = (*rows.shape[:2], offer.tokens, rows.shape[3])
         lazy: OfferedTensor = LazyTensor.standing_for(

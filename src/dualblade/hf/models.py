@@ -12,7 +12,6 @@ import contextlib
 import os
 import re
 import socket
-import struct
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -22,8 +21,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants as hub
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -45,19 +42,6 @@ _KINDS = "a folder, a .gguf file, a hub id, `demo`, or `random:` with a shape"
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _HUB_SECONDS = 3.0
 """transformers itself tries for 23 s before it says that there is no network."""
-
-_LOADING_ERRORS = (
-    OSError,  # no such file, no network, a damaged configuration
-    ValueError,
-    KeyError,
-    TypeError,
-    ImportError,  # a package that this model needs
-    RuntimeError,  # weights of other shapes
-    struct.error,  # a damaged GGUF file
-    SafetensorError,
-    StrictDataclassError,  # a configuration with values of the wrong type
-)
-"""What transformers lets through from the parsers below it when files are damaged or foreign."""
 
 
 def _quiet(_line: str) -> None:
@@ -81,7 +65,8 @@ class LoadedModel:
 
     def encode(self, prompt: str, *, system: str | None = None, chat: bool = True) -> list[int]:
         """The tokens of `prompt`, as a user's message where the model has a chat template and
-        `chat` is set, else as plain text. Raises: ConfigError for a system text without one."""
+        `chat` is set, else as plain text. Raises: ConfigError for a system text without one, and
+        for what the template refuses."""
         if not (chat and self.chat):
             if system is not None:
                 raise ConfigError(
@@ -92,9 +77,16 @@ class LoadedModel:
         messages = [{"role": "user", "content": prompt}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as exc:  # it is a program of the model's
+            raise ConfigError(
+                f"the chat template of {self.name} refuses: {exc}",
+                hint="put a system text at the beginning of the prompt, or leave the template out "
+                "(--no-chat)",
+            ) from exc
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, tokens: list[int]) -> str:
@@ -113,7 +105,9 @@ class _Source:
 
     def options(self) -> dict[str, Any]:
         """Arguments that the tokenizer and the configuration need too."""
-        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        # Code that comes with a model is not run, and transformers is not to ask on stdout.
+        named = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        return {"trust_remote_code": False, **named}
 
     def config(self) -> PretrainedConfig:
         """The configuration, without weights."""
@@ -198,6 +192,9 @@ def _loaded(model: PreTrainedModel, tokenizer: Any, name: str, source: str) -> L
     text = model.config.get_text_config(decoder=True)
     if model.device.type == "cpu":
         widen_linears(model)
+    if model.generation_config is not None:
+        model.generation_config.use_cache = True  # training with checkpoints leaves it off
+        model.generation_config.num_return_sequences = 1  # one answer, whatever came with it
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -215,6 +212,8 @@ def _device(word: str | torch.device | None) -> torch.device:
         device = torch.device(word)
     except RuntimeError as exc:
         raise ConfigError(f"unknown device {word!r}", hint="use cpu or cuda") from exc
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"models on {device.type} are not served", hint="use cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise Unsupported("there is no CUDA GPU that torch can use", hint="use --device cpu")
     return device
@@ -238,9 +237,12 @@ def _find(spec: str, tell: Callable[[str], None]) -> _Source:
     if spec == "demo":
         folder = demo_folder(tell)
         return _Source(place=str(folder), name=MODEL_NAME, told=f"{MODEL_NAME} from {folder}")
-    path = Path(spec).expanduser()
-    if path.exists():
-        return _local(path)
+    try:
+        path = Path(spec).expanduser()
+        if path.exists():
+            return _local(path)
+    except (OSError, RuntimeError) as exc:
+        raise ConfigError(f"{spec} cannot be looked into: {exc}", hint=f"name {_KINDS}") from exc
     if spec[0] in "./~" or spec.endswith((".gguf", "/")) or not _HUB_ID.match(spec):
         raise ConfigError(f"there is no model at {spec}", hint=f"name {_KINDS}")
     return _Source(place=spec, name=spec, told="the hub, or its local cache")
@@ -301,7 +303,9 @@ def told_shortly(spec: str) -> Iterator[None]:
         yield
     except DualBladeError:
         raise
-    except _LOADING_ERRORS as exc:
+    except Exception as exc:
+        # Of damaged and foreign files the parsers below transformers let through what they end
+        # with: tokenizers has no type of its own for it.
         raise _explained(spec, exc, is_hub_id=is_hub_id, offline=offline or before) from exc
     finally:
         hub.HF_HUB_OFFLINE = before
@@ -324,6 +328,11 @@ def _explained(
         return Unsupported(
             f"{spec!r} is not on this machine, and no model hub can be reached",
             hint="name a folder with a model, `demo`, or a shape such as random:llama-3.2-1b",
+        )
+    if "trust_remote_code" in said:
+        return Unsupported(
+            f"{spec} needs code of its own, which is not run here",
+            hint="load it in Python, and give it a DualBladeCache.for_model(model)",
         )
     if "Unrecognized configuration class" in said:
         return Unsupported(
