@@ -45,10 +45,9 @@ class PlanRequest:
 
     `gather_on_host` is False for a GPU with memory of its own. `over_tiles`: attention works on
     tiles, and a group of them is gathered at most. `speeds`, `compute` None: not measured.
-    `weights_bytes`, which a processor multiplies for each token, ask for staging; 0 on a GPU. So
-    many sequences as `rows_in_turn` are multiplied one after another (`linear.rows_in_turn`). How
-    fast it is does not change where units go, which a cache decides before it has computed
-    anything; only the time that is predicted.
+    `weights_bytes`, which a processor multiplies for each token, ask for staging; 0 on a GPU; so
+    does `rows_in_turn`, see `KVSettings`. How fast it is does not change where units go, which a
+    cache decides before it has computed anything; only the time that is predicted.
     """
 
     tokens: int
@@ -117,8 +116,8 @@ def plan_cache(config: PretrainedConfig, request: PlanRequest) -> CachePlan:
         ]
         return _plan([*whole, *kept], None, [], token_bytes, request)
     rows = _tile_rows(stored, request)
-    in_turn = min(request.batch, request.rows_in_turn)
-    shares = _shares(stored, rows, request, request.weights_bytes // len(shapes) * in_turn)
+    turns = min(request.batch, request.rows_in_turn) if request.path is Path.DIRECT else 1
+    shares = _shares(stored, rows, request, request.weights_bytes // len(shapes) * turns)
     shares.require()
     placed = _residency(stored, rows, shares, request)
     made = _plan([*map(describe, placed.placements), *kept], shares, rows, token_bytes, request)

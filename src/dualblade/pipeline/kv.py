@@ -277,8 +277,7 @@ class KVPipeline(LayeredKV):
                 self._settings.budget_bytes,
                 max(half.unit.geometry.slab_bytes for half in layer.halves),
                 room_bytes=self._budget.staging_room(layers, count),
-                layer_weights_bytes=self._settings.layer_weights_bytes
-                * min(layer.batch, self._settings.rows_in_turn),
+                layer_weights_bytes=self._settings.multiplied_bytes(layer.batch),
                 fitting_bytes=self._budget.fitting_staging(layers, count, self._settings.speeds)
                 if self._settings.config.has_choice(self._settings.path)
                 else 0,

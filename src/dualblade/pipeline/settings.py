@@ -18,8 +18,8 @@ class KVSettings:
 
     layer_count          the offloaded layers only.
     over_tiles           attention works on tiles, and no layer is gathered whole.
-    layer_weights_bytes  see `staging_shape`; each of so many sequences as `rows_in_turn` takes the
-                         time of one.
+    layer_weights_bytes  see `multiplied_bytes`.
+    rows_in_turn         each of so many sequences is multiplied for as long as one.
     layers_alike         all layers have the same heads.
     memory               None: the budget holds, and nobody asks what memory there is.
     speeds               None: not measured.
@@ -38,3 +38,9 @@ class KVSettings:
     memory: MemorySource | None = None
     speeds: DoorSpeeds | None = None
     copies: MakeCopies = copies_for
+
+    def multiplied_bytes(self, batch: int) -> int:
+        """As `staging_shape` takes it. Who takes turns counts on the path `direct` alone: elsewhere
+        more staging is less page cache, and what is left to read is hidden without."""
+        turns = min(batch, self.rows_in_turn) if self.path is Path.DIRECT else 1
+        return self.layer_weights_bytes * turns
