@@ -62,7 +62,8 @@ class EngineConfig:
                          Refused where the drive has none.
     queue_depth          requests in flight on each device of the store.
     chunk_bytes          largest single request; longer transfers are split.
-    tile_tokens          rows in a tile; None: 64, unless whole blocks ask for more.
+    tile_tokens          rows in a tile; None: 64, more where whole blocks ask for it, fewer
+                         where memory does.
     staging_bytes        memory that reads land in; None: an eighth of the budget, more of a small
                          one, within limits.
     lookahead            layers read ahead of compute, at most.

@@ -25,7 +25,7 @@ from dualblade.config import Path as KVPath
 from dualblade.errors import BudgetError, ConfigError
 from dualblade.hf.footprint import footprint, skeleton, weights_per_token
 from dualblade.hf.models import LoadedModel, config_of, load_model
-from dualblade.hf.plan import PlanRequest, plan_cache
+from dualblade.hf.plan import PlanRequest, gathers_on_host, plan_cache
 from dualblade.units import GIB, MIB
 
 TINY = "random:llama?layers=3,hidden=64,heads=4,kv_heads=2,vocab=300,positions=600"
@@ -332,6 +332,17 @@ def test_sequences_that_are_multiplied_in_turn_take_staging(
         more = staging[batch] - 64 * MIB
         assert turns * layer_bytes // 6 <= more + 4 * MIB, "whole slots"
         assert more <= turns * layer_bytes // 6 + 2 * MIB, "whole huge pages"
+
+
+def test_buffers_of_a_gpu_without_memory_of_its_own_are_planned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A Jetson plans for itself as its cache does; for another machine the GPU has its own."""
+    monkeypatch.setattr("dualblade.hf.plan.shares_host_memory", lambda _: True)
+    for is_here in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda is_here=is_here: is_here)
+        assert gathers_on_host("cuda") is is_here
+        assert gathers_on_host("cpu")
 
 
 def test_a_plan_that_does_not_fit() -> None:

@@ -141,7 +141,7 @@ Dtype = Annotated[
     typer.Option(
         "--dtype",
         metavar="DTYPE",
-        help="bfloat16, float32, float16; auto: the model's own.",
+        help="bfloat16, float32, float16; auto: the model's own, on a CPU bfloat16 for float16.",
     ),
 ]
 Device = Annotated[

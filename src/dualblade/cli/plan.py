@@ -28,7 +28,10 @@ def plan(
     attention: options.Attention = "auto",
     dtype: options.Dtype = "auto",
     device: Annotated[
-        str, typer.Option("--device", help="cuda: the gather buffer is on the GPU.")
+        str,
+        typer.Option(
+            "--device", help="cuda: the gather buffer is on the GPU, if that has memory of its own."
+        ),
     ] = "cpu",
     store: options.Store = None,
     queue_depth: options.QueueDepth = None,
@@ -64,7 +67,7 @@ def plan(
     from dualblade.hf.footprint import skeleton
     from dualblade.hf.geometry import item_bytes
     from dualblade.hf.models import config_of, default_dtype, parse_dtype, told_shortly
-    from dualblade.hf.plan import PlanRequest, plan_cache
+    from dualblade.hf.plan import PlanRequest, gathers_on_host, plan_cache
 
     config = config_of(model)
     element = parse_dtype(dtype) or default_dtype(config, device)
@@ -78,7 +81,7 @@ def plan(
         budget_bytes=_budget_bytes(memory_budget, unloaded, device),
         path=way,
         engine=engine,
-        gather_on_host=device == "cpu",
+        gather_on_host=gathers_on_host(device),
         over_tiles=way_in == "tiles",
         **_measured(unloaded, device, store, engine),
     )

@@ -44,9 +44,10 @@ def format_store(
     """Make a store on a device that is free, or a new file; or on several, striped.
 
     Refused: what is mounted, partitioned, swap, part of something (RAID, volumes), carries any
-    signature, is open elsewhere, or is the drive that this machine boots from. What was found is
-    listed, with the command that frees it. All that the devices hold is lost. Of several, none is
-    written before all were found free.
+    signature, is read-only, zoned, has metadata or blocks of more than 4096 bytes, is open
+    elsewhere, or is the drive that this machine boots from. What was found is listed, with the
+    command that frees it. All that the devices hold is lost. Of several, none is written before all
+    were found free.
 
     \b
     Examples:
@@ -74,7 +75,7 @@ def wipe_store(
     json: options.Json = False,
     debug: options.Debug = False,  # noqa: ARG001 - read by Command
 ) -> None:
-    """Remove a store and what it holds: TRIM, or zeros where the drive has none.
+    """Remove a store and what it holds: TRIM, or zeros where the drive has none or refuses.
 
     Touches only what carries a dualblade superblock that names this very device. One member of a
     striped store may be wiped alone: the rest is then no store any more.

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from transformers import PretrainedConfig
 
 from dualblade.attention import group_tokens
@@ -21,6 +22,7 @@ from dualblade.pipeline.budget import (
     fitting_staging,
     staging_room,
 )
+from dualblade.pipeline.copies import shares_host_memory
 from dualblade.pipeline.gather import GatherBuffers
 from dualblade.pipeline.residence import describe
 from dualblade.pipeline.staging import staging_shape
@@ -90,6 +92,13 @@ class CachePlan:
             stored = (p for p in self.placements if p.path != Path.MEMORY.value)
             return sum(p.bytes - p.cached_bytes for p in stored)
         return sum(max(p.bytes, 0) for p in self.placements if p.path == path.value)
+
+
+def gathers_on_host(device: str) -> bool:
+    """Whether the gather buffers of a model on `device`, cpu or cuda, are in the host's memory. A
+    GPU that is not here has its own."""
+    is_here = device == "cpu" or torch.cuda.is_available()
+    return is_here and shares_host_memory(torch.device(device))
 
 
 def plan_cache(config: PretrainedConfig, request: PlanRequest) -> CachePlan:
