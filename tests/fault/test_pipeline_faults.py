@@ -105,7 +105,14 @@ def test_a_fault_nobody_waits_for_does_not_hinder_reset_and_close(
     fill(cache)
     for layer in range(LAYERS):
         take_turn(cache, *rows(1, layer), layer)  # reads ahead into the next step
-    faulty[0].inject(Fault(op=Op.READ, errno=errno.EIO, times=None))
+    take_turn(cache, *rows(1, 0), 0)
+    at = cache._pipeline._layers[0].values.unit.segments[0].extent.range
+    offsets = range(at.offset, at.end)
+    faulty[0].inject(Fault(op=Op.READ, errno=errno.EIO, offsets=offsets, times=None))
+    # Layer 0 has had its turn; its next one is read ahead in those of the others.
+    for layer in range(1, LAYERS):
+        take_turn(cache, *rows(1, layer), layer)
+    assert faulty[0].struck, "nothing was read ahead"
     cache.reset()
     fill(cache, 40)
     cache.close()

@@ -75,7 +75,7 @@ def test_candidates_change_no_token_and_the_prompt_comes_in_chunks(path: str) ->
     chunks = -(-len(tokens_of()) // CHUNK)
     assert max(rows) <= CHUNK
     assert sum(rows[:chunks]) == len(tokens_of())
-    assert max(rows[chunks:]) <= 1 + 6  # only what is new: the newest token and candidates
+    assert 1 < max(rows[chunks:]) <= 1 + 6  # only what is new: the newest token and candidates
     assert told[-1] == 1.0
     assert len(told) == chunks * on.model.config.num_hidden_layers
 
@@ -85,7 +85,7 @@ def test_sweeps_are_the_passes_after_the_prompts() -> None:
     chunks = -(-len(tokens_of()) // CHUNK)
     assert made.sweeps == len(rows) - chunks
     assert made.tokens_per_sweep == (len(made.tokens) - 1) / made.sweeps
-    assert len(set(made.seconds[:1])) == 1
+    assert len(set(made.seconds)) == 1 + made.sweeps  # tokens of a sweep come together
     assert made.seconds[0] < made.seconds[1]  # the first token is the prompt's alone
 
 

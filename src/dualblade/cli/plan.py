@@ -28,10 +28,7 @@ def plan(
     attention: options.Attention = "auto",
     dtype: options.Dtype = "auto",
     device: Annotated[
-        str,
-        typer.Option(
-            "--device", help="cuda: the gather buffer is on the GPU, if that has memory of its own."
-        ),
+        str, typer.Option("--device", help="cuda: the gather buffer is in the GPU's own memory.")
     ] = "cpu",
     store: options.Store = None,
     queue_depth: options.QueueDepth = None,

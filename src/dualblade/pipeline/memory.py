@@ -49,6 +49,10 @@ class TileMemory:
         """See `Space`."""
         del self._held[extent]
 
+    def clear(self) -> None:
+        """Give all extents back."""
+        self._held.clear()
+
     def move(self, extent: Extent, door: Door) -> None:
         """See `Space`; memory has one door."""
 
@@ -161,7 +165,7 @@ class MemoryKV(LayeredKV):
         self._closed = True
         self._offer = None
         self._layers.clear()
-        self._memory = TileMemory(torch.device("cpu"))
+        self._memory.clear()
 
     def seconds(self) -> StageSeconds:
         """Where the model's thread spent time in the cache."""
