@@ -490,7 +490,7 @@ def test_a_device_without_room_to_gather_refuses_the_step(
     with DualBladeCache.for_model(
         model, memory_budget="16MiB", path="direct", attention="exact"
     ) as cache:
-        with pytest.raises(BudgetError, match="no room for a gathered layer") as caught:
+        with pytest.raises(BudgetError, match="of gathered keys and values") as caught:
             model.generate(**inputs, cache=cache, **settings)
         heads, dim = model.config.num_key_value_heads, model.config.head_dim
         token_bytes = 2 * heads * dim * 4  # of keys, of both sequences

@@ -219,6 +219,16 @@ def test_a_reset_that_is_interrupted_is_done_by_the_next(
                         schedule.step(1, 9)
                         refused -= 1
                     refused += 1
+                elif schedule.random.random() < 0.5:  # once more
+                    with (
+                        interrupted_at(schedule.random.randrange(150)),
+                        suppress(KeyboardInterrupt),
+                    ):
+                        schedule.kv.reset()
+                    if not schedule.kv.tokens(0):
+                        schedule.model = {layer: rows(0, 0) for layer in range(LAYERS)}
+                    with suppress(Closed):
+                        schedule.step(1, 9)
                 schedule.kv.reset()
             schedule.model = {layer: rows(0, 0) for layer in range(LAYERS)}
             for step, tokens in enumerate((300, 1, 17, 1)):

@@ -81,6 +81,7 @@ def test_wiping_through_a_link_removes_the_file(tmp_path: Path, engine: Engine) 
     link.symlink_to(path)
     assert carry_out_wipe(plan_wipe(str(link)), tell=lambda _: None) == ["removed"]
     assert not path.exists()
+    assert not os.path.lexists(link), "its name is free again"
 
 
 def test_a_store_that_cannot_be_removed_stays_one(

@@ -259,9 +259,14 @@ def test_a_summary_compares_with_memory() -> None:
 def test_a_fresh_store_is_new_after_a_run_that_was_killed(tmp_path: Path) -> None:
     """It leaves its blocks, and the next run would only rewrite them."""
     options = PrefillBenchOptions(**SHAPE, store=tmp_path / "kv.store")
+    stale, running = tmp_path / "kv.store.fresh-99999999", tmp_path / "kv.store.fresh-1"
+    for path in (stale, running):
+        path.touch()
     stores = prefill._Stores(options, tmp_path, Watch())
     planned = Planned(0, None, "fresh", "direct")
     assert stores.ready(planned).store == stores.fresh
     stores.fresh.write_bytes(b"left behind")
     assert stores.ready(planned).store == stores.fresh
     assert not stores.fresh.exists()
+    assert not stale.exists(), "of a benchmark that was killed itself"
+    assert running.exists()

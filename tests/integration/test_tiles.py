@@ -12,6 +12,8 @@ from transformers import DynamicCache, PreTrainedModel
 import dualblade
 from dualblade import DualBladeCache, EngineConfig
 from dualblade.attention import GroupedAttention
+from dualblade.errors import DualBladeError
+from dualblade.hf.lazy import made_real
 from tests.integration.tiny_models import EAGER_ONLY, FAMILIES, prompt, tiny_model
 from tests.stepping import take_turn
 
@@ -286,3 +288,30 @@ def test_rows_that_nobody_attends_to_are_taken_in_all_the_same() -> None:
 def test_unknown_attention_is_refused() -> None:
     with pytest.raises(dualblade.ConfigError, match="auto, exact, tiles"):
         DualBladeCache.for_model(tiny_model(), attention="tile")
+
+
+def test_a_model_that_writes_to_its_keys_is_told_and_computes_nothing_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stand-in that was made real is not attended to any more; each time it is one tensor."""
+    model, inputs = tiny_model(), prompt(batch=2, tokens=300)
+    with tiles(model) as cache:
+        with torch.inference_mode():
+            model(**inputs, cache=cache)
+        kind = type(cache.layers[0])
+        real = kind.update
+
+        def update(layer: Any, *args: Any, **kwargs: Any) -> Any:
+            keys, values = real(layer, *args, **kwargs)
+            keys.mul_(0.5)
+            assert torch.equal(made_real(keys), made_real(keys))
+            assert made_real(keys).data_ptr() == made_real(keys).data_ptr()
+            return keys, values
+
+        monkeypatch.setattr(kind, "update", update)
+        with (
+            torch.inference_mode(),
+            pytest.raises(DualBladeError, match="used too late") as caught,
+        ):
+            model(input_ids=inputs["input_ids"][:, :1], cache=cache)
+        assert "attention='exact'" in str(caught.value)

@@ -51,6 +51,12 @@ def test_a_file_system_that_says_it_cannot(tmp_path: Path, monkeypatch: pytest.M
     assert direct.reason == "oldfs says it cannot"
 
 
+def test_zfs_takes_o_direct_and_does_not_heed_it(tmp_path: Path) -> None:
+    direct = devices.direct_io(tmp_path, "zfs")
+    assert not direct.possible
+    assert direct.reason == "zfs caches in memory of its own"
+
+
 def test_a_folder_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="No such file") as caught:
         device_facts(tmp_path / "no" / "such")
@@ -90,6 +96,32 @@ def test_a_partition_has_the_limits_of_its_drive(tmp_path: Path) -> None:
     assert (queue.write_cache, queue.scheduler) == ("write back", "none")
 
 
+def test_what_is_built_on_a_drive_is_told_by_it(tmp_path: Path) -> None:
+    """LUKS and LVM have no model of their own; their profile is that of the drive below."""
+    recorded_nvme(tmp_path)
+    partition = tmp_path / "sys/devices/pci0/nvme/nvme0/nvme0n1/nvme0n1p2"
+    crypt, volume = (tmp_path / f"sys/devices/virtual/block/dm-{n}" for n in range(2))
+    for device, below in ((crypt, partition), (volume, crypt)):
+        (device / "slaves").mkdir(parents=True)
+        (device / "slaves" / below.name).symlink_to(below)
+    (tmp_path / "sys/dev/block/253:1").symlink_to(volume)
+    queue = block_queue(os.makedev(253, 1), tmp_path)
+    assert queue is not None
+    assert (queue.name, queue.model) == ("dm-1", "FASTDRIVE 1TB")
+
+
+def test_a_card_is_told_by_its_name_and_number(tmp_path: Path) -> None:
+    card = tmp_path / "sys/devices/mmc0/block/mmcblk0"
+    (card / "device").mkdir(parents=True)
+    (card / "device/name").write_text("SN128\n")
+    (card / "device/cid").write_text("0353445350\n")
+    (tmp_path / "sys/dev/block").mkdir(parents=True)
+    (tmp_path / "sys/dev/block/179:0").symlink_to(card)
+    queue = block_queue(os.makedev(179, 0), tmp_path)
+    assert queue is not None
+    assert queue.model == "SN128 0353445350"
+
+
 def test_what_is_not_a_block_device_has_no_queue(tmp_path: Path) -> None:
     assert block_queue(os.makedev(0, 24), tmp_path) is None
     assert block_queue(os.makedev(259, 7), tmp_path) is None
@@ -116,6 +148,9 @@ def test_the_mount_is_the_innermost_and_the_last(tmp_path: Path) -> None:
     )
     found = devices._mount_of(place, os.makedev(9, 9), tmp_path)
     assert found == ("xfs", str(place), "rw,noatime,rw,quota", "/dev/b")
+    other = tmp_path / "proc/self/mountinfo"  # somebody's old disk
+    other.write_bytes(other.read_bytes() + b"31 27 1:4 / /mnt/Donn\xe9es rw - vfat d rw\n")
+    assert devices._mount_of(place, os.makedev(9, 9), tmp_path) == found
 
 
 def test_machine_facts_are_ready_for_json(tmp_path: Path) -> None:

@@ -105,6 +105,16 @@ def test_mincore_does_not_know_dirty_pages(fd: int, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("method")
+def test_what_cannot_be_mapped_has_nothing_cached(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FUSE without a page cache, on a kernel that has no cachestat."""
+
+    def refusing(*_: int) -> int:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr(page_cache, "map_pages", refusing)
+    assert page_cache._mincore(fd, 0, 4096) == 0
+
+
 def test_a_closed_descriptor_is_a_device_error(tmp_path: Path) -> None:
     closed = os.open(tmp_path, os.O_RDONLY)
     os.close(closed)

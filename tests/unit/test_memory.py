@@ -268,6 +268,9 @@ def test_a_mount_point_with_a_space(tree: Tree) -> None:
     tree.write("my cg/memory.current", "0")
     tree.write("my cg/memory.stat", "anon 0\n")
     assert tree.probe().available_bytes == GIB
+    mounts = tree.root / "proc/self/mountinfo"
+    mounts.write_bytes(mounts.read_bytes() + b"31 23 8:1 / /mnt/Donn\xe9es rw - vfat d rw\n")
+    assert tree.probe().available_bytes == GIB
 
 
 def test_missing_files_are_left_out_and_said(tree: Tree) -> None:

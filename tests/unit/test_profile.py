@@ -242,6 +242,15 @@ def test_computing_a_token_is_bytes_and_layers() -> None:
     assert slow.seconds(GIB, GIB, layers=30, over_tiles=True) == pytest.approx(0.18)
 
 
+def test_hits_are_copies_where_the_kernel_cannot_bring_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before Linux 5.14 nothing is read in place, and the plan knows."""
+    assert reads_in_place(EngineConfig(), "cpu", tmp_path)
+    monkeypatch.setattr("dualblade.host.mapped._MADV_POPULATE_READ", 9999)
+    assert not reads_in_place(EngineConfig(), "cpu", tmp_path)
+
+
 @pytest.mark.parametrize("direct_gib_per_s", [0.1, 3.0, 12.0])
 def test_in_place_all_that_fits_is_cached(tmp_path: Path, direct_gib_per_s: float) -> None:
     """No drive takes a part that the model's thread has at hand; copies leave one to it."""

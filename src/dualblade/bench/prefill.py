@@ -15,6 +15,7 @@ the drive: write-behind goes on into the first decode steps.
 
 from __future__ import annotations
 
+import glob
 import itertools
 import os
 from collections.abc import Sequence
@@ -198,6 +199,7 @@ class _Stores:
         self._is_written: dict[bool, bool] = {}  # by whether it is that of mapped files
         self.written = options.store or place / f"bench-prefill-{os.getpid()}.store"
         self.fresh = self.written.with_name(f"{self.written.name}.fresh-{os.getpid()}")
+        _remove_stale(self.written)
 
     def ready(self, planned: Planned) -> PrefillBenchOptions:
         """The options of the run with its store, which is as it should be when this returns."""
@@ -224,6 +226,14 @@ class _Stores:
         if planned.state == WRITTEN:
             fine = run["error"] is None and not run["oom_killed"]
             self._is_written[_is_mapped(planned)] = fine
+
+
+def _remove_stale(store: Path) -> None:
+    """Fresh stores of benchmarks that were killed."""
+    for left in store.parent.glob(f"{glob.escape(store.name)}.fresh-*"):
+        process = left.name.rpartition("-")[2]
+        if process.isdigit() and not Path(f"/proc/{process}").exists():
+            left.unlink(missing_ok=True)
 
 
 def _is_mapped(planned: Planned) -> bool:

@@ -120,7 +120,9 @@ class DualBladeCache(Cache):
                        included: each unit is then one contiguous extent. None: it grows as needed.
         config         engine settings.
 
-        Raises: ConfigError, Unsupported, BudgetError, NotAStore, NoSpace, StorageError.
+        Raises: ConfigError, for a model too whose generation settings say `use_cache: false`, with
+                which `generate` would write wrong text; Unsupported, BudgetError, NotAStore,
+                NoSpace, StorageError.
         """
         _check_kinds(model, config)
         way, settings = Path.parse(path), config or EngineConfig()
@@ -342,13 +344,13 @@ def _open_pipeline(
         raise
     try:
         profile = _profile(store, opened, engine, settings, kv_bytes)
+        in_place = reads_in_place(config, settings.device.type, store)
+        settings = replace(settings, speeds=door_speeds(profile, in_place=in_place))
+        return opened, KVPipeline(opened, engine, settings), profile
     except BaseException:
         opened.close()
         engine.close()
         raise
-    in_place = reads_in_place(config, settings.device.type, store)
-    settings = replace(settings, speeds=door_speeds(profile, in_place=in_place))
-    return opened, KVPipeline(opened, engine, settings), profile
 
 
 def _profile(

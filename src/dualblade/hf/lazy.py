@@ -72,12 +72,17 @@ def offered_tensors(
     """Keys and values of an offer; `on_touch` is called when one has to be made real."""
 
     def part(index: int, rows: torch.Tensor) -> OfferedTensor:
+        made: torch.Tensor | None = None  # once: what the model writes to it is to stay
+
         def real() -> torch.Tensor:
+            nonlocal made
             on_touch()
-            # As in StoredLayer: tails outlive the call, so they are no inference tensors.
-            with torch.inference_mode(False), torch.no_grad():
-                # As the stand-in says that it lies: views of it may be taken.
-                return offer.gather()[index].contiguous()
+            if made is None:
+                # As in StoredLayer: tails outlive the call, so they are no inference tensors.
+                with torch.inference_mode(False), torch.no_grad():
+                    # As the stand-in says that it lies: views of it may be taken.
+                    made = offer.gather()[index].contiguous()
+            return made
 
         shape = (*rows.shape[:2], offer.tokens, rows.shape[3])
         lazy: OfferedTensor = LazyTensor.standing_for(

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from dualblade.config import EngineConfig
 from dualblade.errors import DualBladeError, StorageError
+from dualblade.host.mapped import can_hold_pages
 from dualblade.host.profile import DeviceProfile, device_identity, load_profile, save_profile
 from dualblade.io import Arena, Engine
 from dualblade.residency import DoorSpeeds
@@ -50,7 +51,8 @@ def reads_in_place(
     config: EngineConfig, device: str, store: Place | Sequence[Place] | None
 ) -> bool:
     """Whether a model on `device` attends to cached pages where they lie; see Store.in_place."""
-    return config.in_place and device == "cpu" and member_count(store) == 1
+    can = config.in_place and device == "cpu" and member_count(store) == 1
+    return can and can_hold_pages()
 
 
 def door_speeds(profile: DeviceProfile | None, *, in_place: bool) -> DoorSpeeds | None:

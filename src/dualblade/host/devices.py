@@ -117,6 +117,8 @@ def direct_io(place: Path, file_system: str) -> DirectIO:
     """
     if file_system in MEMORY_FILE_SYSTEMS:
         return DirectIO(possible=False, reason=f"{file_system} keeps its files in memory")
+    if file_system == "zfs":  # it takes O_DIRECT, and until 2.3 does not heed it
+        return DirectIO(possible=False, reason="zfs caches in memory of its own")
     try:
         with _probe_file(place) as fd:
             told = _statx_alignment(fd)
@@ -153,7 +155,7 @@ def block_queue(device: int, root: Path = ROOT) -> BlockQueue | None:
     polls = _number(queue / "io_poll")
     return BlockQueue(
         name=node.name,
-        model=_text(whole / "device/model"),
+        model=_model_of(whole),
         logical_block_bytes=_number(queue / "logical_block_size"),
         physical_block_bytes=_number(queue / "physical_block_size"),
         rotational=None if rotational is None else bool(rotational),
@@ -270,7 +272,21 @@ def _number(path: Path) -> int | None:
     return int(text) if text is not None and text.isdigit() else None
 
 
+def _model_of(whole: Path) -> str | None:
+    """What tells one whole device from another: its model; of what is built on others (LUKS, LVM)
+    theirs; of cards and virtual disks, which have none, name and number."""
+    if model := _text(whole / "device/model"):
+        return model
+    below = [link.resolve() for link in sorted((whole / "slaves").glob("*"))]
+    if below:
+        drives = (one.parent if (one / "partition").exists() else one for one in below)
+        return " + ".join(_model_of(drive) or drive.name for drive in drives)
+    number = _text(whole / "device/cid") or _text(whole / "serial") or _text(whole / "wwid")
+    return " ".join(filter(None, (_text(whole / "device/name"), number))) or None
+
+
 def _text(path: Path) -> str | None:
     with contextlib.suppress(OSError):
-        return path.read_text().strip()
+        # Mount points may be in any encoding; they are compared with paths as Python has them.
+        return path.read_text(encoding="utf-8", errors="surrogateescape").strip()
     return None

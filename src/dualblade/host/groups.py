@@ -93,8 +93,8 @@ def find_memory_groups(root: Path = ROOT) -> tuple[MemoryGroup, ...]:
     mount is our group. No cgroups, or no readable tables: an empty tuple.
     """
     try:
-        own_paths = _own_paths((root / "proc/self/cgroup").read_text())
-        mounts = _cgroup_mounts((root / "proc/self/mountinfo").read_text())
+        own_paths = _own_paths(_table(root / "proc/self/cgroup"))
+        mounts = _cgroup_mounts(_table(root / "proc/self/mountinfo"))
     except OSError:
         return ()
     groups: list[MemoryGroup] = []
@@ -189,6 +189,11 @@ def _limit_v2(group: MemoryGroup) -> tuple[str, int]:
 def _memory_stat(group: MemoryGroup) -> dict[str, int]:
     lines = read_file(group.directory / "memory.stat").splitlines()
     return {name: int(value) for name, value in (line.split() for line in lines)}
+
+
+def _table(path: Path) -> str:
+    """Paths in it may be in any encoding, as Python has them. Raises: OSError."""
+    return path.read_text(encoding="utf-8", errors="surrogateescape")
 
 
 def _own_paths(table: str) -> dict[int, str]:

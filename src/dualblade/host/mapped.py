@@ -10,6 +10,7 @@ too would end the process (SIGBUS), never read something else.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 
@@ -22,6 +23,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
+def can_hold_pages() -> bool:
+    """Whether this kernel brings a part's pages before it is used (Linux 5.14)."""
+    return bool(_libc.madvise(None, 0, _MADV_POPULATE_READ) == 0)
+
+
 class FileMemory:
     """[offset, offset + size_bytes) of an open file or block device, shared and read-only; whole
     pages. `buffer` are its bytes: nobody may use them, or parts of them, after `close`.
@@ -32,6 +38,8 @@ class FileMemory:
 
     def __init__(self, fd: int, offset: int, size_bytes: int) -> None:
         assert offset % mmap.PAGESIZE == size_bytes % mmap.PAGESIZE == 0, "not whole pages"
+        if not can_hold_pages():
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         address = map_pages(fd, offset, size_bytes)
         self.address = address
         self.size_bytes = size_bytes
@@ -40,10 +48,6 @@ class FileMemory:
         self.buffer = memoryview((ctypes.c_ubyte * size_bytes).from_address(address)).cast("B")
         self._is_open = True
         # No MADV_RANDOM: what is used through such a mapping is unused to the kernel's reclaim.
-        if _libc.madvise(address, 0, _MADV_POPULATE_READ):  # does the kernel know it?
-            number = ctypes.get_errno()
-            self.close()
-            raise OSError(number, os.strerror(number))
 
     def is_cached(self, offset: int, size_bytes: int) -> bool:
         """Whether all of a part is in the page cache now. Raises: DeviceError."""

@@ -167,6 +167,8 @@ def _mincore(fd: int, offset: int, size_bytes: int) -> int:
     try:
         address = map_pages(fd, start, length)
     except OSError as exc:
+        if exc.errno == errno.ENODEV:  # FUSE without a page cache: it cannot be mapped, or cached
+            return 0
         raise _device_error("mmap", fd, exc.errno or errno.EIO, offset, size_bytes) from exc
     try:
         flags = (ctypes.c_ubyte * -(-length // mmap.PAGESIZE))()

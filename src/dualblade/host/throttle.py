@@ -58,7 +58,10 @@ def _device_number(folder: Path) -> str:
 
 def _blkio_group(root: Path = ROOT) -> tuple[Path, str]:
     """Where the controller is mounted, and our group in it."""
-    mounts = (line.split() for line in (root / "proc/self/mounts").read_text().splitlines())
+    mounts = (
+        line.split()
+        for line in (root / "proc/self/mounts").read_text(errors="surrogateescape").splitlines()
+    )
     mount = next(
         (Path(at) for _, at, kind, opts, *_ in mounts if kind == "cgroup" and "blkio" in opts), None
     )

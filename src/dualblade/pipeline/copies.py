@@ -250,7 +250,9 @@ def _forget_error(device: torch.device) -> None:
 def shares_host_memory(device: torch.device) -> bool:
     """Whether tensors on `device` are in the host's memory: the CPU, and GPUs that have none of
     their own (Jetson)."""
-    return device.type == "cpu" or bool(torch.cuda.get_device_properties(device).is_integrated)
+    if device.type != "cuda":
+        return device.type == "cpu"
+    return bool(torch.cuda.get_device_properties(device).is_integrated)
 
 
 def copies_for(device: torch.device, arena: Arena) -> Copies:

@@ -70,11 +70,11 @@ class GatherBuffers:
 
 
 def no_room_to_gather(size_bytes: int) -> BudgetError:
-    """That the model's device has no memory for a gathered layer."""
+    """That the model's device has no memory for what is gathered at a time."""
     return BudgetError(
-        f"the device has no room for a gathered layer of {format_size(size_bytes)}",
+        f"the device has no room for {format_size(size_bytes)} of gathered keys and values",
         needed_bytes=size_bytes,
-        hint="a shorter context, fewer sequences, or attention='tiles', which gathers no layer",
+        hint="fewer sequences, or a shorter context; attention='tiles' gathers no whole layer",
     )
 
 

@@ -200,20 +200,20 @@ class LayeredKV(ABC):
     def reset(self) -> None:
         """Forget all tokens; after a step that there was no room for, too, and after a reset that
         did not come to its end. Raises: DeviceError, Closed."""
-        if self._was_refused:
-            self._failure = self._offer = None
-            self._was_refused = False
-        self.check_usable()
+        if self._closed or not self._was_refused:
+            self.check_usable()
+        else:
+            self._offer = None
         self._settle()
         self._quiesce()
-        try:
-            for layer in self._layers.values():
-                layer.free()
-            self._layers.clear()
-            self._forget()
-        except BaseException as exc:  # tokens without their tiles: only a reset may follow
-            self._failure, self._was_refused = exc, True
-            raise
+        # Until it is done there may be tokens without their tiles: only a reset goes on from there.
+        self._was_refused = True
+        self._failure = self._failure or Closed("its reset did not come to an end")
+        for layer in self._layers.values():
+            layer.free()
+        self._layers.clear()
+        self._forget()
+        self._failure, self._was_refused = None, False
         self._timeline.pause()
 
     @property

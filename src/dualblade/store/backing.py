@@ -7,6 +7,7 @@ it does not exist; an existing file is taken only when it is a dualblade store t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -223,7 +224,8 @@ def hold_file(
         direct_fd = _open_direct(fd, name) if direct else None
     except BaseException as exc:
         if is_new and not private:
-            os.unlink(name)
+            with contextlib.suppress(OSError):  # somebody was faster; what went wrong is told
+                os.unlink(name)
         os.close(fd)
         if isinstance(exc, OSError):
             raise storage_error("open", name, exc) from exc

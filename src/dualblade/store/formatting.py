@@ -231,6 +231,8 @@ def _wipe(plan: Plan, fd: int, tell: Callable[[float], None]) -> str:
         # The name first: a store that cannot be removed stays one. `fd` may be behind a link.
         os.unlink(os.path.realpath(plan.path))
         os.ftruncate(fd, 0)
+        if os.path.islink(plan.path):
+            os.unlink(plan.path)
         tell(1)
         return "removed"
     assert plan.capacity_bytes is not None
