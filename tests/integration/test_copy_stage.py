@@ -21,6 +21,7 @@ from dualblade.config import EngineConfig
 from dualblade.errors import Closed
 from dualblade.io import Op, open_engine
 from dualblade.pipeline import KVPipeline, KVSettings
+from dualblade.pipeline.timeline import Lane
 from dualblade.store import Store
 from dualblade.testing import Fault, FaultyEngine, SimulatedDma
 from dualblade.units import MIB
@@ -111,12 +112,12 @@ def test_copies_that_go_on_by_themselves_are_not_taken_off_control() -> None:
     bench = Bench("copies", over_tiles=False)
     try:
         stages = bench.kv._timeline.stages()
-        took_in = sum(
+        controlled = sum(
             end - start
-            for lane, what, start, end, *_ in bench.kv._timeline._events or ()
-            if what == "take in"
+            for lane, _, start, end, *_ in bench.kv._timeline._events or ()
+            if lane is Lane.CONTROL
         )
-        assert 0 < stages.control_seconds <= took_in / 1e9
+        assert 0 < stages.control_seconds <= controlled / 1e9
     finally:
         bench.kv.close()
 
