@@ -2,19 +2,24 @@
 """Decode the same shape by FlexLLMGen and by dualblade in turn, with all KV on the drive; write
 results/flexllmgen.json.
 
-    .venv/bin/python scripts/measure_flexllmgen.py CHECKOUT [--python PYTHON] [--store FOLDER]
-        [--model opt-6.7b] [--batch N] [--context N] [--steps N] [--memory-limit SIZE]
+    .venv/bin/python scripts/measure_flexllmgen.py CHECKOUT [--storage-only] [--python PYTHON]
+        [--store FOLDER] [--model opt-6.7b] [--batch N] [--context N] [--steps N]
+        [--memory-limit LIMIT]
 
 CHECKOUT is your clone of FlexLLMGen, PYTHON the one that can run it (its dependencies are older
 than ours: give it a virtual environment of its own). FlexLLMGen needs an NVIDIA GPU and, for its
 tokenizer, the model hub; its weights are dummies here, as ours are random.
 
+--storage-only: FlexLLMGen's computing takes no time (flexllmgen_storage.py says what is left), so
+no GPU and no hub is needed; ours computes. Ours is then in bfloat16, else in float16 as FlexLLMGen.
+
 Its policy is the one of this comparison: weights and activations on the GPU, the whole attention
-cache on disk, copies overlapped with computing. Ours: the modes direct and dual, in float16, as it
-computes. --memory-limit holds every process to the same memory, page cache included (needs root);
-without it FlexLLMGen's files may all stay in the page cache. Ours is limited once its model is
-loaded, FlexLLMGen from its start. It logs the sum of its decode steps, so that its step is a mean;
-ours are medians. A run that the limit kills is told as such. Each finished round is kept.
+cache on disk, copies overlapped with computing. Ours: the modes mmap, direct and dual.
+--memory-limit holds every process to the same memory, page cache included (needs root); without it
+FlexLLMGen's files may all stay in the page cache. Ours is limited once its model is loaded,
+FlexLLMGen from its start. With --storage-only it may be what is left beside each process's own
+memory: +1GiB. FlexLLMGen logs the sum of its decode steps, so that its step is a mean; ours are
+medians. A run that the limit kills is told as such. Each finished round is kept.
 """
 
 from __future__ import annotations
@@ -32,35 +37,43 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from dualblade.bench.fio import FioYardstick
+from dualblade.errors import ConfigError
 from dualblade.host.cgroup import MemoryCgroup
 from dualblade.host.machine import machine_facts
 from dualblade.store import cache_directory
-from dualblade.units import parse_size
+from dualblade.units import GIB, MIB, parse_size
 
-RESULT = Path(__file__).resolve().parent.parent / "results" / "flexllmgen.json"
-MODES = ("direct", "dual")
+SCRIPTS = Path(__file__).resolve().parent
+RESULT = SCRIPTS.parent / "results" / "flexllmgen.json"
+MODES = ("mmap", "direct", "dual")
 Round = dict[str, dict[str, float | None]]
 _LATENCY = re.compile(r"(prefill|decode) latency: ([0-9.]+) s")
+_BYTES = re.compile(r"(anonymous memory|drive gave): ([0-9]+) bytes")
 
 
-def flexllmgen(options: argparse.Namespace) -> dict[str, float | None]:
+def flexllmgen(
+    options: argparse.Namespace, *, steps: int, limit_bytes: int | None
+) -> dict[str, float | None]:
     """One run of a prompt and `steps` decode steps after its first token."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(
             tempfile.TemporaryDirectory(dir=options.store, prefix="flexllmgen-")
         )
         log = Path(folder) / "log"
+        storage = [str(SCRIPTS / "flexllmgen_storage.py")]
         command = [
-            options.python, "-m", "flexllmgen.flex_opt", "--model", f"facebook/{options.model}",
+            options.python, *(storage if options.storage_only else ("-m", "flexllmgen.flex_opt")),
+            "--model", f"facebook/{options.model}",
             "--path", "_DUMMY_", "--offload-dir", folder, "--log-file", str(log),
             "--percent", "100", "0", "0", "0", "100", "0",
             "--gpu-batch-size", str(options.batch), "--num-gpu-batches", "1",
-            "--prompt-len", str(options.context), "--gen-len", str(options.steps + 1),
+            "--prompt-len", str(options.context), "--gen-len", str(steps + 1),
             "--overlap", "true", "--verbose", "0",
         ]  # fmt: skip
         group, popen = None, subprocess.Popen
-        if options.memory_limit is not None:
-            group = stack.enter_context(MemoryCgroup(options.memory_limit))
+        if limit_bytes is not None:
+            group = stack.enter_context(MemoryCgroup(limit_bytes))
             popen = group.popen
         with popen(
             command, cwd=options.checkout, stdout=sys.stderr, env=environment(options)
@@ -71,7 +84,16 @@ def flexllmgen(options: argparse.Namespace) -> dict[str, float | None]:
             return {"prefill_seconds": None, "step_seconds": None}
         if code:
             raise SystemExit(f"FlexLLMGen ended with {code}: {' '.join(command)}")
-        return latencies(log.read_text(), options.steps)
+        return told_by(log.read_text(), steps)
+
+
+def limit_of(options: argparse.Namespace) -> int | None:
+    """Of FlexLLMGen's process, bytes: what is left for the cache comes on top of its own memory,
+    which a step without a limit tells."""
+    if not str(options.memory_limit).startswith("+"):
+        return options.memory_limit and parse_size(options.memory_limit)
+    own = flexllmgen(options, steps=1, limit_bytes=None)["anonymous_bytes"]
+    return int(own) + parse_size(options.memory_limit[1:])
 
 
 def environment(options: argparse.Namespace) -> dict[str, str]:
@@ -80,21 +102,28 @@ def environment(options: argparse.Namespace) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def latencies(log: str, steps: int) -> dict[str, float | None]:
-    """Seconds of the prompt and of a step, from FlexLLMGen's log."""
+def told_by(log: str, steps: int) -> dict[str, float | None]:
+    """Seconds of the prompt and of a step, from FlexLLMGen's log; and what flexllmgen_storage.py
+    adds to it."""
     found = {what: float(seconds) for what, seconds in _LATENCY.findall(log)}
     if found.keys() != {"prefill", "decode"}:
         raise SystemExit(
             "FlexLLMGen's log has no latencies: is this a checkout of its main branch?"
         )
-    return {"prefill_seconds": found["prefill"], "step_seconds": found["decode"] / steps}
+    told = {"prefill_seconds": found["prefill"], "step_seconds": found["decode"] / steps}
+    added = {what: int(size) for what, size in _BYTES.findall(log)}
+    if added:
+        told["anonymous_bytes"] = added["anonymous memory"]
+        told["read_bytes_per_step"] = added["drive gave"] / steps
+    return told
 
 
 def ours(mode: str, options: argparse.Namespace) -> dict[str, float | None]:
     """One run of `dualblade bench decode`, which cleans up behind it when it is interrupted."""
     command = [
         sys.executable, "-m", "dualblade", "bench", "decode", "--model", f"random:{options.model}",
-        "--dtype", "float16", "--batch", str(options.batch), "--context", str(options.context),
+        "--dtype", "bfloat16" if options.storage_only else "float16",
+        "--batch", str(options.batch), "--context", str(options.context),
         "--steps", str(options.steps), "--mode", mode, "--store", str(options.store), "--json",
     ]  # fmt: skip
     if options.memory_limit is not None:
@@ -110,7 +139,10 @@ def ours(mode: str, options: argparse.Namespace) -> dict[str, float | None]:
     (run,) = json.loads(text)["runs"]
     if run["error"] is not None:
         raise SystemExit(f"{mode}: {run['error']}")
-    return {"step_seconds": run["step_seconds_median"]}
+    return {
+        "step_seconds": run["step_seconds_median"],
+        "read_bytes_per_step": run["device_read_bytes_per_step"],
+    }
 
 
 def ratio(mode: str, rounds: list[Round]) -> float | None:
@@ -132,6 +164,9 @@ def main() -> None:
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument(
+        "--storage-only", action="store_true", help="FlexLLMGen's computing takes no time: no GPU"
+    )
+    parser.add_argument(
         "--store", type=Path, default=cache_directory(), help="a folder on the drive to measure"
     )
     parser.add_argument("--model", default="opt-6.7b", help="an OPT shape that both know")
@@ -139,7 +174,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1984)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--memory-limit", type=parse_size, metavar="SIZE")
+    parser.add_argument("--memory-limit", metavar="LIMIT", help="6GiB; with --storage-only +1GiB")
     options = parser.parse_args()
     options.checkout, options.store = options.checkout.resolve(), options.store.resolve()
     options.python = shutil.which(options.python) or options.python
@@ -148,36 +183,63 @@ def main() -> None:
         parser.error(f"{options.checkout} is no checkout of FlexLLMGen: no flexllmgen/flex_opt.py")
     if not re.fullmatch(r"opt-[0-9.]+[mb]", options.model):
         parser.error(f"FlexLLMGen serves OPT shapes, such as opt-6.7b, not {options.model}")
+    limit = options.memory_limit or ""
+    try:
+        parse_size(limit.removeprefix("+") or "1")
+    except ConfigError as error:
+        parser.error(f"--memory-limit: {error}")
+    if limit.startswith("+") and not options.storage_only:
+        parser.error("--memory-limit +SIZE needs --storage-only: name the memory of a process")
+    if shutil.which("fio") is None:
+        parser.error("fio is not installed: it says how fast the drive is (apt install fio)")
     finds_gpu = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    for python in {sys.executable, options.python}:
+    for python in {sys.executable, options.python} if not options.storage_only else ():
         if subprocess.run([python, "-c", finds_gpu], stderr=subprocess.DEVNULL).returncode:
-            parser.error(f"{python} has no torch that finds a GPU: FlexLLMGen computes on one")
+            parser.error(
+                f"{python} has no torch that finds a GPU: FlexLLMGen computes on one "
+                "(--storage-only leaves its computing out)"
+            )
     commit = subprocess.run(
         ["git", "-C", str(options.checkout), "rev-parse", "HEAD"],
         stdout=subprocess.PIPE, text=True, check=False,
     ).stdout.strip()  # fmt: skip
     rounds: list[Round] = []
-    for _ in range(options.repeats):
-        rounds.append(
-            {"flexllmgen": flexllmgen(options)} | {mode: ours(mode, options) for mode in MODES}
-        )
-        print({who: told(run) for who, run in rounds[-1].items()})
-        result: dict[str, Any] = {
-            "command": "scripts/measure_flexllmgen.py CHECKOUT "
-            f"--model {options.model} --batch {options.batch} --context {options.context} "
-            f"--steps {options.steps} --repeats {options.repeats}"
-            + (f" --memory-limit {options.memory_limit}" if options.memory_limit else ""),
-            "flexllmgen_commit": commit or None,
-            "model": options.model,
-            "batch": options.batch,
-            "context": options.context,
-            "memory_limit_bytes": options.memory_limit,
-            "step_ratio_median": {mode: ratio(mode, rounds) for mode in MODES},
-            "rounds": rounds,
-            "machine": machine_facts(str(options.store)),
-        }
-        RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    fio_speeds: list[int] = []
+    limit_bytes = limit_of(options)
+    with FioYardstick(options.store, size_bytes=GIB, chunk_bytes=MIB, queue_depth=8) as fio:
+        for _ in range(options.repeats):
+            fio_speeds.append(fio.measure()["read_bytes_per_second"])
+            runs = {"flexllmgen": flexllmgen(options, steps=options.steps, limit_bytes=limit_bytes)}
+            runs |= {mode: ours(mode, options) for mode in MODES}
+            rounds.append(runs)
+            print({who: told(run) for who, run in runs.items()})
+            result = result_of(options, commit or None, limit_bytes, rounds)
+            result["fio_read_bytes_per_second"] = fio_speeds
+            RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(f"written to {RESULT}")
+
+
+def result_of(
+    options: argparse.Namespace, commit: str | None, limit_bytes: int | None, rounds: list[Round]
+) -> dict[str, Any]:
+    """What is written."""
+    limited = f" --memory-limit {options.memory_limit}" if options.memory_limit else ""
+    return {
+        "command": "scripts/measure_flexllmgen.py CHECKOUT "
+        + ("--storage-only " if options.storage_only else "")
+        + f"--model {options.model} --batch {options.batch} --context {options.context} "
+        f"--steps {options.steps} --repeats {options.repeats}{limited}",
+        "flexllmgen_commit": commit,
+        "storage_only": options.storage_only,
+        "model": options.model,
+        "batch": options.batch,
+        "context": options.context,
+        "memory_limit": options.memory_limit,
+        "memory_limit_bytes": limit_bytes,
+        "step_ratio_median": {mode: ratio(mode, rounds) for mode in MODES},
+        "rounds": rounds,
+        "machine": machine_facts(str(options.store)),
+    }
 
 
 if __name__ == "__main__":

@@ -374,12 +374,44 @@ def test_flexllmgen_is_one_row_beside_ours() -> None:
     }  # fmt: skip
     assert kind_of(result) == "flexllmgen"
     section, cards = flexllmgen_section([("flexllmgen.json", result)])
-    assert list(section.rows[0]) == ["flexllmgen", "2500", "2000-3000", "-"]
-    assert list(section.rows[1]) == ["direct", "killed", "-", "-"]
-    assert list(section.rows[2]) == ["dual", "625", "500-750", "0.25"]
-    assert list(section.rows[3]) == ["page-cache", "1500, 1 of 2 runs", "1500-1500", "-"]
+    nothing = ["-", "-"]
+    assert list(section.rows[0]) == ["flexllmgen", "2500", "2000-3000", "-", *nothing]
+    assert list(section.rows[1]) == ["direct", "killed", "-", "-", *nothing]
+    assert list(section.rows[2]) == ["dual", "625", "500-750", "0.25", *nothing]
+    assert list(section.rows[3]) == ["page-cache", "1500, 1 of 2 runs", "1500-1500", "-", *nothing]
     assert "4.0 GiB of memory for each" in section.about
     assert cards == [("0.25 x", "FlexLLMGen's step time")]
+
+
+def test_flexllmgen_without_computing_is_told_as_such_with_what_it_reads() -> None:
+    """As scripts/measure_flexllmgen.py --storage-only writes it."""
+    runs = {"flexllmgen": (8.0, 4 * GIB), "direct": (None, None), "dual": (2.0, 3 * GIB)}
+    result = {
+        "command": "measure",
+        "flexllmgen_commit": "1" * 40,
+        "storage_only": True,
+        "model": "opt-2.7b",
+        "batch": 8,
+        "context": 1984,
+        "memory_limit": "+1GiB",
+        "memory_limit_bytes": 2 * GIB,
+        "step_ratio_median": {"direct": None, "dual": 0.25},
+        "fio_read_bytes_per_second": [2 * GIB, GIB],
+        "rounds": [
+            {
+                who: {"step_seconds": step, "read_bytes_per_step": read}
+                for who, (step, read) in runs.items()
+            }
+        ]
+        * 2,
+        "machine": MACHINE,
+    }
+    section, _ = flexllmgen_section([("flexllmgen.json", result)])
+    assert list(section.rows[0][4:]) == ["0.50", "38 %"]
+    assert list(section.rows[1]) == ["direct", "killed", "-", "-", "-", "-"]
+    assert list(section.rows[2][4:]) == ["1.50", "112 %"]
+    assert "FlexLLMGen's computing left out" in section.about
+    assert "1GiB of memory beside each process's own" in section.about
 
 
 def test_a_generation_of_one_token_is_a_row_with_dashes(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 from dualblade.bench.report_section import (
     Made,
@@ -105,23 +106,51 @@ def flexllmgen_section(group: list[Named]) -> Made:
         if steps:
             spread = f"{min(steps):.0f}-{max(steps):.0f}"
             middle = of_runs(f"{statistics.median(steps):.0f}", runs, "step_seconds")
-            rows.append([who, middle, spread, ratio])
+            rows.append([who, middle, spread, ratio, *_speed_beside_fio(who, result)])
         else:
-            rows.append([who, "killed", "-", "-"])
+            rows.append([who, "killed", "-", "-", "-", "-"])
+    storage_only = result.get("storage_only", False)
+    computing = (
+        "FlexLLMGen's computing left out, so that it is the time of storing and fetching alone; "
+        "ours computes, in bfloat16"
+        if storage_only
+        else "float16 on a GPU"
+    )
+    left = result.get("memory_limit") or ""
+    memory = (
+        "no memory limit"
+        if limit is None
+        else f"{left[1:]} of memory beside each process's own"
+        if left.startswith("+")
+        else f"{limit / GIB:.1f} GiB of memory for each"
+    )
     section = Section(
         title="Decoding beside FlexLLMGen",
         file=name,
-        about=f"{result['model']}, {result['batch']} x {result['context']} tokens, float16 on a "
-        "GPU, all KV on the drive; "
-        + ("no memory limit" if limit is None else f"{limit / GIB:.1f} GiB of memory for each")
-        + "; in turn. FlexLLMGen's step is a mean, ours a median.",
+        about=f"{result['model']}, {result['batch']} x {result['context']} tokens, {computing}; "
+        f"all KV on the drive; {memory}; in turn. FlexLLMGen's step is a mean, ours a median.",
         command=result["command"],
         machine=machine_text(result["machine"]),
-        head=["who", "ms/step", "spread", "/ FlexLLMGen"],
+        head=["who", "ms/step", "spread", "/ FlexLLMGen", "reads GiB/s", "of fio's"],
         rows=rows,
     )
     ratio = result["step_ratio_median"]["dual"]
     return section, [] if ratio is None else [(f"{ratio:.2f} x", "FlexLLMGen's step time")]
+
+
+def _speed_beside_fio(who: str, result: dict[str, Any]) -> list[str]:
+    """What `who` reads of the drive over its whole steps, GiB a second, and that over fio's."""
+    speeds, ratios = [], []
+    for one, fio in zip(
+        result["rounds"], result.get("fio_read_bytes_per_second") or (), strict=False
+    ):
+        run = one[who]
+        if run["step_seconds"] is not None and run.get("read_bytes_per_step") is not None:
+            speeds.append(run["read_bytes_per_step"] / run["step_seconds"])
+            ratios.append(speeds[-1] / fio)
+    if not speeds:
+        return ["-", "-"]
+    return [f"{statistics.median(speeds) / GIB:.2f}", f"{100 * statistics.median(ratios):.0f} %"]
 
 
 def contention_section(group: list[Named]) -> Made:
