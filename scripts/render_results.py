@@ -23,12 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from dualblade.bench.report_section import of_runs, runs_of, seconds_spread
+from dualblade.bench.report_tables import flexllmgen_section
 from dualblade.bench.series import median_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-LMCACHE = ROOT / "examples" / "lmcache"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", LMCACHE / "README.md")
+LMCACHE, MLPERF = ROOT / "examples" / "lmcache", ROOT / "examples" / "mlperf"
+DOCUMENTS = (
+    *(ROOT / "README.md", ROOT / "docs" / "performance.md"),
+    *(folder / "README.md" for folder in (LMCACHE, MLPERF)),
+)
 MIB, GIB = 1 << 20, 1 << 30
 
 
@@ -543,6 +547,55 @@ def lmcache() -> str:
     )
 
 
+def flexllmgen() -> str:
+    data = load("flexllmgen")
+    section, _ = flexllmgen_section([("results/flexllmgen.json", data)])
+    fio = statistics.median(data["fio_read_bytes_per_second"]) / GIB
+    return (
+        f"{table(list(section.head), [list(row) for row in section.rows])}\n\n{section.about} "
+        f"Medians of {len(data['rounds'])} rounds; fio reads {fio:.2f} GiB/s beside them. "
+        f"FlexLLMGen {data['flexllmgen_commit'][:7]}; `{data['command']}` on "
+        f"{machine_line(data['machine'])}; file: `results/flexllmgen.json`."
+    )
+
+
+def mlperf() -> str:
+    data = json.loads((MLPERF / "results.json").read_text())
+    rows = []
+    for workload, tier in itertools.product(data["workloads"], ("dualblade", "theirs")):
+        runs = [r for r in data["runs"] if (r["workload"], r["tier"]) == (workload, tier)]
+        rows.append([workload, tier, *mlperf_figures(runs)])
+    head = [
+        *("workload", "tier", "read GiB/s", "p50 ms", "p95 ms"),
+        *("write GiB/s", "p50 ms", "p95 ms", "CPU s/GiB"),
+    ]
+    fio = statistics.median(run["fio"]["read_bytes_per_second"] for run in data["runs"]) / GIB
+    given = " ".join(data["arguments"])
+    repeats = 1 + max(run["repeat"] for run in data["runs"])
+    return (
+        f"{table(head, rows)}\n\nLatencies are of whole objects. Medians of {repeats} runs; fio "
+        f"reads {fio:.2f} GiB/s beside them. Benchmark {data['benchmark_commit'][:7]}, `{given}`; "
+        f"`{data['command']}` on {machine_line(data['machine'])}; file: `results.json`."
+    )
+
+
+def mlperf_figures(runs: list[dict[str, Any]]) -> list[str]:
+    """Of runs of one kind: bandwidth and latencies of reads and of writes; CPU."""
+    figures = []
+    for way, key in (("read", "read_bytes"), ("write", "written_bytes")):
+        rates = [run[key] / run["seconds"] / GIB for run in runs]
+        if not any(rates):
+            figures += ["-", "-", "-"]
+            continue
+        figures.append(f"{statistics.median(rates):.2f} ({min(rates):.2f}-{max(rates):.2f})")
+        for percentile in (50, 95):
+            each = [run[f"storage_{way}_p{percentile}_ms"] for run in runs]
+            figures.append(f"{statistics.median(each):.0f}")
+    moved = [(run["read_bytes"] + run["written_bytes"]) / GIB for run in runs]
+    cpu = [run["cpu_seconds"] / gib for run, gib in zip(runs, moved, strict=True)]
+    return [*figures, f"{statistics.median(cpu):.2f}"]
+
+
 def drive_word(data: dict[str, Any]) -> str:
     speed = data["scenario"]["device_bytes_per_second"]
     return "as it is" if speed is None else f"{speed / 1e6:.0f} MB/s"
@@ -859,7 +912,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "control": control,
     "products": products,
     "spinning": spinning,
+    "flexllmgen": flexllmgen,
     "lmcache": lmcache,
+    "mlperf": mlperf,
     "budgets": budgets,
     "paper": paper,
     "paper-large": paper_large,

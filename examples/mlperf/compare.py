@@ -39,9 +39,8 @@ MEASURES = tuple(
 
 
 def arguments(options: argparse.Namespace) -> list[str]:
-    """Of kv-cache.py, the same for all."""
+    """Of kv-cache.py, the same for all, but for paths."""
     return [
-        *("--config", str(benchmark_of(options.checkout) / "config.yaml")),
         *("--model", options.model, "--num-users", str(options.users)),
         *("--duration", str(options.seconds), "--seed", "1"),
         *("--gpu-mem-gb", "0", "--cpu-mem-gb", "0", "--generation-mode", "none"),
@@ -62,6 +61,7 @@ def run(tier: str, workload: str, options: argparse.Namespace) -> dict[str, Any]
         done = subprocess.run(
             [
                 *(sys.executable, str(TIER), tier, *arguments(options), *WORKLOADS[workload]),
+                *("--config", str(benchmark_of(options.checkout) / "config.yaml")),
                 *("--cache-dir", str(Path(place) / "objects"), "--output", str(output)),
             ],
             capture_output=True, text=True, check=False,
