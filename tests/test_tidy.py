@@ -106,6 +106,8 @@ def test_public_names_are_pinned() -> None:
         "StorageError",
         "Unsupported",
         "__version__",
+        "wait_briefly",
+        "widen_linears",
     ]
     for name in dualblade.__all__:
         assert hasattr(dualblade, name)

@@ -18,9 +18,11 @@ from dualblade.errors import (
     StorageError,
     Unsupported,
 )
+from dualblade.host.threads import wait_briefly
 
 if TYPE_CHECKING:
     from dualblade.hf.cache import DualBladeCache
+    from dualblade.hf.linear import widen_linears
 
 __version__ = version("dualblade")
 
@@ -38,6 +40,8 @@ __all__ = [
     "StorageError",
     "Unsupported",
     "__version__",
+    "wait_briefly",
+    "widen_linears",
 ]
 
 
@@ -47,4 +51,8 @@ def __getattr__(name: str) -> Any:
         from dualblade.hf.cache import DualBladeCache
 
         return DualBladeCache
+    if name == "widen_linears":
+        from dualblade.hf.linear import widen_linears
+
+        return widen_linears
     raise AttributeError(f"module 'dualblade' has no attribute {name!r}")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
-from dualblade.host.threads import wait_briefly
+from dualblade import wait_briefly
 
 
-def test_threads_spin_for_a_while_and_then_sleep() -> None:
+def test_threads_spin_for_a_while_and_then_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
     environment: dict[str, str] = {}
     assert wait_briefly(environment)
     assert environment == {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
@@ -19,3 +22,10 @@ def test_what_the_user_set_stays(name: str) -> None:
     environment = {name: "his"}
     assert not wait_briefly(environment)
     assert environment == {name: "his"}
+
+
+def test_too_late_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", object())
+    with pytest.warns(UserWarning, match="before torch is imported"):
+        assert wait_briefly({}), "children heed it"
+    assert not wait_briefly({"OMP_WAIT_POLICY": "his"}), "nothing to tell"
