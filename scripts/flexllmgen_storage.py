@@ -6,11 +6,11 @@ own Python with its checkout on the path; takes the arguments of flexllmgen.flex
 FlexLLMGen's own: the generation loop, the files, the copies and the threads that make them. Ours,
 in its place: layers that return at once, weights of one number each, and a GPU that is ordinary
 memory, of six buffers used in turn, so that what is fetched is copied once, from the mapped file to
-where attention would read it, and never meets a page that was not touched. All of it favours
-FlexLLMGen: with a GPU each byte is copied twice.
+where attention would read it (with a GPU twice), and never meets a page that was not touched. The
+prompt's rows are made at the speed of memory, so all is written back before the second step.
 
-Two lines more than FlexLLMGen writes go to --log-file: the process's anonymous memory, and what
-the drive gave it during the measured generation.
+What FlexLLMGen does not tell goes to --log-file as one line of JSON: seconds of each step, what the
+drive had given the process when it began, and the process's anonymous memory.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -29,6 +31,7 @@ import torch
 import transformers
 from flexllmgen import flex_opt
 from flexllmgen.pytorch_backend import TorchDevice, TorchTensor
+from flexllmgen.timer import timers
 
 BUFFERS = 6  # keys and values of the layer that is computed, of the next, and of one to spare
 
@@ -49,27 +52,28 @@ def without_cuda() -> None:
 
 
 class Buffers:
-    """The memory of the GPU that is not there: the cache's rows go to each buffer in turn."""
+    """The memory of the GPU that is not there, for at most `tokens` rows of the cache: each fetch
+    and each row that is made gets the next of its buffers."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int) -> None:
+        self._tokens = tokens
         self._memory: list[torch.Tensor] = []
         self._turns = itertools.cycle(range(BUFFERS))
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Rows of any content."""
-        size_bytes = torch.Size(shape).numel() * dtype.itemsize
-        if not self._memory or self._memory[0].numel() < size_bytes:
-            # A tenth more: the cache grows by a row with each step.
-            self._memory = [
-                torch.ones(size_bytes * 11 // 10, dtype=torch.uint8) for _ in range(BUFFERS)
-            ]
-        return self._memory[next(self._turns)][:size_bytes].view(dtype).view(*shape)
+        """Rows of any content; `shape` begins with how many."""
+        row_bytes = torch.Size(shape[1:]).numel() * dtype.itemsize
+        if not self._memory:
+            size_bytes = self._tokens * row_bytes
+            self._memory = [torch.ones(size_bytes, dtype=torch.uint8) for _ in range(BUFFERS)]
+        memory = self._memory[next(self._turns)]
+        return memory[: shape[0] * row_bytes].view(dtype).view(*shape)
 
 
-def without_computing(config: Any) -> None:
-    """Layers that hand their input on, and make rows of the cache for it."""
+def without_computing(config: Any, tokens: int) -> None:
+    """Layers that hand their input on, and make rows of the cache for it: `tokens` in all."""
     heads, head_dim = config.n_head, config.input_dim // config.n_head
-    buffers = Buffers()
+    buffers = Buffers(tokens)
     init, allocate = TorchDevice.__init__, TorchDevice.allocate
 
     def allocate_here(self: Any, shape: Any, dtype: Any, *_pinned: Any, **named: Any) -> Any:
@@ -131,19 +135,25 @@ def main() -> None:
     flex_opt.add_parser_arguments(parser)
     arguments = parser.parse_args()
     without_cuda()
-    without_computing(flex_opt.get_opt_config(arguments.model))
-    generate, read = flex_opt.OptLM.generate, [0, 0]
+    config = flex_opt.get_opt_config(arguments.model)
+    without_computing(config, arguments.prompt_len + arguments.gen_len)
+    begin, given = flex_opt.OptLM.update_attention_mask, [0] * arguments.gen_len
 
-    def watched(*words: Any, **named: Any) -> Any:
-        before = drive_bytes()
-        result = generate(*words, **named)
-        read[:] = read[1], drive_bytes() - before  # the last is the measured one
-        return result
+    def begin_step(self: Any, step: int, *rest: Any) -> None:
+        if step == 1:
+            os.sync()  # what a GPU's prompt takes seconds to make is made at once here
+        given[step] = drive_bytes()
+        begin(self, step, *rest)
 
-    flex_opt.OptLM.generate = watched
+    flex_opt.OptLM.update_attention_mask = begin_step
     flex_opt.run_flexllmgen(arguments)
+    told = {
+        "step_seconds": timers("generate").costs[1:],
+        "drive_bytes": [*given[1:], drive_bytes()],
+        "anonymous_bytes": anonymous_bytes(),
+    }
     with open(arguments.log_file, "a") as log:
-        log.write(f"anonymous memory: {anonymous_bytes()} bytes\ndrive gave: {read[1]} bytes\n")
+        log.write(json.dumps(told) + "\n")
 
 
 if __name__ == "__main__":

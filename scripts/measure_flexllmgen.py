@@ -18,8 +18,9 @@ cache on disk, copies overlapped with computing. Ours: the modes mmap, direct an
 --memory-limit holds every process to the same memory, page cache included (needs root); without it
 FlexLLMGen's files may all stay in the page cache. Ours is limited once its model is loaded,
 FlexLLMGen from its start. With --storage-only it may be what is left beside each process's own
-memory: +1GiB. FlexLLMGen logs the sum of its decode steps, so that its step is a mean; ours are
-medians. A run that the limit kills is told as such. Each finished round is kept.
+memory: +1GiB. FlexLLMGen logs the sum of its decode steps, so that its step is a mean of all; ours
+are medians of those after two, as its are with --storage-only. A run that the limit kills is told
+as such. Each finished round is kept; each begins with another.
 """
 
 from __future__ import annotations
@@ -47,15 +48,18 @@ from dualblade.units import GIB, MIB, parse_size
 SCRIPTS = Path(__file__).resolve().parent
 RESULT = SCRIPTS.parent / "results" / "flexllmgen.json"
 MODES = ("mmap", "direct", "dual")
+WHO = ("flexllmgen", *MODES)
 Round = dict[str, dict[str, float | None]]
 _LATENCY = re.compile(r"(prefill|decode) latency: ([0-9.]+) s")
-_BYTES = re.compile(r"(anonymous memory|drive gave): ([0-9]+) bytes")
+_STORAGE = re.compile(r'^{"step_seconds".*}$', re.MULTILINE)
+WARMUP_STEPS = 2  # as ours
 
 
 def flexllmgen(
     options: argparse.Namespace, *, steps: int, limit_bytes: int | None
 ) -> dict[str, float | None]:
-    """One run of a prompt and `steps` decode steps after its first token."""
+    """One run of a prompt and `steps` decode steps after its first token; with --storage-only two
+    more before those."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(
             tempfile.TemporaryDirectory(dir=options.store, prefix="flexllmgen-")
@@ -68,7 +72,8 @@ def flexllmgen(
             "--path", "_DUMMY_", "--offload-dir", folder, "--log-file", str(log),
             "--percent", "100", "0", "0", "0", "100", "0",
             "--gpu-batch-size", str(options.batch), "--num-gpu-batches", "1",
-            "--prompt-len", str(options.context), "--gen-len", str(steps + 1),
+            "--prompt-len", str(options.context),
+            "--gen-len", str(steps + 1 + (WARMUP_STEPS if options.storage_only else 0)),
             "--overlap", "true", "--verbose", "0",
         ]  # fmt: skip
         group, popen = None, subprocess.Popen
@@ -92,7 +97,7 @@ def limit_of(options: argparse.Namespace) -> int | None:
     which a step without a limit tells."""
     if not str(options.memory_limit).startswith("+"):
         return options.memory_limit and parse_size(options.memory_limit)
-    own = flexllmgen(options, steps=1, limit_bytes=None)["anonymous_bytes"]
+    own = flexllmgen(options, steps=options.steps, limit_bytes=None)["anonymous_bytes"]
     return int(own) + parse_size(options.memory_limit[1:])
 
 
@@ -111,10 +116,15 @@ def told_by(log: str, steps: int) -> dict[str, float | None]:
             "FlexLLMGen's log has no latencies: is this a checkout of its main branch?"
         )
     told = {"prefill_seconds": found["prefill"], "step_seconds": found["decode"] / steps}
-    added = {what: int(size) for what, size in _BYTES.findall(log)}
-    if added:
-        told["anonymous_bytes"] = added["anonymous memory"]
-        told["read_bytes_per_step"] = added["drive gave"] / steps
+    storage = _STORAGE.search(log)
+    if storage is not None:
+        line = json.loads(storage[0])
+        given = line["drive_bytes"][WARMUP_STEPS:]
+        told |= {
+            "step_seconds": statistics.median(line["step_seconds"][WARMUP_STEPS:]),
+            "read_bytes_per_step": (given[-1] - given[0]) / steps,
+            "anonymous_bytes": line["anonymous_bytes"],
+        }
     return told
 
 
@@ -207,11 +217,16 @@ def main() -> None:
     fio_speeds: list[int] = []
     limit_bytes = limit_of(options)
     with FioYardstick(options.store, size_bytes=GIB, chunk_bytes=MIB, queue_depth=8) as fio:
-        for _ in range(options.repeats):
+        for repeat in range(options.repeats):
             fio_speeds.append(fio.measure()["read_bytes_per_second"])
-            runs = {"flexllmgen": flexllmgen(options, steps=options.steps, limit_bytes=limit_bytes)}
-            runs |= {mode: ours(mode, options) for mode in MODES}
-            rounds.append(runs)
+            turn = repeat % len(WHO)
+            runs = {
+                who: ours(who, options)
+                if who in MODES
+                else flexllmgen(options, steps=options.steps, limit_bytes=limit_bytes)
+                for who in WHO[turn:] + WHO[:turn]
+            }
+            rounds.append({who: runs[who] for who in WHO})
             print({who: told(run) for who, run in runs.items()})
             result = result_of(options, commit or None, limit_bytes, rounds)
             result["fio_read_bytes_per_second"] = fio_speeds

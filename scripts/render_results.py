@@ -554,7 +554,7 @@ def flexllmgen() -> str:
     return (
         f"{table(list(section.head), [list(row) for row in section.rows])}\n\n{section.about} "
         f"Medians of {len(data['rounds'])} rounds; fio reads {fio:.2f} GiB/s beside them. "
-        f"FlexLLMGen {data['flexllmgen_commit'][:7]}; `{data['command']}` on "
+        f"FlexLLMGen {data['flexllmgen_commit'] or '?':.7}; `{data['command']}` on "
         f"{machine_line(data['machine'])}; file: `results/flexllmgen.json`."
     )
 
@@ -565,35 +565,35 @@ def mlperf() -> str:
     for workload, tier in itertools.product(data["workloads"], ("dualblade", "theirs")):
         runs = [r for r in data["runs"] if (r["workload"], r["tier"]) == (workload, tier)]
         rows.append([workload, tier, *mlperf_figures(runs)])
-    head = [
-        *("workload", "tier", "read GiB/s", "p50 ms", "p95 ms"),
-        *("write GiB/s", "p50 ms", "p95 ms", "CPU s/GiB"),
-    ]
+    head = ["workload", "tier", "read GiB/s", "p50 ms", "p95 ms", "write GiB/s", "CPU s/GiB"]
     fio = statistics.median(run["fio"]["read_bytes_per_second"] for run in data["runs"]) / GIB
     given = " ".join(data["arguments"])
     repeats = 1 + max(run["repeat"] for run in data["runs"])
     return (
-        f"{table(head, rows)}\n\nLatencies are of whole objects. Medians of {repeats} runs; fio "
-        f"reads {fio:.2f} GiB/s beside them. Benchmark {data['benchmark_commit'][:7]}, `{given}`; "
+        f"{table(head, rows)}\n\nLatencies are of whole objects, told where both tiers have the same. "
+        f"Medians of {repeats} runs; fio reads {fio:.2f} GiB/s beside them. Their writes are flushed "
+        f"(fsync), ours are not. Benchmark {data['benchmark_commit'] or '?':.7}, `{given}`; "
         f"`{data['command']}` on {machine_line(data['machine'])}; file: `results.json`."
     )
 
 
 def mlperf_figures(runs: list[dict[str, Any]]) -> list[str]:
-    """Of runs of one kind: bandwidth and latencies of reads and of writes; CPU."""
-    figures = []
-    for way, key in (("read", "read_bytes"), ("write", "written_bytes")):
-        rates = [run[key] / run["seconds"] / GIB for run in runs]
-        if not any(rates):
-            figures += ["-", "-", "-"]
-            continue
-        figures.append(f"{statistics.median(rates):.2f} ({min(rates):.2f}-{max(rates):.2f})")
-        for percentile in (50, 95):
-            each = [run[f"storage_{way}_p{percentile}_ms"] for run in runs]
-            figures.append(f"{statistics.median(each):.0f}")
-    moved = [(run["read_bytes"] + run["written_bytes"]) / GIB for run in runs]
-    cpu = [run["cpu_seconds"] / gib for run, gib in zip(runs, moved, strict=True)]
-    return [*figures, f"{statistics.median(cpu):.2f}"]
+    """Of runs of one kind: bandwidth and latency of reads, bandwidth of writes, CPU."""
+
+    def rates(way: str) -> str:
+        each = [run[f"{way}_bytes"] / run["seconds"] / GIB for run in runs]
+        middle = f"{statistics.median(each):.2f} ({min(each):.2f}-{max(each):.2f})"
+        return middle if any(each) else "-"
+
+    alike = runs[0]["workload"] == "read"
+    latencies = [
+        f"{1000 * statistics.median(run[f'read_p{part}_seconds'] for run in runs):.0f}"
+        if alike
+        else "-"
+        for part in (50, 95)
+    ]
+    cpu = statistics.median(run["cpu_seconds_per_gib"] for run in runs)
+    return [rates("read"), *latencies, rates("write"), f"{cpu:.2f}"]
 
 
 def drive_word(data: dict[str, Any]) -> str:

@@ -8,22 +8,26 @@
 
     PYTHONPATH=CHECKOUT/kv_cache_benchmark python dualblade_tier.py TIER [kv-cache.py's arguments]
 
-runs the benchmark with TIER: `dualblade`, or `theirs` for the tier that it comes with. The
-benchmark takes a read or write that raises for one that took no time: a run with any ends with 1.
+runs the benchmark with TIER: `dualblade`, or `theirs` for the tier that it comes with. What each
+read and write took is kept in the file that DUALBLADE_TIER_LOG names: the benchmark's own rates
+count what ends long after its clock was stopped, and it takes what raises for what took no time. A
+run with any that raised ends with exit 1.
 """
+
+# ruff: noqa: T201 - an example prints
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import queue
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +64,9 @@ class DualBladeBackend(StorageBackend):
     """Arrays in a private store in the folder `base_path`, past the page cache. Any thread may
     call it.
 
-    What is written is copied into lanes, 64 MiB for all writers together, a piece ahead of the
-    drive; what is read lands in the memory that the caller gets. A write ends when the drive has
-    the bytes. It does not have the drive flush them: nothing here outlives the process.
+    What is written is copied into lanes, 64 MiB for all writers together, ahead of the drive; what
+    is read lands in the memory that the caller gets. A write ends when the drive has the bytes. It
+    does not have the drive flush them: nothing here outlives the process.
 
     Raises: KeyError for a key that is not there; NoSpace, StorageError, Unsupported.
     """
@@ -83,6 +87,7 @@ class DualBladeBackend(StorageBackend):
             self._lanes.put(lane * LANE_BYTES)
         self._lock = threading.Lock()  # the store is used by one thread at a time
         self._entries: dict[str, Entry] = {}
+        self._reading: dict[int, Array] = {}  # memory that is the engine's, by address
 
     def write(self, key: str, data: Array) -> Any:
         """Store `data` under `key`, in place of what was there. Returns: IOTiming, seconds."""
@@ -99,18 +104,25 @@ class DualBladeBackend(StorageBackend):
                 waited += time.perf_counter() - before
                 self._memory[lane : lane + piece.nbytes] = piece
                 span_bytes = round_up(piece.nbytes, BLOCK_BYTES)
-                with self._lock:
-                    ticket = self._store.write(extent, at, self._arena.address + lane, span_bytes)
+                try:
+                    with self._lock:
+                        address = self._arena.address + lane
+                        ticket = self._store.write(extent, at, address, span_bytes)
+                except BaseException:
+                    self._lanes.put(lane)
+                    raise
                 moving.append((lane, ticket))
             before = time.perf_counter()
             while moving:
                 self._land(moving)
             waited += time.perf_counter() - before
         except BaseException:
-            with self._lock:
-                self._store.free(extent)  # when nothing is being written any more
-            for lane, _ in moving:
-                self._lanes.put(lane)
+            try:
+                with self._lock:
+                    self._store.free(extent)  # when nothing is being written any more
+            finally:
+                for lane, _ in moving:
+                    self._lanes.put(lane)
             raise
         entry = Entry(extent, content.nbytes, data.dtype, data.shape)
         with self._lock:
@@ -128,13 +140,16 @@ class DualBladeBackend(StorageBackend):
             span_bytes = round_up(entry.size_bytes, BLOCK_BYTES)
             memory = np.empty(span_bytes + BLOCK_BYTES, np.uint8)
             lead = -memory.ctypes.data % BLOCK_BYTES
-            ticket = self._store.read(entry.extent, 0, memory.ctypes.data + lead, span_bytes)
+            address = memory.ctypes.data + lead
+            self._reading[address] = memory
+            ticket = self._store.read(entry.extent, 0, address, span_bytes)
         before = time.perf_counter()
         try:
             ticket.wait()
         finally:
-            while not ticket.done:  # interrupted: the memory is the engine's yet
+            while not ticket.done:  # interrupted
                 time.sleep(0.001)
+            del self._reading[address]
         waited = time.perf_counter() - before
         found = memory[lead : lead + entry.size_bytes].view(entry.dtype).reshape(entry.shape)
         return found, _timing(start, waited)
@@ -153,7 +168,8 @@ class DualBladeBackend(StorageBackend):
 
     def close(self) -> None:
         """Discard what is stored. Twice is once."""
-        self._opened.close()
+        with self._lock:
+            self._opened.close()
 
     def _free_lane(self, moving: Moving) -> int:
         """A lane to copy into. Who has some under way waits for those, never for others': so of
@@ -181,34 +197,65 @@ def _timing(start: float, waited: float) -> Any:
 TIERS: dict[str, type[StorageBackend]] = {"dualblade": DualBladeBackend, "theirs": NVMeBackend}
 
 
-def watched(kind: type[StorageBackend], failures: list[BaseException]) -> type[StorageBackend]:
-    """`kind`, whose failures are told and kept: the benchmark's cache swallows them."""
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A read or write: when it began, seconds; how long it took; CPU seconds of the process at its
+    end; None for the bytes of one that raised."""
 
-    def watch(method: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(method)
-        def call(*arguments: Any) -> Any:
+    way: str
+    began: float
+    took: float
+    cpu: float
+    size_bytes: int | None
+
+
+def watched(kind: type[StorageBackend], calls: list[Call]) -> type[StorageBackend]:
+    """`kind`, whose reads and writes are kept in `calls`, and told when they raise."""
+
+    class Watched(kind):
+        def write(self, key: str, data: Array) -> Any:
+            return self._watch("write", lambda: (super(Watched, self).write(key, data), data))
+
+        def read(self, key: str) -> tuple[Array, Any]:
+            def call() -> Any:
+                data, timing = super(Watched, self).read(key)
+                return (data, timing), data
+
+            return self._watch("read", call)
+
+        def _watch(self, way: str, call: Any) -> Any:
+            began, size_bytes = time.perf_counter(), None
             try:
-                return method(*arguments)
-            except Exception as error:
-                log.exception("%s failed", method.__name__)
-                failures.append(error)
+                result, data = call()
+                size_bytes = data.nbytes
+            except Exception:
+                log.exception("a %s failed", way)
                 raise
+            finally:
+                took = time.perf_counter() - began
+                calls.append(Call(way, began, took, time.process_time(), size_bytes))
+            return result
 
-        return call
-
-    methods = {name: watch(getattr(kind, name)) for name in ("write", "read", "delete")}
-    return type(kind.__name__, (kind,), methods)
+    return Watched
 
 
 def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in TIERS:
         raise SystemExit(__doc__)
     kind = TIERS[sys.argv.pop(1)]
-    failures: list[BaseException] = []
-    kv_cache.cache.NVMeBackend = watched(kind, failures)
+    calls: list[Call] = []
+    kv_cache.cache.NVMeBackend = watched(kind, calls)
     kv_cache.cli.main()
-    if failures:
-        raise SystemExit(f"{len(failures)} reads or writes failed, first: {failures[0]}")
+    calls = calls[:]  # the benchmark leaves threads behind in the middle of a read
+    failed = sum(call.size_bytes is None for call in calls)
+    if "DUALBLADE_TIER_LOG" in os.environ:
+        lines = [json.dumps([getattr(call, name) for name in Call.__slots__]) for call in calls]
+        Path(os.environ["DUALBLADE_TIER_LOG"]).write_text("\n".join(lines) + "\n")
+    if failed:
+        print(f"{failed} reads or writes failed", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if failed else 0)  # those threads are not Python's to end
 
 
 if __name__ == "__main__":

@@ -128,7 +128,8 @@ def flexllmgen_section(group: list[Named]) -> Made:
         title="Decoding beside FlexLLMGen",
         file=name,
         about=f"{result['model']}, {result['batch']} x {result['context']} tokens, {computing}; "
-        f"all KV on the drive; {memory}; in turn. FlexLLMGen's step is a mean, ours a median.",
+        f"all KV on the drive; {memory}; in turn."
+        + ("" if storage_only else " FlexLLMGen's step is a mean, ours a median."),
         command=result["command"],
         machine=machine_text(result["machine"]),
         head=["who", "ms/step", "spread", "/ FlexLLMGen", "reads GiB/s", "of fio's"],
