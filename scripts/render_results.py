@@ -569,11 +569,12 @@ def mlperf() -> str:
     fio = statistics.median(run["fio"]["read_bytes_per_second"] for run in data["runs"]) / GIB
     given = " ".join(data["arguments"])
     repeats = 1 + max(run["repeat"] for run in data["runs"])
+    commit = data["benchmark_commit"] or "?"
     return (
-        f"{table(head, rows)}\n\nLatencies are of whole objects, told where both tiers have the same. "
-        f"Medians of {repeats} runs; fio reads {fio:.2f} GiB/s beside them. Their writes are flushed "
-        f"(fsync), ours are not. Benchmark {data['benchmark_commit'] or '?':.7}, `{given}`; "
-        f"`{data['command']}` on {machine_line(data['machine'])}; file: `results.json`."
+        f"{table(head, rows)}\n\nLatencies are of whole objects, told where both have the same. "
+        f"Medians of {repeats} runs; fio reads {fio:.2f} GiB/s beside them. Their writes are "
+        f"flushed (fsync), ours are not. Benchmark {commit:.7}, `{given}`; `{data['command']}` on "
+        f"{machine_line(data['machine'])}; file: `results.json`."
     )
 
 
