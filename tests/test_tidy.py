@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # bench times parts of the way, too: attention and the copies.
     "bench": BASE | {"io", "host", "store", "attention", "pipeline", "hf", "__init__"},
     "cli": BASE | {"io", "host", "store", "residency", "hf", "bench", "__init__"},
-    "__init__": BASE | {"hf"},
+    "__init__": BASE | {"hf", "host"},
     "__main__": {"cli"},
 }
 # bench: its yardstick is transformers' own cache.

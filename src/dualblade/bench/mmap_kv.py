@@ -1,19 +1,24 @@
 """The `mmap` mode: offloading by memory-mapped files, as FlexLLMGen's description has it.
 
-One file per tensor (the keys or the values of a layer), mapped whole. Before a layer's turn a
-thread copies what the mapping holds into ordinary memory, one layer ahead of compute; what stays in
-memory is the kernel's choice alone. Written by us from that description, and given our best: the
-same tiles and the same attention as every other mode, copies into huge pages, and with `exact` the
-copy out of the mapping is the gather, so that no byte is copied twice.
+One file per tensor (the keys or the values of a layer), mapped whole. Before a layer's turn two
+threads, one for each tensor, copy what the mappings hold into ordinary memory, one layer ahead of
+compute; what stays in memory is the kernel's choice alone. Written by us from that description, and
+given our best: the same tiles and the same attention as every other mode, copies into huge pages,
+and with `exact` the copy out of the mapping is the gather, so that no byte is copied twice.
+
+What was read leaves the page tables after its copy, as it does in FlexLLMGen, which maps a file
+anew for each: pages that stay mapped cost the kernel most of the step when it needs them back
+(docs/performance.md, "What mmap is"). Where nothing had to be read they stay.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import resource
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +56,7 @@ class MappedFiles(TileMemory):
         super().__init__(torch.device("cpu"))
         self._folder = folder
         self._keep = keep
+        self._mapped: dict[Extent, mmap.mmap] = {}
 
     def allocate(self, size_bytes: int, door: Door) -> Extent:
         """See `Space`."""
@@ -74,8 +80,23 @@ class MappedFiles(TileMemory):
                 path=str(self._folder),
             ) from exc
         extent = Extent(range=Range(0, size), door=door)
+        self._mapped[extent] = mapped
         self._held[extent] = torch.frombuffer(mapped, dtype=torch.uint8)
         return extent
+
+    def let_go(self, extent: Extent) -> None:
+        """Take its pages out of the page tables; nothing is lost, the file has them."""
+        self._mapped[extent].madvise(mmap.MADV_DONTNEED)
+
+    def free(self, extent: Extent) -> None:
+        """See `Space`."""
+        super().free(extent)
+        del self._mapped[extent]
+
+    def clear(self) -> None:
+        """Give all extents back."""
+        super().clear()
+        self._mapped.clear()
 
 
 @dataclass(slots=True)
@@ -86,7 +107,7 @@ class _Ahead:
     stored_tiles: int
     whole: bool
     slot: int
-    copied: Future[None]
+    copied: list[Future[int]]
 
 
 class MmapKV(MemoryKV):
@@ -98,7 +119,8 @@ class MmapKV(MemoryKV):
         super().__init__(torch.device("cpu"), tile_tokens, tokens_max, memory=files)
         self._layer_count = layer_count
         self._tokens_max = tokens_max
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mmap copy")
+        self._files = files
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="mmap copy")
         self._slots: dict[tuple[int, int], torch.Tensor] = {}
         self._ahead: _Ahead | None = None
         self._turn = 0
@@ -150,7 +172,7 @@ class MmapKV(MemoryKV):
         if ahead is None or (ahead.index, ahead.stored_tiles, ahead.whole) != wanted:
             self._drop_ahead()
             ahead = self._begin(layer, whole=whole)
-        ahead.copied.result()
+        self._end(ahead)
         self._wait_seconds += time.perf_counter() - started
         following = self._layers.get((layer.index + 1) % self._layer_count)
         self._ahead = None if following is None else self._begin(following, whole=whole)
@@ -158,24 +180,31 @@ class MmapKV(MemoryKV):
 
     def _begin(self, layer: Layer, *, whole: bool) -> _Ahead:
         self._turn ^= 1
-        copied = self._thread.submit(self._copy_layer, layer, self._turn, whole)
+        copied = [
+            self._threads.submit(self._copy_half, layer, part, self._turn, whole)
+            for part in range(len(layer.halves))
+        ]
         return _Ahead(layer.index, layer.stored_tiles, whole, self._turn, copied)
 
-    def _copy_layer(self, layer: Layer, slot: int, whole: bool) -> None:
-        """In the thread: this is where the kernel reads."""
-        for part, half in enumerate(layer.halves):
-            geometry = half.unit.geometry
-            for piece in half.unit.pieces(0, layer.stored_tiles, _WHOLE):
-                tiles = self._memory.view(half.unit, piece, layer.dtype)
-                if whole:
-                    out = self._whole(slot, part, half, layer)
-                    scatter(piece, tiles, layer.table, geometry, out, self._copies.copy)
-                else:
-                    at, size = piece.offset(geometry), piece.size_bytes(geometry)
-                    memory = self._slot(slot, part, half, layer)[at : at + size]
-                    view = tile_view(memory, geometry, layer.dtype, piece.tiles, piece.sequences)
-                    self._copies.copy(view, tiles)
-                self.read_bytes += piece.size_bytes(geometry)
+    def _copy_half(self, layer: Layer, part: int, slot: int, whole: bool) -> int:
+        """In a thread: this is where the kernel reads. Returns: bytes copied."""
+        half, size_bytes = layer.halves[part], 0
+        geometry = half.unit.geometry
+        for piece in half.unit.pieces(0, layer.stored_tiles, _WHOLE):
+            faults = _major_faults()
+            tiles = self._memory.view(half.unit, piece, layer.dtype)
+            at, size = piece.offset(geometry), piece.size_bytes(geometry)
+            if whole:
+                out = self._whole(slot, part, half, layer)
+                scatter(piece, tiles, layer.table, geometry, out, self._copies.copy)
+            else:
+                memory = self._slot(slot, part, half, layer)[at : at + size]
+                view = tile_view(memory, geometry, layer.dtype, piece.tiles, piece.sequences)
+                self._copies.copy(view, tiles)
+            if _major_faults() > faults:
+                self._files.let_go(piece.segment.extent)
+            size_bytes += size
+        return size_bytes
 
     def _whole(self, slot: int, part: int, half: HalfLayer, layer: Layer) -> torch.Tensor:
         """The slot as [batch, kv_heads, tokens_max, dim]."""
@@ -215,7 +244,7 @@ class MmapKV(MemoryKV):
     def close(self) -> None:
         """End the copy on its way, unmap. Twice is once."""
         self._drop_ahead()
-        self._thread.shutdown()
+        self._threads.shutdown()
         super().close()
 
     def seconds(self) -> StageSeconds:
@@ -228,7 +257,17 @@ class MmapKV(MemoryKV):
         """Nothing may write into a slot any more."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
-            ahead.copied.result()
+            self._end(ahead)
+
+    def _end(self, ahead: _Ahead) -> None:
+        """All of its copies have ended, also where one of them failed."""
+        wait(ahead.copied)
+        self.read_bytes += sum(half.result() for half in ahead.copied)
+
+
+def _major_faults() -> int:
+    """Of this process so far: pages that had to be read."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
 
 
 class MmapCache(DualBladeCache):
