@@ -112,6 +112,6 @@ def test_prefill_paths_tell_how_runs_ended(
 
     monkeypatch.setattr(script, "load", broken)
     text = script.prefill_paths()
-    assert "| chunks, written: direct | failed |  | - |  |  |" in text
+    assert "| chunks, written: direct | failed | - |  |  |" in text
     (dual,) = (line for line in text.splitlines() if line.startswith("| chunks, written: dual"))
     assert ", 2 of 3 runs |" in dual

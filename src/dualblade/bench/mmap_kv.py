@@ -1,10 +1,12 @@
 """The `mmap` mode: offloading by memory-mapped files, as FlexLLMGen's description has it.
 
-One file per tensor (the keys or the values of a layer), mapped whole. Before a layer's turn two
-threads, one for each tensor, copy what the mappings hold into ordinary memory, one layer ahead of
-compute; what stays in memory is the kernel's choice alone. Written by us from that description, and
-given our best: the same tiles and the same attention as every other mode, copies into huge pages,
-and with `exact` the copy out of the mapping is the gather, so that no byte is copied twice.
+One file per tensor (the keys or the values of a layer), mapped whole. Before a layer's turn threads
+copy what the mappings hold into ordinary memory, one layer ahead of compute; what stays in memory
+is the kernel's choice alone. Written by us from that description, and given our best: the same
+tiles and the same attention as every other mode, copies into huge pages, and with `exact` the copy
+out of the mapping is the gather, so that no byte is copied twice. Keys and values are copied side
+by side or one after the other, whichever took less when it was last tried: with little memory, what
+is read ahead for one is lost to the other.
 
 What was read leaves the page tables after its copy, as it does in FlexLLMGen, which maps a file
 anew for each: pages that stay mapped cost the kernel most of the step when it needs them back
@@ -17,7 +19,7 @@ import mmap
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,6 +112,27 @@ class _Ahead:
     copied: list[Future[int]]
 
 
+class _Threads:
+    """How many copy: what took least when last tried, seconds between two beginnings."""
+
+    def __init__(self) -> None:
+        self.count = 2
+        self._took: dict[int, float] = {1: 0.0, 2: 0.0}  # 0: to be tried
+        self._began: float | None = None
+
+    def begin(self) -> None:
+        """A sweep of all layers begins."""
+        now = time.perf_counter()
+        if self._began is not None:
+            self._took[self.count] = now - self._began
+            self.count = min(self._took, key=lambda count: self._took[count])
+        self._began = now
+
+    def forget(self) -> None:
+        """The sweep in hand is none to judge by."""
+        self._began = None
+
+
 class MmapKV(MemoryKV):
     """The KV of `layer_count` layers in mapped files; see the module. One segment to a unit."""
 
@@ -121,6 +144,7 @@ class MmapKV(MemoryKV):
         self._tokens_max = tokens_max
         self._files = files
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="mmap copy")
+        self._beside = _Threads()
         self._slots: dict[tuple[int, int], torch.Tensor] = {}
         self._ahead: _Ahead | None = None
         self._turn = 0
@@ -180,14 +204,20 @@ class MmapKV(MemoryKV):
 
     def _begin(self, layer: Layer, *, whole: bool) -> _Ahead:
         self._turn ^= 1
+        if layer.index == 0:
+            self._beside.begin()
+        parts = range(len(layer.halves))
+        shares = [[part] for part in parts] if self._beside.count > 1 else [parts]
         copied = [
-            self._threads.submit(self._copy_half, layer, part, self._turn, whole)
-            for part in range(len(layer.halves))
+            self._threads.submit(self._copy, layer, share, self._turn, whole) for share in shares
         ]
         return _Ahead(layer.index, layer.stored_tiles, whole, self._turn, copied)
 
-    def _copy_half(self, layer: Layer, part: int, slot: int, whole: bool) -> int:
+    def _copy(self, layer: Layer, parts: Iterable[int], slot: int, whole: bool) -> int:
         """In a thread: this is where the kernel reads. Returns: bytes copied."""
+        return sum(self._copy_half(layer, part, slot, whole) for part in parts)
+
+    def _copy_half(self, layer: Layer, part: int, slot: int, whole: bool) -> int:
         half, size_bytes = layer.halves[part], 0
         geometry = half.unit.geometry
         for piece in half.unit.pieces(0, layer.stored_tiles, _WHOLE):
@@ -255,6 +285,7 @@ class MmapKV(MemoryKV):
 
     def _drop_ahead(self) -> None:
         """Nothing may write into a slot any more."""
+        self._beside.forget()
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             self._end(ahead)
@@ -262,7 +293,7 @@ class MmapKV(MemoryKV):
     def _end(self, ahead: _Ahead) -> None:
         """All of its copies have ended, also where one of them failed."""
         wait(ahead.copied)
-        self.read_bytes += sum(half.result() for half in ahead.copied)
+        self.read_bytes += sum(share.result() for share in ahead.copied)
 
 
 def _major_faults() -> int:
