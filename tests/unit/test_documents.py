@@ -56,9 +56,12 @@ def test_the_demo_says_whether_the_paths_agree(
 
 def test_survivors_are_counted_and_what_failed_was_not_killed(script: ModuleType) -> None:
     data = load("budgets/budgets")
+    killed = next(run for run in data["runs"] if run["memory_limit"] == "10%")
+    assert killed["mode"] == "mmap"
+    end(killed, None)
     _, rows = script.against_limits(data)
-    assert rows[0][1] == "10046, 2 of 3 runs"
-    assert rows[1][1] == "1484"
+    assert rows[0][1] == "2863, 2 of 3 runs"
+    assert rows[1][1] == "1438"
     for run in data["runs"]:
         if run["memory_limit"] == "25%":
             end(run, "no space left")
@@ -69,6 +72,16 @@ def test_survivors_are_counted_and_what_failed_was_not_killed(script: ModuleType
     assert rows[1] == ["25 %", *["failed"] * 4, "", "", "", ""]
     mmap = next(item for item in data["summary"] if item["memory_limit"] == "25%")
     assert script.decode_row(data, mmap)[2] == "failed"
+
+
+def test_a_mode_that_is_left_out_leaves_no_column(script: ModuleType) -> None:
+    head, rows = script.against_limits(script.load("budgets/budgets"))
+    less, others = script.against_limits(script.without_mmap(load("budgets/budgets")))
+    assert [name for name in head if "mmap" not in name] == less
+    assert [
+        [cell for name, cell in zip(head, row, strict=True) if "mmap" not in name] for row in rows
+    ] == others
+    assert "mapped files" not in script.ablation(), "measured when they were slower"
 
 
 def test_what_stands_beside_a_median_is_one_over_the_runs_that_got_through(
