@@ -571,9 +571,11 @@ def flexllmgen() -> str:
     data = load("flexllmgen")
     section, _ = flexllmgen_section([("results/flexllmgen.json", data)])
     fio = statistics.median(data["fio_read_bytes_per_second"]) / GIB
+    rounds = len(data["rounds"])
     return (
         f"{table(list(section.head), [list(row) for row in section.rows])}\n\n{section.about} "
-        f"Medians of {len(data['rounds'])} rounds; fio reads {fio:.2f} GiB/s beside them. "
+        f"{'One round' if rounds == 1 else f'Medians of {rounds} rounds'}; fio reads {fio:.2f} "
+        "GiB/s beside it. "
         f"FlexLLMGen {data['flexllmgen_commit'] or '?':.7}; `{data['command']}` on "
         f"{machine_line(data['machine'])}; file: `results/flexllmgen.json`."
     )
