@@ -55,7 +55,8 @@ class Memory:
 
 
 class Cache:
-    """A pipeline, and one step over all its layers."""
+    """A pipeline, and one step over all its layers. Reads hold as many slots in each step: with
+    more than in the last, what the step reads ahead for the next is more than was read for it."""
 
     layers, heads, dim, batch = LAYERS, HEADS, DIM, 1
 
@@ -69,7 +70,7 @@ class Cache:
             layer_count=self.layers,
             tokens_max=TOKENS + 512,
             device=torch.device("cpu"),
-            config=EngineConfig(staging_bytes=512 * KIB, **settings),
+            config=EngineConfig(staging_bytes=512 * KIB, pipeline="layers", **settings),
             memory=MemorySource(asked_bytes=None, read=self.memory.read, clock=self.memory.clock),
         )
         self.pipeline = KVPipeline(self.store, self.engine, kv)
