@@ -45,6 +45,9 @@ from dualblade.store import Door, Extent
 from dualblade.store.extents import Range
 from dualblade.units import EXTENT_ALIGN_BYTES, round_up
 
+_TRY_OTHER_SWEEPS = 16
+"""What took longer may take less by now: so often it is tried again."""
+
 _WHOLE = 1 << 62
 """Pieces are as large as they come: a mapping has no slots."""
 
@@ -112,20 +115,31 @@ class _Ahead:
 
 
 class _Threads:
-    """How many copy: what took least when last tried, seconds between two beginnings."""
+    """How many copy: what took less when last tried, seconds between two beginnings. The other is
+    tried again now and then; a sweep in which pages are read for the first time is none to judge
+    by."""
 
     def __init__(self) -> None:
         self.count = 2
-        self._took: dict[int, float] = {1: 0.0, 2: 0.0}  # 0: to be tried
+        self._took: dict[int, float] = {}
         self._began: float | None = None
+        self._sweeps = 0
 
     def begin(self) -> None:
         """A sweep of all layers begins."""
         now = time.perf_counter()
         if self._began is not None:
-            self._took[self.count] = now - self._began
-            self.count = min(self._took, key=lambda count: self._took[count])
+            self._sweeps += 1
+            if self._sweeps > 1:
+                self._took[self.count] = now - self._began
+                self.count = self._next()
         self._began = now
+
+    def _next(self) -> int:
+        other = 3 - self.count
+        if other not in self._took or self._sweeps % _TRY_OTHER_SWEEPS == 0:
+            return other
+        return min(self._took, key=self._took.__getitem__)
 
     def forget(self) -> None:
         """The sweep in hand is none to judge by."""
