@@ -4,7 +4,7 @@ results/flexllmgen.json.
 
     .venv/bin/python scripts/measure_flexllmgen.py CHECKOUT [--storage-only] [--python PYTHON]
         [--store FOLDER] [--model opt-6.7b] [--batch N] [--context N] [--steps N]
-        [--memory-limit LIMIT]
+        [--memory-limit LIMIT] [--output FILE]
 
 CHECKOUT is your clone of FlexLLMGen, PYTHON the one that can run it (its dependencies are older
 than ours: give it a virtual environment of its own). FlexLLMGen needs an NVIDIA GPU and, for its
@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory-limit", metavar="LIMIT", help="6GiB; with --storage-only +1GiB")
+    parser.add_argument("--output", type=Path, metavar="FILE", default=RESULT)
     options = parser.parse_args()
     options.checkout, options.store = options.checkout.resolve(), options.store.resolve()
     options.python = shutil.which(options.python) or options.python
@@ -193,6 +194,8 @@ def main() -> None:
         parser.error(f"{options.checkout} is no checkout of FlexLLMGen: no flexllmgen/flex_opt.py")
     if not re.fullmatch(r"opt-[0-9.]+[mb]", options.model):
         parser.error(f"FlexLLMGen serves OPT shapes, such as opt-6.7b, not {options.model}")
+    if not options.output.absolute().parent.is_dir():
+        parser.error(f"--output: there is no folder {options.output.absolute().parent}")
     limit = options.memory_limit or ""
     try:
         parse_size(limit.removeprefix("+") or "1")
@@ -230,8 +233,8 @@ def main() -> None:
             print({who: told(run) for who, run in runs.items()})
             result = result_of(options, commit or None, limit_bytes, rounds)
             result["fio_read_bytes_per_second"] = fio_speeds
-            RESULT.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written to {RESULT}")
+            options.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"written to {options.output}")
 
 
 def result_of(
