@@ -35,10 +35,7 @@ MIB, GIB = 1 << 20, 1 << 30
 
 # Their mapped files were two to three times slower than they need be (docs/performance.md, "What
 # mmap is"): what stands beside that says nothing.
-SLOWER_MMAP = (
-    *("budgets/", "paper-24gib/", "paper-opt-6.7b-8-11"),
-    *("decode-opt-1.3b", "ablation/", "prefill/"),
-)
+SLOWER_MMAP = ("paper-24gib/", "paper-opt-6.7b-8-11", "decode-opt-1.3b")
 
 
 def load(name: str) -> dict[str, Any]:
@@ -48,13 +45,7 @@ def load(name: str) -> dict[str, Any]:
 
 def without_mmap(data: dict[str, Any]) -> dict[str, Any]:
     """A result of several modes as if mmap had not been among them."""
-    options = data["options"]
-    kept = [index for index, mode in enumerate(options["modes"]) if mode != "mmap"]
-    options |= {
-        name: [options[name][index] for index in kept]
-        for name in ("modes", "ablation")
-        if options.get(name)
-    }
+    data["options"]["modes"].remove("mmap")
     for part in ("runs", "summary"):
         data[part] = [item for item in data[part] if item["mode"] != "mmap"]
     return data
@@ -209,15 +200,14 @@ def decode() -> str:
         blocks.append(
             f"**{title}**, batch {first['batch']}, context {first['context']}, {first['dtype']}, "
             f"attention {first['attention']}, KV {first['kv_bytes'] / GIB:.2f} GiB; "
-            f"`{data['command']}`\n\n{table(head, rows)}"
+            f"`{data['command']}` on {machine_line(data['machine'])}\n\n{table(head, rows)}"
         )
     note = (
         "Limit: the part of the KV's bytes that is left for its cache in a memory cgroup. Roof: "
-        "max(the `memory` step, bytes read / fio's bandwidth in the same run)."
+        "max(the `memory` step, bytes read / fio's bandwidth in the same run). Files: "
+        "`results/decode-*.json`."
     )
-    return "\n\n".join(
-        [*blocks, f"{note} {machine_line(data['machine'])}. Files: `results/decode-*.json`."]
-    )
+    return "\n\n".join([*blocks, note])
 
 
 def decode_row(data: dict[str, Any], item: dict[str, Any]) -> list[str]:
@@ -568,8 +558,12 @@ def lmcache() -> str:
 
 
 def flexllmgen() -> str:
-    data = load("flexllmgen")
-    section, _ = flexllmgen_section([("results/flexllmgen.json", data)])
+    return "\n\n".join(flexllmgen_shape(name) for name in ("flexllmgen-narrow", "flexllmgen"))
+
+
+def flexllmgen_shape(name: str) -> str:
+    data = load(name)
+    section, _ = flexllmgen_section([(f"results/{name}.json", data)])
     fio = statistics.median(data["fio_read_bytes_per_second"]) / GIB
     rounds = len(data["rounds"])
     return (
@@ -577,17 +571,7 @@ def flexllmgen() -> str:
         f"{'One round' if rounds == 1 else f'Medians of {rounds} rounds'}; fio reads {fio:.2f} "
         "GiB/s beside it. "
         f"FlexLLMGen {data['flexllmgen_commit'] or '?':.7}; `{data['command']}` on "
-        f"{machine_line(data['machine'])}; file: `results/flexllmgen.json`."
-    )
-
-
-def mapped() -> str:
-    data = load("mapped")
-    head, rows = against_limits(data)
-    return (
-        f"{table(head, rows)}\n\nMilliseconds a step of narrow layers, one run of "
-        f"{data['options']['steps']} steps each. Memory: of the KV's {kv_bytes(data) / GIB:.2f} "
-        f"GiB. `{data['command']}` on {machine_line(data['machine'])}; file: `results/mapped.json`."
+        f"{machine_line(data['machine'])}; file: `results/{name}.json`."
     )
 
 
@@ -836,14 +820,21 @@ def pipeline() -> str:
 
 def prefill_paths() -> str:
     rows = []
-    for name in ("writes", "chunks", "chunks-64"):
+    for name in ("writes", "chunks", "chunks-fresh", "chunks-64"):
         data = load(f"prefill/prefill-{name}")
+        mmap = {
+            item["store_state"]: item["prefill_seconds"]
+            for item in data["summary"]
+            if item["mode"] == "mmap"
+        }
         for item in data["summary"]:
-            text = seconds_spread(item["prefill_seconds"], item["prefill_seconds_spread"])
+            seconds, other = item["prefill_seconds"], mmap[item["store_state"]]
+            text = seconds_spread(seconds, item["prefill_seconds_spread"])
             rows.append(
                 [
-                    f"{name}, {item['store_state']}: {item['mode']}",
+                    f"{name.removesuffix('-fresh')}, {item['store_state']}: {item['mode']}",
                     of_runs(text, runs_of(data, item), "prefill_seconds"),
+                    ratio(seconds, other),
                     percent(item["stall_fraction"]),
                     *(
                         "" if item[key] is None else f"{item[key] / GIB:.2f}"
@@ -851,12 +842,14 @@ def prefill_paths() -> str:
                     ),
                 ]
             )
-    head = ["prompt, store: mode", "seconds", "stalled", "GiB written", "GiB read"]
+    head = ["prompt, store: mode", "seconds", "/ mmap", "stalled", "GiB written", "GiB read"]
     return (
         f"{table(head, rows)}\n\nWrites: 12 prompts of 512 tokens in one pass, 1.1 GiB of KV, a "
         "budget of half of it, no memory limit. Chunks: 2048 tokens in chunks of 32, or 64, half "
         "of the KV in memory, the drive held to 1 GB/s. Fresh: a new store, "
-        "as a first prompt finds it. `dualblade bench paper prefill --output results/prefill` on "
+        "as a first prompt finds it. Stalled: the model's thread waited for reads or writes; of "
+        "mapped files page faults of what it writes are not seen. "
+        "`dualblade bench paper prefill --output results/prefill` on "
         f"{machine_line(data['machine'])}; files: `results/prefill/`."
     )
 
@@ -876,7 +869,8 @@ def ablation() -> str:
         f"{table(['part', *(f'{column}: ms' for column in columns)], rows)}\n\n"
         f"Milliseconds a step; medians of {data['options']['repeats']} runs, with half or a "
         f"quarter of the KV's {kv_bytes(data) / GIB:.2f} GiB in memory. Fixed residency: 40 or "
-        "15 % of the KV. All before `+ pipeline` read one tile after another. "
+        "15 % of the KV. All before `+ pipeline` read one tile after another, but for mapped "
+        "files, which are copied a layer ahead. "
         "`dualblade bench paper ablation --output results/ablation` on "
         f"{machine_line(data['machine'])}; files: `results/ablation/`."
     )
@@ -903,7 +897,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "spinning": spinning,
     "flexllmgen": flexllmgen,
     "lmcache": lmcache,
-    "mapped": mapped,
     "budgets": budgets,
     "paper": paper,
     "paper-large": paper_large,
