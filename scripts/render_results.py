@@ -29,7 +29,11 @@ from dualblade.bench.series import median_of
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 LMCACHE = ROOT / "examples" / "lmcache"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", LMCACHE / "README.md")
+MLPERF = ROOT / "examples" / "mlperf"
+DOCUMENTS = (
+    *(ROOT / "README.md", ROOT / "docs" / "performance.md"),
+    *(LMCACHE / "README.md", MLPERF / "README.md"),
+)
 MIB, GIB = 1 << 20, 1 << 30
 
 
@@ -557,6 +561,44 @@ def lmcache() -> str:
     )
 
 
+def mlperf() -> str:
+    data = json.loads((MLPERF / "results.json").read_text())
+    rows = []
+    for workload, tier in itertools.product(data["workloads"], ("dualblade", "theirs")):
+        runs = [r for r in data["runs"] if (r["workload"], r["tier"]) == (workload, tier)]
+        rows.append([workload, tier, *mlperf_figures(runs)])
+    head = ["workload", "tier", "read GiB/s", "p50 ms", "p95 ms", "write GiB/s", "CPU s/GiB"]
+    fio = statistics.median(run["fio"]["read_bytes_per_second"] for run in data["runs"]) / GIB
+    given = " ".join(data["arguments"])
+    repeats = 1 + max(run["repeat"] for run in data["runs"])
+    commit = data["benchmark_commit"] or "?"
+    return (
+        f"{table(head, rows)}\n\nLatencies are of whole objects, told where both have the same. "
+        f"Medians of {repeats} runs; fio reads {fio:.2f} GiB/s beside them. Their writes are "
+        f"flushed (fsync), ours are not. Benchmark {commit:.7}, `{given}`; `{data['command']}` on "
+        f"{machine_line(data['machine'])}; file: `results.json`."
+    )
+
+
+def mlperf_figures(runs: list[dict[str, Any]]) -> list[str]:
+    """Of runs of one kind: bandwidth and latency of reads, bandwidth of writes, CPU."""
+
+    def rates(way: str) -> str:
+        each = [run[f"{way}_bytes"] / run["seconds"] / GIB for run in runs]
+        middle = f"{statistics.median(each):.2f} ({min(each):.2f}-{max(each):.2f})"
+        return middle if any(each) else "-"
+
+    alike = runs[0]["workload"] == "read"
+    latencies = [
+        f"{1000 * statistics.median(run[f'read_p{part}_seconds'] for run in runs):.0f}"
+        if alike
+        else "-"
+        for part in (50, 95)
+    ]
+    cpu = statistics.median(run["cpu_seconds_per_gib"] for run in runs)
+    return [rates("read"), *latencies, rates("write"), f"{cpu:.2f}"]
+
+
 def flexllmgen() -> str:
     return "\n\n".join(flexllmgen_shape(name) for name in ("flexllmgen-narrow", "flexllmgen"))
 
@@ -897,6 +939,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "spinning": spinning,
     "flexllmgen": flexllmgen,
     "lmcache": lmcache,
+    "mlperf": mlperf,
     "budgets": budgets,
     "paper": paper,
     "paper-large": paper_large,
@@ -950,13 +993,13 @@ def main() -> int:
         text = path.read_text()
         rendered = render(text)
         if rendered != text:
-            stale.append(path.name)
+            stale.append(str(path.relative_to(ROOT)))
             if not check:
                 path.write_text(rendered)
     for name, (source, figure) in FIGURES.items():
         path = ROOT / name
         if not is_drawn(path, source):
-            stale.append(path.name)
+            stale.append(str(path.relative_to(ROOT)))
             if not check:
                 draw(path, source, figure)
     if check and stale:
