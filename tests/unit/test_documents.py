@@ -46,6 +46,14 @@ def test_tables_are_generated_from_committed_results() -> None:
     assert run.returncode == 0, run.stderr
 
 
+def test_a_logarithmic_figure_has_numbers_not_powers() -> None:
+    figures = pytest.importorskip("dualblade.bench.figures")
+    drawn = figures.svg_text(figures.decode_figure(load("budgets/budgets")))
+    assert ">1000</text>" in drawn
+    assert "10^" not in drawn
+    assert "baseline-shift" not in drawn
+
+
 def test_the_demo_says_whether_the_paths_agree(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
