@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Decode the same shape by FlexLLMGen and by dualblade in turn, with all KV on the drive; write
-results/flexllmgen.json.
+FILE, results/flexllmgen.json unless another is named.
 
     .venv/bin/python scripts/measure_flexllmgen.py CHECKOUT [--storage-only] [--python PYTHON]
-        [--store FOLDER] [--model opt-6.7b] [--batch N] [--context N] [--steps N]
+        [--store FOLDER] [--model opt-6.7b] [--batch N] [--context N] [--steps N] [--repeats N]
         [--memory-limit LIMIT] [--output FILE]
 
 CHECKOUT is your clone of FlexLLMGen, PYTHON the one that can run it (its dependencies are older
@@ -194,8 +194,8 @@ def main() -> None:
         parser.error(f"{options.checkout} is no checkout of FlexLLMGen: no flexllmgen/flex_opt.py")
     if not re.fullmatch(r"opt-[0-9.]+[mb]", options.model):
         parser.error(f"FlexLLMGen serves OPT shapes, such as opt-6.7b, not {options.model}")
-    if not options.output.absolute().parent.is_dir():
-        parser.error(f"--output: there is no folder {options.output.absolute().parent}")
+    if options.output.is_dir() or not os.access(options.output.absolute().parent, os.W_OK):
+        parser.error(f"--output: {options.output} cannot be written")
     limit = options.memory_limit or ""
     try:
         parse_size(limit.removeprefix("+") or "1")
@@ -242,11 +242,12 @@ def result_of(
 ) -> dict[str, Any]:
     """What is written."""
     limited = f" --memory-limit {options.memory_limit}" if options.memory_limit else ""
+    output = "" if options.output == RESULT else f" --output {options.output}"
     return {
         "command": "scripts/measure_flexllmgen.py CHECKOUT "
         + ("--storage-only " if options.storage_only else "")
         + f"--model {options.model} --batch {options.batch} --context {options.context} "
-        f"--steps {options.steps} --repeats {options.repeats}{limited}",
+        f"--steps {options.steps} --repeats {options.repeats}{limited}{output}",
         "flexllmgen_commit": commit,
         "storage_only": options.storage_only,
         "model": options.model,

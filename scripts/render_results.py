@@ -35,6 +35,7 @@ DOCUMENTS = (
     *(LMCACHE / "README.md", MLPERF / "README.md"),
 )
 MIB, GIB = 1 << 20, 1 << 30
+STOLEN_TOLD = 0.02  # as of a run
 
 
 # Their mapped files were two to three times slower than they need be (docs/performance.md, "What
@@ -64,6 +65,19 @@ def machine_line(machine: dict[str, Any]) -> str:
     return (
         f"{machine['cpu_count']} cores ({machine['cpu_model']}), "
         f"{machine['memory_bytes'] / GIB:.0f} GiB of memory, Linux {machine['kernel']}"
+    )
+
+
+def stolen_note(*results: dict[str, Any]) -> str:
+    """Of results whose runs say it: how many a hypervisor took more from than is told of one."""
+    runs = [run for data in results for run in data["runs"] if run.get("stolen_fraction")]
+    disturbed = [run["stolen_fraction"] for run in runs if run["stolen_fraction"] > STOLEN_TOLD]
+    if not disturbed:
+        return ""
+    total = sum(len(data["runs"]) for data in results)
+    return (
+        f"Of {total} runs {len(disturbed)} had more than {percent(STOLEN_TOLD)} of the processors "
+        f"stolen by neighbours, {percent(max(disturbed))} at most. "
     )
 
 
@@ -566,37 +580,37 @@ def mlperf() -> str:
     rows = []
     for workload, tier in itertools.product(data["workloads"], ("dualblade", "theirs")):
         runs = [r for r in data["runs"] if (r["workload"], r["tier"]) == (workload, tier)]
-        rows.append([workload, tier, *mlperf_figures(runs)])
-    head = ["workload", "tier", "read GiB/s", "p50 ms", "p95 ms", "write GiB/s", "CPU s/GiB"]
-    fio = statistics.median(run["fio"]["read_bytes_per_second"] for run in data["runs"]) / GIB
-    given = " ".join(data["arguments"])
+        cpu = statistics.median(run["cpu_seconds_per_gib"] for run in runs)
+        ways = itertools.chain(*(mlperf_way(runs, way) for way in ("read", "write")))
+        rows.append([f"{workload}: {tier}", *ways, f"{cpu:.2f}"])
+    each = ("{} GiB/s", "MiB each", "p50 ms", "p95 ms")
+    head = ["workload: tier", *(text.format(way) for way in ("read", "write") for text in each)]
+    fio = [run["fio"]["read_bytes_per_second"] / GIB for run in data["runs"]]
     repeats = 1 + max(run["repeat"] for run in data["runs"])
     commit = data["benchmark_commit"] or "?"
     return (
-        f"{table(head, rows)}\n\nLatencies are of whole objects, told where both have the same. "
-        f"Medians of {repeats} runs; fio reads {fio:.2f} GiB/s beside them. Their writes are "
-        f"flushed (fsync), ours are not. Benchmark {commit:.7}, `{given}`; `{data['command']}` on "
-        f"{machine_line(data['machine'])}; file: `results.json`."
+        f"{table([*head, 'CPU s/GiB'], rows)}\n\nOf whole objects, which differ in size: MiB each "
+        f"is their mean. Medians of {repeats} runs in turn; fio reads {statistics.median(fio):.2f} "
+        f"GiB/s beside them ({min(fio):.2f}-{max(fio):.2f}). Their writes are flushed (fsync), "
+        f"ours are not. Benchmark {commit:.7}, `{' '.join(data['arguments'])}`; "
+        f"`{data['command']}` on {machine_line(data['machine'])}; file: `results.json`."
     )
 
 
-def mlperf_figures(runs: list[dict[str, Any]]) -> list[str]:
-    """Of runs of one kind: bandwidth and latency of reads, bandwidth of writes, CPU."""
-
-    def rates(way: str) -> str:
-        each = [run[f"{way}_bytes"] / run["seconds"] / GIB for run in runs]
-        middle = f"{statistics.median(each):.2f} ({min(each):.2f}-{max(each):.2f})"
-        return middle if any(each) else "-"
-
-    alike = runs[0]["workload"] == "read"
-    latencies = [
-        f"{1000 * statistics.median(run[f'read_p{part}_seconds'] for run in runs):.0f}"
-        if alike
-        else "-"
-        for part in (50, 95)
+def mlperf_way(runs: list[dict[str, Any]], way: str) -> list[str]:
+    """Of runs of one kind: bandwidth, mean size of an object, and latencies of reads or writes."""
+    if not any(run[f"{way}s"] for run in runs):
+        return ["-"] * 4
+    rates = [run[f"{way}_bytes"] / run["seconds"] / GIB for run in runs]
+    sizes = [run[f"{way}_bytes"] / run[f"{way}s"] / MIB for run in runs]
+    return [
+        f"{statistics.median(rates):.2f} ({min(rates):.2f}-{max(rates):.2f})",
+        f"{statistics.median(sizes):.0f}",
+        *(
+            f"{1000 * statistics.median(run[f'{way}_p{part}_seconds'] for run in runs):.0f}"
+            for part in (50, 95)
+        ),
     ]
-    cpu = statistics.median(run["cpu_seconds_per_gib"] for run in runs)
-    return [rates("read"), *latencies, rates("write"), f"{cpu:.2f}"]
 
 
 def flexllmgen() -> str:
@@ -703,7 +717,7 @@ def budgets() -> str:
         f"whole step. Without a limit: memory {1000 * memory:.0f} ms, dual {1000 * dual:.0f} "
         f"(in {len(pairs)} pairs {statistics.median(pairs):.2f} times, {pairs[0]:.2f}-"
         f"{pairs[-1]:.2f}). At 150 % after 18 steps, medians of "
-        f"{above['options']['repeats']} runs: {', '.join(apart)}. "
+        f"{above['options']['repeats']} runs: {', '.join(apart)}. {stolen_note(data, above, fits)}"
         "`dualblade bench paper budgets --output results/budgets` on "
         f"{machine_line(data['machine'])}; files: `results/budgets/`."
     )
@@ -862,15 +876,16 @@ def pipeline() -> str:
 
 def prefill_paths() -> str:
     rows = []
-    for name in ("writes", "chunks", "chunks-fresh", "chunks-64"):
-        data = load(f"prefill/prefill-{name}")
+    names = ("writes", "chunks", "chunks-fresh", "chunks-64")
+    results = [load(f"prefill/prefill-{name}") for name in names]
+    for name, data in zip(names, results, strict=True):
         mmap = {
             item["store_state"]: item["prefill_seconds"]
             for item in data["summary"]
             if item["mode"] == "mmap"
         }
         for item in data["summary"]:
-            seconds, other = item["prefill_seconds"], mmap[item["store_state"]]
+            seconds, other = item["prefill_seconds"], mmap.get(item["store_state"])
             text = seconds_spread(seconds, item["prefill_seconds_spread"])
             rows.append(
                 [
@@ -889,8 +904,9 @@ def prefill_paths() -> str:
         f"{table(head, rows)}\n\nWrites: 12 prompts of 512 tokens in one pass, 1.1 GiB of KV, a "
         "budget of half of it, no memory limit. Chunks: 2048 tokens in chunks of 32, or 64, half "
         "of the KV in memory, the drive held to 1 GB/s. Fresh: a new store, "
-        "as a first prompt finds it. Stalled: the model's thread waited for reads or writes; of "
-        "mapped files page faults of what it writes are not seen. "
+        "as a first prompt finds it; chunks into one: two runs, by themselves. Stalled: the "
+        "model's thread waited for reads or writes; of mapped files page faults of what it writes "
+        f"are not in it. {stolen_note(*results)}"
         "`dualblade bench paper prefill --output results/prefill` on "
         f"{machine_line(data['machine'])}; files: `results/prefill/`."
     )
@@ -899,8 +915,8 @@ def prefill_paths() -> str:
 def ablation() -> str:
     columns = {"tiles, half": "tiles-50", "exact, half": "exact-50", "tiles, quarter": "tiles-25"}
     cells: dict[str, dict[str, str]] = {}
-    for column, name in columns.items():
-        data = load(f"ablation/ablation-{name}")
+    results = [load(f"ablation/ablation-{name}") for name in columns.values()]
+    for column, data in zip(columns, results, strict=True):
         took = {item["mode"]: step_cell(data, item) for item in data["summary"]}
         options = data["options"]
         for mode, step in zip(options["modes"], options["ablation"], strict=True):
@@ -912,7 +928,7 @@ def ablation() -> str:
         f"Milliseconds a step; medians of {data['options']['repeats']} runs, with half or a "
         f"quarter of the KV's {kv_bytes(data) / GIB:.2f} GiB in memory. Fixed residency: 40 or "
         "15 % of the KV. All before `+ pipeline` read one tile after another, but for mapped "
-        "files, which are copied a layer ahead. "
+        f"files, which are copied a layer ahead. {stolen_note(*results)}"
         "`dualblade bench paper ablation --output results/ablation` on "
         f"{machine_line(data['machine'])}; files: `results/ablation/`."
     )

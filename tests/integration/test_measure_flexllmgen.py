@@ -198,6 +198,16 @@ def test_its_storage_runs_without_a_gpu(kind: str, tmp_path: Path, script: Modul
     assert script.limit_of(asked) == 2 * GIB
 
 
+def test_a_result_says_the_command_that_makes_it(tmp_path: Path, script: ModuleType) -> None:
+    """Not one that would write over another result."""
+    asked = options(tmp_path, tmp_path, repeats=1, output=script.RESULT)
+    assert "--output" not in script.result_of(asked, None, None, [])["command"]
+    asked.output = Path("results/narrow.json")
+    assert script.result_of(asked, None, None, [])["command"].endswith(
+        "--repeats 1 --output results/narrow.json"
+    )
+
+
 def refused(*words: str | Path) -> str:
     done = subprocess.run(
         [sys.executable, SCRIPT, *words], capture_output=True, text=True, check=False
@@ -212,5 +222,7 @@ def test_what_cannot_run_is_refused(tmp_path: Path) -> None:
     assert "FlexLLMGen serves OPT shapes" in refused(place, "--model", "llama-3.2-1b")
     assert "write it like 512MiB" in refused(place, "--memory-limit", "some")
     assert "needs --storage-only" in refused(place, "--memory-limit", "+1GiB")
+    for output in (tmp_path, tmp_path / "nowhere" / "file.json"):
+        assert "cannot be written" in refused(place, "--output", output)
     if not torch.cuda.is_available():
         assert "no torch that finds a GPU" in refused(place)

@@ -146,7 +146,7 @@ def decode_figure(result: Mapping[str, Any]) -> Figure:
         if max(took) > _TALL * statistics.median(took):
             axes.set_yscale("log", subs=[])
             axes.locator_params("y", subs=(1, 2, 5))
-            axes.yaxis.set_major_formatter("{x:.0f}")
+            axes.yaxis.set_major_formatter("{x:g}")
         else:
             axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
         axes.set_xticks(range(len(limits)), [limit_word(limit) for limit in limits])
