@@ -614,7 +614,8 @@ def mlperf_way(runs: list[dict[str, Any]], way: str) -> list[str]:
 
 
 def flexllmgen() -> str:
-    return "\n\n".join(flexllmgen_shape(name) for name in ("flexllmgen-narrow", "flexllmgen"))
+    shapes = ("flexllmgen-narrow", "flexllmgen-tenth", "flexllmgen")
+    return "\n\n".join(flexllmgen_shape(name) for name in shapes)
 
 
 def flexllmgen_shape(name: str) -> str:
