@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dualblade.bench.report_section import of_runs, runs_of, seconds_spread
+from dualblade.bench.report_section import of_runs, runs_of, seconds_spread, stolen_notes
 from dualblade.bench.report_tables import flexllmgen_section
 from dualblade.bench.series import median_of
 
@@ -35,7 +35,6 @@ DOCUMENTS = (
     *(LMCACHE / "README.md", MLPERF / "README.md"),
 )
 MIB, GIB = 1 << 20, 1 << 30
-STOLEN_TOLD = 0.02  # as of a run
 
 
 # Their mapped files were two to three times slower than they need be (docs/performance.md, "What
@@ -69,16 +68,9 @@ def machine_line(machine: dict[str, Any]) -> str:
 
 
 def stolen_note(*results: dict[str, Any]) -> str:
-    """Of results whose runs say it: how many a hypervisor took more from than is told of one."""
-    runs = [run for data in results for run in data["runs"] if run.get("stolen_fraction")]
-    disturbed = [run["stolen_fraction"] for run in runs if run["stolen_fraction"] > STOLEN_TOLD]
-    if not disturbed:
-        return ""
-    total = sum(len(data["runs"]) for data in results)
-    return (
-        f"Of {total} runs {len(disturbed)} had more than {percent(STOLEN_TOLD)} of the processors "
-        f"stolen by neighbours, {percent(max(disturbed))} at most. "
-    )
+    """As the report says it, of all runs of `results`."""
+    notes = stolen_notes([run for data in results for run in data["runs"]])
+    return "".join(f"{note} " for note in notes)
 
 
 def percent(fraction: float | None) -> str:
