@@ -340,6 +340,31 @@ def contention() -> str:
     )
 
 
+def fits() -> str:
+    data = load("fits")
+    rows, stolen = [], []
+    for case in data["cases"]:
+        ratios = sorted(each["step_ratio_median"] for each in case["processes"])
+        stolen += [each["stolen_fraction"] for each in case["processes"]]
+        rows.append(
+            [
+                f"{case['name']}, {case['batch']} x {case['context']}",
+                f"{case['kv_bytes'] / GIB:.2f}",
+                f"{1000 * case['memory_step_seconds_median']:.0f}",
+                f"{1000 * case['dual_step_seconds_median']:.0f}",
+                f"{case['step_ratio_median']:.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})",
+            ]
+        )
+    processes = len(data["cases"][0]["processes"])
+    return (
+        f"{table(['model', 'KV GiB', 'memory ms', 'dual ms', 'dual / memory'], rows)}\n\n"
+        f"Milliseconds a step; both caches in one process, turn by turn. Medians of {processes} "
+        f"processes each, of which at most {max(stolen):.0%} of the processors was stolen. "
+        f"`scripts/{data['command']}` on {machine_line(data['machine'])}; file: "
+        "`results/fits.json`."
+    )
+
+
 def smollm2() -> str:
     rows = []
     for way in ("exact", "tiles"):
@@ -936,6 +961,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention": attention,
     "attention-amx": partial(attention, "attention-amx"),
     "contention": contention,
+    "fits": fits,
     "smollm2": smollm2,
     "context": context,
     "lookup": lookup,

@@ -17,6 +17,7 @@ from dualblade.host.groups import FilePages
 from dualblade.host.memory import MemoryProbe, OwnMemory
 from dualblade.io import Arena, Engine, open_engine
 from dualblade.pipeline import read_ahead
+from dualblade.pipeline.checksums import SAMPLE_SWEEPS
 from dualblade.pipeline.read_ahead import _Lying
 from dualblade.store import Door, InPlace, Store
 from dualblade.store.formatting import carry_out_format, plan_format
@@ -168,26 +169,50 @@ def test_striped_stores_and_engines_that_must_see_all_are_read(tmp_path: Path) -
 # -- decoding ------------------------------------------------------------------------------------
 
 
-def decoding(store: Path, **settings: Any) -> Cache:
+STEADY_STEPS = SAMPLE_SWEEPS + 2
+"""After so many layers that stay in the page cache are no longer planned and looked up ahead."""
+
+
+def decoding(store: Path, steps: int, **settings: Any) -> Cache:
     made = Cache(store, **settings)
     made.step(TOKENS)
-    made.step()
+    for _ in range(steps):
+        made.step()
     return made
 
 
+@pytest.fixture(params=[1, STEADY_STEPS], ids=["new", "steady"])
+def steps(request: pytest.FixtureRequest) -> int:
+    """Of one token, that came before the test."""
+    return int(request.param)
+
+
 @pytest.fixture
-def cache(tmp_path: Path) -> Iterator[Cache]:
-    made = decoding(tmp_path / "kv.store")
+def cache(tmp_path: Path, steps: int) -> Iterator[Cache]:
+    made = decoding(tmp_path / "kv.store", steps)
     yield made
     made.close()
 
 
 @pytest.fixture
-def copied(tmp_path: Path) -> Iterator[Cache]:
+def copied(tmp_path: Path, steps: int) -> Iterator[Cache]:
     """The same, that reads all it attends to."""
-    made = decoding(tmp_path / "copied.store", in_place=False)
+    made = decoding(tmp_path / "copied.store", steps, in_place=False)
     yield made
     made.close()
+
+
+@pytest.fixture
+def looked_up(monkeypatch: pytest.MonkeyPatch) -> list[Extent]:
+    """Extents that a store was asked for what lies where in the page cache."""
+    plain, asked = Store.in_place, []
+
+    def in_place(self: Store, extent: Extent, offset: int, size_bytes: int) -> InPlace | None:
+        asked.append(extent)
+        return plain(self, extent, offset, size_bytes)
+
+    monkeypatch.setattr(Store, "in_place", in_place)
+    return asked
 
 
 def extents(cache: Cache) -> list[Extent]:
@@ -261,6 +286,57 @@ def test_of_what_is_cached_in_part_the_rest_is_read(cache: Cache, copied: Cache)
     assert torch.equal(attending(cache), attending(copied))
 
 
+@pytest.mark.parametrize("steps", [STEADY_STEPS], indirect=True)
+def test_layers_that_stay_are_not_looked_up_ahead(
+    cache: Cache, copied: Cache, looked_up: list[Extent]
+) -> None:
+    before = cache.pipeline.transfers()
+    for _ in range(2):
+        assert torch.equal(attending(cache), attending(copied))
+    assert not looked_up
+    after = cache.pipeline.transfers()
+    assert after.in_place_read_bytes - before.in_place_read_bytes == 2 * KV_BYTES
+
+
+@pytest.mark.parametrize("steps", [STEADY_STEPS], indirect=True)
+def test_layers_that_grow_or_shrink_are_looked_up_anew(
+    cache: Cache, copied: Cache, looked_up: list[Extent]
+) -> None:
+    """By a tile that is full, and by one that is taken back."""
+    tile = next(iter(cache.pipeline._layers.values())).rows
+    for tokens in (tile, -tile, tile):
+        looked_up.clear()
+        for both in (cache, copied):
+            for layer in range(LAYERS) if tokens < 0 else ():
+                both.pipeline.crop(layer, -tokens)
+        if tokens > 0:
+            assert torch.equal(attending(cache, rows=tokens), attending(copied, rows=tokens))
+        assert torch.equal(attending(cache), attending(copied))
+        assert len(set(looked_up)) >= 2 * LAYERS
+
+
+@pytest.mark.parametrize("steps", [STEADY_STEPS], indirect=True)
+def test_a_layer_that_goes_is_looked_up_until_it_stays(
+    cache: Cache, copied: Cache, looked_up: list[Extent]
+) -> None:
+    gone = extents(cache)[0]
+    cache.store._drop(gone)
+    reads = cache.engine.counters().read_bytes
+    assert torch.equal(attending(cache), attending(copied))
+    cache.engine.drain()
+    assert cache.engine.counters().read_bytes - reads == UNIT_BYTES
+    assert set(looked_up) <= set(extents(cache)[:2]), "only of the layer that went"
+    for _ in range(SAMPLE_SWEEPS - 1):
+        looked_up.clear()
+        assert torch.equal(attending(cache), attending(copied))
+        assert gone in looked_up
+    attending(cache)
+    attending(copied)
+    looked_up.clear()
+    assert torch.equal(attending(cache), attending(copied))
+    assert not looked_up
+
+
 def test_pages_that_went_after_their_turn_came_are_read(cache: Cache, copied: Cache) -> None:
     """The read-ahead has passed into the next step, and holds nothing yet."""
     coming = [some for visit in cache.pipeline._sweep()._visits for some in visit.coming]
@@ -326,9 +402,10 @@ def test_damage_in_the_page_cache_is_read_past(
     copied: Cache,
     monkeypatch: pytest.MonkeyPatch,
     step: Callable[[Cache], torch.Tensor],
+    steps: int,
 ) -> None:
     """The cached copy differs from the drive's, which is sound."""
-    cache = decoding(tmp_path / "kv.store", checksums="all")
+    cache = decoding(tmp_path / "kv.store", steps, checksums="all")
     plain, struck = InPlace.hold, 0
 
     def damaged(self: InPlace) -> memoryview | None:

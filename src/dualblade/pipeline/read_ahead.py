@@ -22,7 +22,7 @@ import torch
 from dualblade.errors import StorageError
 from dualblade.geometry import UnitId
 from dualblade.io import Ticket
-from dualblade.pipeline.checksums import Checksums
+from dualblade.pipeline.checksums import SAMPLE_SWEEPS, Checksums
 from dualblade.pipeline.layer import HalfLayer, Layer
 from dualblade.pipeline.staging import Slot, Slots
 from dualblade.pipeline.timeline import Lane, Timeline, now_ns
@@ -73,6 +73,14 @@ class _Lying:
     wanted: tuple[HalfLayer, Piece]
     place: InPlace
     is_at_hand: bool = True
+    _landing: Landing | None = None
+
+    def landing(self, memory: memoryview) -> Landing:
+        """It as it is handed out; `memory`: as it is held."""
+        if self._landing is None:
+            slot = Slot(torch.frombuffer(memory, dtype=torch.uint8), self.place.address, memory)
+            self._landing = Landing(*self.wanted, slot, in_place=True)
+        return self._landing
 
     def is_followed_by(self, after: _Lying) -> bool:
         """Whether `after` goes on where this ends, in one mapping: a re-read makes another."""
@@ -96,12 +104,22 @@ class _Visit:
     waiting: deque[tuple[HalfLayer, Piece]] = field(default_factory=deque)
     coming: deque[_Read | _Lying] = field(default_factory=deque)
     is_large: bool = False
+    taken: list[_Lying] = field(default_factory=list)
     damaged: set[tuple[UnitId, int]] = field(default_factory=set)
 
     @property
     def next_tile(self) -> int:
         """Of the piece that is handed out next."""
         return (self.coming[0].wanted if self.coming else self.waiting[0])[1].tile
+
+
+@dataclass(slots=True)
+class _Standing:
+    """How a layer of so many tiles was taken that has been in the page cache for a while: in all
+    likelihood it is taken so again, and is neither planned nor looked up ahead of its turn."""
+
+    stored_tiles: int
+    taken: list[_Lying]
 
 
 def _side_by_side(coming: Iterable[_Read | _Lying]) -> list[tuple[_Lying, _Lying]]:
@@ -123,14 +141,22 @@ def _side_by_side(coming: Iterable[_Read | _Lying]) -> list[tuple[_Lying, _Lying
     return pairs
 
 
+def _may_be_large(layer: Layer) -> bool:
+    """Whether all of it goes through the page cache, to be taken in large pieces."""
+    units = [half.unit for half in layer.halves]
+    # Of a tile that were cut between sequences, some could be handed out before it is cut anew.
+    are_small = all(unit.tile_bytes_max <= _TOGETHER_BYTES for unit in units)
+    return are_small and all(unit.is_cached_whole for unit in units)
+
+
+def _is_steady(layer: Layer) -> bool:
+    """Whether nothing of it was read from the drive in a while."""
+    return all(half.unit.sweeps_in_memory >= SAMPLE_SWEEPS for half in layer.halves)
+
+
 def _tiles(lying: _Lying) -> Iterator[tuple[UnitId, int]]:
     half, piece = lying.wanted
     return ((half.unit.id, tile) for tile in range(piece.tile, piece.tile + piece.tiles))
-
-
-def _landing(lying: _Lying, memory: memoryview) -> Landing:
-    slot = Slot(torch.frombuffer(memory, dtype=torch.uint8), lying.place.address, memory)
-    return Landing(*lying.wanted, slot, in_place=True)
 
 
 class ReadAhead:
@@ -162,6 +188,7 @@ class ReadAhead:
         self._before_visit = before_visit
         self._timeline = timeline
         self._visits: deque[_Visit] = deque()
+        self._standing: dict[int, _Standing] = {}
         self._is_cancelling = False
         self._closed_to_cursor: set[int] = set()
         self._cursor = 0
@@ -211,7 +238,10 @@ class ReadAhead:
                 self._release(landing.slot)
             self.advance()
         self._visits.popleft()
-        self._checksums.swept(self._layers[index])
+        layer = self._layers[index]
+        if visit.is_large and _is_steady(layer):
+            self._standing[index] = _Standing(layer.stored_tiles, visit.taken)
+        self._checksums.swept(layer)
 
     @property
     def is_idle(self) -> bool:
@@ -261,7 +291,7 @@ class ReadAhead:
                 raise
             return Landing(half, piece, slot)
         self._timeline.span(Lane.CONTROL, "in place", began, now_ns(), visit.index)
-        return _landing(lying, memory)
+        return lying.landing(memory)
 
     def _hold_together(self, visit: _Visit) -> list[Landing]:
         """Keys and values at the head of what comes, as far as they lie side by side in the page
@@ -270,23 +300,19 @@ class ReadAhead:
         pairs = [] if visit.damaged else _side_by_side(visit.coming)
         if not pairs or pairs[0][0].wanted[0] is not self._layers[visit.index].keys:
             return []
-        columns = list(zip(*pairs, strict=True))
-        both = [reduce(_Lying.joined, column) for column in columns]
-        for lying, column in zip(both, columns, strict=True):
+        both = [reduce(_Lying.joined, column) for column in zip(*pairs, strict=True)]
+        for lying in both:
             memory = lying.place.hold()
             if memory is None:
                 return []
-            at = 0
-            for one in column:
-                end = at + one.place.size_bytes
-                self._verify(visit, one, memory[at:end])
-                at = end
+            self._verify(visit, lying, memory)
             if visit.damaged:
                 return []
-            landings.append(_landing(lying, memory))
+            landings.append(lying.landing(memory))
         landings[0].values_follow = True
         for lying in both:
             lying.place.count()
+        visit.taken.extend(both)
         for _ in range(2 * len(pairs)):
             visit.coming.popleft()
         self._timeline.span(Lane.CONTROL, "in place", began, now_ns(), visit.index)
@@ -345,6 +371,7 @@ class ReadAhead:
                 if isinstance(last, _Read):
                     self._release(last.landing.slot)
         self._visits.clear()
+        self._standing.clear()
         self._closed_to_cursor.clear()
         self._is_cancelling = False
 
@@ -352,11 +379,13 @@ class ReadAhead:
         layer = self._layers[index]
         for half in layer.halves:
             self._before_visit(half.unit)
+        self._store.check_open()
         visit = _Visit(index)
-        units = [half.unit for half in layer.halves]
-        # Of a tile that were cut between sequences, some could be handed out before it is cut anew.
-        are_small = all(unit.tile_bytes_max <= _TOGETHER_BYTES for unit in units)
-        if self._in_place and are_small and all(unit.is_cached_whole for unit in units):
+        standing = self._standing.pop(index, None)
+        if standing is not None and standing.stored_tiles == layer.stored_tiles:
+            visit.is_large = True
+            visit.coming.extend(standing.taken)
+        elif self._in_place and _may_be_large(layer):
             visit.is_large = True
             self._plan(visit, 0, _TOGETHER_BYTES, max(layer.stored_tiles, 1))
         else:

@@ -179,7 +179,7 @@ class Store:
 
         Raises: NoSpace (nothing is taken), Closed.
         """
-        self._check_open()
+        self.check_open()
         taken = self._allocator.allocate(size_bytes)
         try:
             for backing, offset, size in self._members.ranges(taken.offset, taken.size_bytes):
@@ -212,7 +212,7 @@ class Store:
 
         Raises: Closed; StorageError when a device took no discard; the extent is free anyway.
         """
-        self._check_open()
+        self.check_open()
         self._settle(extent)
         if extent.door is not Door.DIRECT:
             self._drop(extent)
@@ -247,7 +247,7 @@ class Store:
 
         It is good until the extent moves or is freed, and to be held before use. Raises: Closed.
         """
-        self._check_open()
+        self.check_open()
         if extent.door is not Door.PAGE_CACHE or not self._maps:
             return None
         if extent.memory is None:
@@ -271,7 +271,7 @@ class Store:
         """`read`, for bytes that were read wrong: from the device, whatever the door. All clean
         pages of the extent are dropped for it, since large folios go whole or not at all.
         """
-        self._check_open()
+        self.check_open()
         if extent.door is Door.PAGE_CACHE:
             self._drop(extent)
         return self.read(extent, offset, address, size_bytes)
@@ -298,7 +298,7 @@ class Store:
         Blocks until its transfers have ended. Raises: DeviceError when one of them, or the
         writeback, failed.
         """
-        self._check_open()
+        self.check_open()
         if extent.door is door:
             return
         for ticket in extent.tickets:
@@ -316,7 +316,7 @@ class Store:
     def split(self, extent: Extent, at_bytes: int) -> Extent:
         """Make two of `extent`, side by side and with the same door: it keeps its first `at_bytes`
         (whole 2 MiB), the rest is returned. No data moves, and transfers go on."""
-        self._check_open()
+        self.check_open()
         whole = extent.range
         assert at_bytes % EXTENT_ALIGN_BYTES == 0, "a page of the page cache would belong to both"
         assert 0 < at_bytes < whole.size_bytes, "nothing on one side"
@@ -333,7 +333,7 @@ class Store:
     def join(self, extent: Extent, rest: Extent) -> None:
         """Make one of `extent` and `rest`, which begins where it ends and has the same door; `rest`
         is no more. No data moves, and transfers go on."""
-        self._check_open()
+        self.check_open()
         assert extent.range.end == rest.range.offset, "not side by side"
         assert extent.door is rest.door, "of two doors"
         for one in (extent, rest):
@@ -383,7 +383,7 @@ class Store:
         self.close()
 
     def _submit(self, extent: Extent, op: Op, offset: int, address: int, size_bytes: int) -> Ticket:
-        self._check_open()
+        self.check_open()
         assert 0 <= offset <= extent.size_bytes - size_bytes, "outside its extent"
         assert offset % BLOCK_BYTES == size_bytes % BLOCK_BYTES == 0, "not whole blocks"
         at = extent.range.offset + offset
@@ -475,7 +475,8 @@ class Store:
         assert door in LEGAL_MOVES[extent.door], f"{extent.door.value} to {door.value}"
         extent.door = door
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raises: Closed."""
         if self._closed:
             raise Closed(f"the store {self.path} is closed")
         if self.is_inherited:
