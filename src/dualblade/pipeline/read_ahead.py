@@ -68,15 +68,17 @@ class _Read:
 
 @dataclass(slots=True)
 class _Lying:
-    """A piece that was in the page cache when its turn came."""
+    """A piece that was in the page cache when its turn came, or is expected there."""
 
     wanted: tuple[HalfLayer, Piece]
     place: InPlace
     is_at_hand: bool = True
-    _landing: Landing | None = None
+    # No repr: that of a tensor reads it, and its memory may be gone.
+    _landing: Landing | None = field(default=None, init=False, repr=False)
 
     def landing(self, memory: memoryview) -> Landing:
-        """It as it is handed out; `memory`: as it is held."""
+        """It as it is handed out. `memory`, its bytes as they are held, are the same each time: a
+        mapping does not move."""
         if self._landing is None:
             slot = Slot(torch.frombuffer(memory, dtype=torch.uint8), self.place.address, memory)
             self._landing = Landing(*self.wanted, slot, in_place=True)
@@ -97,14 +99,17 @@ class _Lying:
 @dataclass(slots=True, eq=False)
 class _Visit:
     """One layer's turn in the sweep: pieces not yet issued, and pieces that come. `is_large`: all
-    go through the page cache, and are larger than slots: to be taken in place, or cut. `damaged`:
+    go through the page cache, and are larger than slots: to be taken in place, or cut. `taken`:
+    those of them that were. `is_expected`: nobody looked yet whether they are there. `damaged`:
     tiles of units that are known not to be there as they were written."""
 
     index: int
+    stored_tiles: int
     waiting: deque[tuple[HalfLayer, Piece]] = field(default_factory=deque)
     coming: deque[_Read | _Lying] = field(default_factory=deque)
     is_large: bool = False
     taken: list[_Lying] = field(default_factory=list)
+    is_expected: bool = False
     damaged: set[tuple[UnitId, int]] = field(default_factory=set)
 
     @property
@@ -116,7 +121,8 @@ class _Visit:
 @dataclass(slots=True)
 class _Standing:
     """How a layer of so many tiles was taken that has been in the page cache for a while: in all
-    likelihood it is taken so again, and is neither planned nor looked up ahead of its turn."""
+    likelihood it is taken so again, and is neither planned nor looked up ahead of its turn. Of
+    anything that happened meanwhile `InPlace.hold` tells."""
 
     stored_tiles: int
     taken: list[_Lying]
@@ -201,8 +207,9 @@ class ReadAhead:
         A layer out of the order of the sweep restarts it there. Raises: DeviceError,
         CorruptExtent.
         """
-        if self._is_cancelling or not self._visits or self._visits[0].index != index:
+        if self._is_cancelling or (self._visits and self._visits[0].index != index):
             self.cancel()
+        if not self._visits:
             self._enter(index)
         self.advance()
         visit = self._visits[0]
@@ -218,6 +225,8 @@ class ReadAhead:
                 self.advance()
                 continue
             if visit.is_large:  # it is not all there any more, or not all sound
+                if visit.is_expected:
+                    self._expect_nothing()
                 self._cut(visit)
                 continue
             landing, coming = None, visit.coming.popleft()
@@ -240,7 +249,7 @@ class ReadAhead:
         self._visits.popleft()
         layer = self._layers[index]
         if visit.is_large and _is_steady(layer):
-            self._standing[index] = _Standing(layer.stored_tiles, visit.taken)
+            self._standing[index] = _Standing(visit.stored_tiles, visit.taken)
         self._checksums.swept(layer)
 
     @property
@@ -276,6 +285,7 @@ class ReadAhead:
         more, and to be read. Raises: CorruptExtent, DeviceError."""
         began = now_ns()
         (half, piece), place = lying.wanted, lying.place
+        assert not visit.is_expected, "taken together, or cut"
         memory = place.hold()
         if memory is None:
             return None
@@ -284,6 +294,7 @@ class ReadAhead:
             self._verify(visit, lying, memory)
         if not visit.damaged.isdisjoint(_tiles(lying)):
             slot = self._spare_slot()
+            half.unit.sweeps_in_memory = 0
             try:
                 self._checksums.heal(half.unit, piece, slot)
             except BaseException:
@@ -331,7 +342,8 @@ class ReadAhead:
             self._held += 1
             return slot
         for visit in reversed(self._visits):
-            while visit.coming:
+            has_slot = any(isinstance(some, _Read) for some in visit.coming)
+            while has_slot and visit.coming:
                 last = visit.coming[-1]
                 if isinstance(last, _Read):
                     with suppress(StorageError):  # it is read again, and fails then
@@ -379,11 +391,11 @@ class ReadAhead:
         layer = self._layers[index]
         for half in layer.halves:
             self._before_visit(half.unit)
-        self._store.check_open()
-        visit = _Visit(index)
+        self._store.check_open()  # of what is expected it is not asked
+        visit = _Visit(index, layer.stored_tiles)
         standing = self._standing.pop(index, None)
         if standing is not None and standing.stored_tiles == layer.stored_tiles:
-            visit.is_large = True
+            visit.is_large = visit.is_expected = True
             visit.coming.extend(standing.taken)
         elif self._in_place and _may_be_large(layer):
             visit.is_large = True
@@ -402,9 +414,18 @@ class ReadAhead:
         for pair in paired_pieces(*units, tiles, piece_bytes, edge_tiles):
             visit.waiting.extend(zip(layer.halves, pair, strict=True))
 
+    def _expect_nothing(self) -> None:
+        """A layer is not where it was expected: have the others looked up, and read ahead."""
+        self._standing.clear()
+        for visit in self._visits:
+            if visit.is_expected:
+                visit.is_expected = False
+                visit.waiting.extendleft(some.wanted for some in reversed(visit.coming))
+                visit.coming.clear()
+
     def _cut(self, visit: _Visit) -> None:
         """Have pieces that fit slots instead."""
-        visit.is_large = False
+        visit.is_large = visit.is_expected = False
         if not visit.coming and not visit.waiting:
             return
         tile = visit.next_tile

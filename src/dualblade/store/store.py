@@ -143,6 +143,15 @@ class Store:
         members = open_members(path, engine, direct=direct, capacity_bytes=capacity_bytes)
         return cls(members, engine, keep_blocks=keep_blocks, discard=discard)
 
+    def check_open(self) -> None:
+        """Raises: Closed."""
+        if self._closed:
+            raise Closed(f"the store {self.path} is closed")
+        if self.is_inherited:
+            raise Closed(
+                f"the store {self.path} is the parent process's", hint="open one after the fork"
+            )
+
     @property
     def is_inherited(self) -> bool:
         """Whether this process is a fork of the one that opened it, whose it is."""
@@ -474,12 +483,3 @@ class Store:
     def _move(extent: Extent, door: Door) -> None:
         assert door in LEGAL_MOVES[extent.door], f"{extent.door.value} to {door.value}"
         extent.door = door
-
-    def check_open(self) -> None:
-        """Raises: Closed."""
-        if self._closed:
-            raise Closed(f"the store {self.path} is closed")
-        if self.is_inherited:
-            raise Closed(
-                f"the store {self.path} is the parent process's", hint="open one after the fork"
-            )
