@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dualblade.bench.report_section import of_runs, runs_of, seconds_spread, stolen_notes
-from dualblade.bench.report_tables import flexllmgen_section
+from dualblade.bench.report_tables import fits_section, flexllmgen_section
 from dualblade.bench.series import median_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -342,25 +342,11 @@ def contention() -> str:
 
 def fits() -> str:
     data = load("fits")
-    rows, stolen = [], []
-    for case in data["cases"]:
-        ratios = sorted(each["step_ratio_median"] for each in case["processes"])
-        stolen += [each["stolen_fraction"] for each in case["processes"]]
-        rows.append(
-            [
-                f"{case['name']}, {case['batch']} x {case['context']}",
-                f"{case['kv_bytes'] / GIB:.2f}",
-                f"{1000 * case['memory_step_seconds_median']:.0f}",
-                f"{1000 * case['dual_step_seconds_median']:.0f}",
-                f"{case['step_ratio_median']:.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})",
-            ]
-        )
-    processes = len(data["cases"][0]["processes"])
+    section, _ = fits_section([("results/fits.json", data)])
+    notes = "".join(f"{note} " for note in section.notes)
     return (
-        f"{table(['model', 'KV GiB', 'memory ms', 'dual ms', 'dual / memory'], rows)}\n\n"
-        f"Milliseconds a step; both caches in one process, turn by turn. Medians of {processes} "
-        f"processes each, of which at most {max(stolen):.0%} of the processors was stolen. "
-        f"`scripts/{data['command']}` on {machine_line(data['machine'])}; file: "
+        f"{table(list(section.head), [list(row) for row in section.rows])}\n\n{section.about} "
+        f"{notes}`scripts/{data['command']}` on {machine_line(data['machine'])}; file: "
         "`results/fits.json`."
     )
 

@@ -14,6 +14,7 @@ from dualblade.bench.report_section import (
     ms,
     number_text,
     of_runs,
+    stolen_notes,
 )
 from dualblade.units import GIB, MIB
 
@@ -182,6 +183,38 @@ def contention_section(group: list[Named]) -> Made:
         rows=rows,
     )
     return section, []
+
+
+def fits_section(group: list[Named]) -> Made:
+    """`scripts/measure_fits.py`: `dual` and `memory` where all KV fits."""
+    ((name, result),) = group
+    rows = []
+    processes = [process for case in result["cases"] for process in case["processes"]]
+    for case in result["cases"]:
+        each = [process["step_ratio_median"] for process in case["processes"]]
+        rows.append(
+            [
+                f"{case['name']}, {case['batch']} x {case['context']}",
+                f"{case['kv_bytes'] / GIB:.2f}",
+                f"{1000 * case['memory_step_seconds_median']:.0f}",
+                f"{1000 * case['dual_step_seconds_median']:.0f}",
+                f"{case['step_ratio_median']:.2f}",
+                f"{min(each):.2f}-{max(each):.2f}",
+            ]
+        )
+    section = Section(
+        title="Where all KV fits",
+        file=name,
+        about="Steps of dual and of memory turn by turn in one process; medians of "
+        f"{len(processes) // len(result['cases'])} processes.",
+        command=result["command"],
+        machine=machine_text(result["machine"]),
+        notes=stolen_notes(processes),
+        head=["model", "KV GiB", "memory ms", "dual ms", "dual / memory", "spread"],
+        rows=rows,
+    )
+    most = max(case["step_ratio_median"] for case in result["cases"])
+    return section, [(f"{most:.2f} x", "at most, the step of memory where all KV fits")]
 
 
 def products_section(group: list[Named]) -> Made:
