@@ -39,7 +39,7 @@ MIB, GIB = 1 << 20, 1 << 30
 
 # Their mapped files were two to three times slower than they need be (docs/performance.md, "What
 # mmap is"): what stands beside that says nothing.
-SLOWER_MMAP = ("paper-24gib/", "paper-opt-6.7b-8-11", "decode-opt-1.3b")
+SLOWER_MMAP = ("paper-24gib/", "paper-opt-6.7b-8-11")
 
 
 def load(name: str) -> dict[str, Any]:
