@@ -6,7 +6,8 @@ consumer; free slots and the lookahead hold it back. It never enters a layer twi
 consumer has finished with it, because the layer's next rows are not stored yet.
 
 What is in the page cache when its turn comes is not read: it is handed out where it lies there, if
-the copy stage takes any memory for a slot's (Store.in_place).
+the copy stage takes any memory for a slot's (Store.in_place). A layer that has been there for a
+while is expected there, and looked for only when it is used (docs/decisions/0010).
 """
 
 from __future__ import annotations
@@ -118,16 +119,6 @@ class _Visit:
         return (self.coming[0].wanted if self.coming else self.waiting[0])[1].tile
 
 
-@dataclass(slots=True)
-class _Standing:
-    """How a layer of so many tiles was taken that has been in the page cache for a while: in all
-    likelihood it is taken so again, and is neither planned nor looked up ahead of its turn. Of
-    anything that happened meanwhile `InPlace.hold` tells."""
-
-    stored_tiles: int
-    taken: list[_Lying]
-
-
 def _side_by_side(coming: Iterable[_Read | _Lying]) -> list[tuple[_Lying, _Lying]]:
     """Pairs at the head of `coming` that are in the page cache one behind the other."""
     pairs: list[tuple[_Lying, _Lying]] = []
@@ -194,7 +185,9 @@ class ReadAhead:
         self._before_visit = before_visit
         self._timeline = timeline
         self._visits: deque[_Visit] = deque()
-        self._standing: dict[int, _Standing] = {}
+        # The last visits to layers that have been in the page cache for a while: in all likelihood
+        # they are taken so again. Of anything that happened meanwhile `InPlace.hold` tells.
+        self._standing: dict[int, _Visit] = {}
         self._is_cancelling = False
         self._closed_to_cursor: set[int] = set()
         self._cursor = 0
@@ -249,7 +242,7 @@ class ReadAhead:
         self._visits.popleft()
         layer = self._layers[index]
         if visit.is_large and _is_steady(layer):
-            self._standing[index] = _Standing(visit.stored_tiles, visit.taken)
+            self._standing[index] = visit
         self._checksums.swept(layer)
 
     @property
