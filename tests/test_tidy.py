@@ -138,5 +138,6 @@ def test_native_core_stays_small() -> None:
     # on matrix units, without which they bound grouped heads, and for sums that stay in their
     # registers; 30 for rows on cache lines of their own and threads that keep to their part; 20
     # for writes that leave folios of 2 MiB, which reading in place is for; 15 for threads that are
-    # not to be had, and for closing beside a registration.
-    assert sum(len(p.read_text().splitlines()) for p in sources) <= 3515
+    # not to be had, and for closing beside a registration; 15 for kernels that take no command
+    # from registered memory, and for a pool whose own part fails.
+    assert sum(len(p.read_text().splitlines()) for p in sources) <= 3530

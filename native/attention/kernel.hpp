@@ -57,7 +57,7 @@ Pair load_chunk(const Bfloat16* from) {
 
 // Asks for a chunk that is to be loaded in a while. A head's rows in a tile are a few KiB long, too
 // short for the machine to see a stream in them; without this, reading and computing take turns.
-// Beyond the end of a run nothing useful is asked for, which does no harm.
+// At the end of a run nothing useful is asked for, which does no harm.
 template <typename T>
 void ask_for(const T* chunk) {
     for (std::size_t at = 0; at < kChunk * sizeof(T); at += 64) {
@@ -104,8 +104,8 @@ void from_float(float value, Bfloat16& out) {
     out = static_cast<Bfloat16>(is_nan ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// 2^x for x <= 0; 0 below the smallest normal number. Cephes' polynomial for exp2 on [-0.5, 0.5],
-// relative error 2e-7.
+// 2^x for x <= 0; 0 below the smallest normal number; not a number stays it, whatever its bits.
+// Cephes' polynomial for exp2 on [-0.5, 0.5], relative error 2e-7.
 Floats exp2(Floats x) {
     const Floats low = Floats{} + -126.0f;
     const Floats clamped = x < -126.0f ? low : x;
@@ -121,7 +121,7 @@ Floats exp2(Floats x) {
     const Ints exponent = (std::bit_cast<Ints>(shifted) - 0x4b400000) << 23;
     const Ints bits = std::bit_cast<Ints>(poly) + exponent;
     const Floats result = std::bit_cast<Floats>(bits);
-    return x < -126.0f ? Floats{} : result;
+    return x < -126.0f ? Floats{} : (x == x ? result : x);
 }
 
 float exp2(float x) {

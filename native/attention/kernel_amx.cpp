@@ -83,7 +83,7 @@ class Tiles {
 struct Block {
     const Bfloat16* rows;
     std::int64_t stride;
-    const Bfloat16 *far, *near;  // to be asked for meanwhile, as many rows; null: nothing
+    const Bfloat16 *far, *near;  // to be asked for meanwhile, as many rows; `far` null: nothing
 };
 
 // A chunk of a block's rows.

@@ -59,13 +59,18 @@ void Pool::run(std::int64_t items, const std::function<void(std::int64_t)>& body
         ++job_;
     }
     wake_.notify_all();
+    // However it ends: without the wait a helper could still work on its last item.
+    const struct Closing {
+        Pool& pool;
+        ~Closing() {
+            {
+                std::lock_guard lock(pool.mutex_);
+                ++pool.job_;  // closed: a helper that wakes from here on finds nothing to do
+            }
+            while (pool.active_ != 0) std::this_thread::yield();
+        }
+    } closing{*this};
     take(0);
-    {
-        std::lock_guard lock(mutex_);
-        ++job_;  // closed: a helper that wakes from here on finds nothing to do
-    }
-    // Without this wait a helper could still work on its last item.
-    while (active_ != 0) std::this_thread::yield();
 }
 
 void Pool::take(std::size_t first) {

@@ -32,8 +32,6 @@ class NvmeCommand {
     static constexpr std::uint32_t kIoctlOperation = 0xC0484E43;  // NVME_IOCTL_IO_CMD
 
     const std::array<std::uint8_t, kBytes>& bytes() const { return bytes_; }
-    // What it transfers; 0 for a flush.
-    std::uint64_t size_bytes() const { return size_bytes_; }
     // Bytes or a negative error number, from what the kernel told of it: 0, a status, or -errno.
     std::int64_t result(std::int32_t told) const;
 

@@ -18,8 +18,8 @@ namespace dualblade {
 class Threads {
   public:
     void start(const char* name, std::function<void()> body) {
-        // All signals are blocked in the new thread: Ctrl-C delivered to it would not wake Python's
-        // main thread from its own system calls.
+        // Signals are blocked in the new thread: Ctrl-C delivered to it would not wake Python's
+        // main thread from its own system calls. What it does wrong itself is told as anywhere.
         const SignalsBlocked blocked;
         Usage& usage = usages_.emplace_back();
         threads_.emplace_back([this, &usage, body = std::move(body)] {
@@ -59,6 +59,7 @@ class Threads {
         SignalsBlocked() {
             sigset_t all;
             sigfillset(&all);
+            for (const int own : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) sigdelset(&all, own);
             pthread_sigmask(SIG_SETMASK, &all, &before);
         }
         ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before, nullptr); }

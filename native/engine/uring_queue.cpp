@@ -25,13 +25,10 @@ namespace dualblade {
 namespace {
 
 constexpr std::uint64_t kWakeTag = UINT64_MAX;
-// Sparse tables, made once: a fixed file or buffer takes a slot. 64 files is far above the two
-// doors of a store; 64 buffers of at most 1 GiB are 64 GiB of staging.
+// Sparse tables, made once: a fixed file or buffer takes a slot. 64 files are twice the doors of 16
+// members; 64 buffers of at most 1 GiB are 64 GiB of staging.
 constexpr unsigned kFilesMax = 64;
 constexpr unsigned kBuffersMax = 64;
-#ifndef IORING_URING_CMD_FIXED
-#define IORING_URING_CMD_FIXED (1U << 0)  // liburing 2.2 does not name it yet
-#endif
 constexpr unsigned kUnpluggedMax = 2;  // IO_PLUG_THRESHOLD in the kernel's io_uring
 constexpr unsigned kSyncFlags =
     SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
@@ -110,6 +107,7 @@ class UringQueue final : public Queue {
             have_files_ = io_uring_register_files_sparse(&ring_, kFilesMax) == 0;
             have_buffers_ = io_uring_register_buffers_sparse(&ring_, kBuffersMax) == 0;
             have_nvme_ = ring_carries_nvme(ring_);
+            have_fixed_nvme_ = have_nvme_ && commands_take_registered_memory();
             if (!polled_) arm_wake();
         }
         ready.set_value(error);
@@ -233,9 +231,8 @@ class UringQueue final : public Queue {
         sqe->fd = piece.fd;
         sqe->cmd_op = NvmeCommand::kUringOperation;
         std::memcpy(sqe->cmd, command->bytes().data(), NvmeCommand::kBytes);
-        // Fixed buffers for commands are of the same age (6.1) as DEFER_TASKRUN.
-        const int buffer = moves_bytes(piece.op) ? buffer_of(piece) : -1;
-        if (buffer >= 0 && (ring_.flags & IORING_SETUP_DEFER_TASKRUN)) {
+        const int buffer = have_fixed_nvme_ && moves_bytes(piece.op) ? buffer_of(piece) : -1;
+        if (buffer >= 0) {
             sqe->uring_cmd_flags = IORING_URING_CMD_FIXED;
             sqe->buf_index = static_cast<std::uint16_t>(buffer);
         }
@@ -269,6 +266,7 @@ class UringQueue final : public Queue {
             }
             // The kernel is short of memory for requests; what is queued stays queued.
             std::this_thread::sleep_for(std::chrono::milliseconds(1));
+            io_uring_get_events(&ring_);  // reaping what has ended is what frees some
             if (io_uring_cq_ready(&ring_) > 0) return;
         }
     }
@@ -378,6 +376,7 @@ class UringQueue final : public Queue {
     bool have_files_ = false;
     bool have_buffers_ = false;
     bool have_nvme_ = false;
+    bool have_fixed_nvme_ = false;
 
     const Event event_;
     // Under the scheduler's lock.

@@ -2,11 +2,14 @@
 
 #include <poll.h>
 #include <sys/eventfd.h>
+#include <sys/utsname.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <cstdint>
+#include <cstdio>
 #include <system_error>
+#include <utility>
 
 namespace dualblade {
 
@@ -41,6 +44,13 @@ bool ring_carries_nvme(io_uring& ring) {
     const bool known = probe != nullptr && io_uring_opcode_supported(probe, IORING_OP_URING_CMD);
     io_uring_free_probe(probe);
     return known;
+}
+
+bool commands_take_registered_memory() {
+    utsname kernel{};
+    int major = 0, minor = 0;
+    return uname(&kernel) == 0 && std::sscanf(kernel.release, "%d.%d", &major, &minor) == 2 &&
+           std::pair(major, minor) >= std::pair(6, 12);
 }
 
 int prove_ring(io_uring& ring) {

@@ -4,13 +4,18 @@
 
 #include <sys/mman.h>
 
+#include <atomic>
 #include <bit>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 using namespace dualblade;
@@ -248,10 +253,37 @@ void pools_run_every_item_once() {
     }
 }
 
+// Helpers go on with their items meanwhile; the body must not be gone before they are done.
+void a_pool_outlives_an_item_that_throws() {
+    Pool pool(4);
+    for (int repeat = 0; repeat < 200; ++repeat) {
+        const auto caller = std::this_thread::get_id();
+        bool thrown = false;
+        try {
+            auto thrown_by_caller = std::make_unique<std::atomic<bool>>(false);
+            pool.run(64, [&](std::int64_t) {
+                if (std::this_thread::get_id() == caller) {
+                    *thrown_by_caller = true;
+                    throw std::bad_alloc();
+                }
+                while (!*thrown_by_caller) std::this_thread::yield();
+                std::this_thread::sleep_for(std::chrono::microseconds(20));
+            });
+        } catch (const std::bad_alloc&) {
+            thrown = true;
+        }
+        CHECK(thrown);
+        std::atomic<int> done = 0;
+        pool.run(64, [&](std::int64_t) { ++done; });
+        CHECK(done == 64);
+    }
+}
+
 }  // namespace
 
 int main() {
     pools_run_every_item_once();
+    a_pool_outlives_an_item_that_throws();
     kernels_agree_with_plain_sums();
     return 0;
 }

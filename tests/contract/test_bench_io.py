@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dualblade.bench.io import HEADER_BYTES, IoBenchOptions, run_io_bench
-from dualblade.errors import ConfigError, CorruptExtent, NoSpace
+from dualblade.errors import ConfigError, CorruptExtent, NoSpace, Unsupported
 from dualblade.io import Engine, Ticket
 from dualblade.units import KIB, MIB
 
@@ -91,6 +92,28 @@ def test_foreign_files_are_left_alone(options: IoBenchOptions, tmp_path: Path) -
         run_io_bench(replace(options, store=str(tmp_path / "missing" / "scratch")))
     with pytest.raises(ConfigError, match="regular"):
         run_io_bench(replace(options, store="/dev/null"))
+    with pytest.raises(ConfigError, match="no device /dev/nvme77n1"):
+        run_io_bench(replace(options, store="/dev/nvme77n1"))  # it would be a file in memory
+    assert not Path("/dev/nvme77n1").exists()
+
+
+def test_a_file_system_without_direct_io_is_left_as_it_was(
+    options: IoBenchOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel makes the file, and then says that it cannot be opened so."""
+    real = os.open
+
+    def refusing(path: str, *flags: int, **more: int) -> int:
+        fd = real(path, *flags, **more)
+        if path != options.store:
+            return fd
+        os.close(fd)
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "open", refusing)
+    with pytest.raises(Unsupported, match="no O_DIRECT"):
+        run_io_bench(options)
+    assert not Path(options.store).exists()
 
 
 def test_no_room(options: IoBenchOptions) -> None:

@@ -272,6 +272,18 @@ def test_a_store_that_was_made_meanwhile_is_not_formatted_over(blank: str) -> No
     assert contents(blank) == before
 
 
+def test_a_drive_without_trim_tells_what_stays_on_it(
+    device: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = device_module.find_drive
+    monkeypatch.setattr(
+        device_module, "find_drive", lambda path: replace(real(path), discard_bytes_max=0)
+    )
+    with Store.open(device, engine) as store:
+        store.allocate(4 * MIB, Door.DIRECT)
+    assert f"{device} has no TRIM: what was stored stays on it" in caplog.text
+
+
 @pytest.mark.parametrize("error", [errno.EREMOTEIO, errno.EIO])
 def test_a_drive_that_refuses_trim_is_closed_opened_and_wiped(
     device: str,

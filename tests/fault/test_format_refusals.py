@@ -101,6 +101,9 @@ def test_what_is_partitioned_and_its_partition(blank: str, tmp_path: Path) -> No
     facts = find_drive(part)
     assert (facts.partition, facts.whole_path, facts.size_bytes) == (1, blank, 62 * MIB)
     assert facts.part_uuid == "12345678-01"
+    named = replace(facts, serial="S123")
+    assert named.name == "S123-part1", "all partitions of a drive have its serial"
+    assert replace(named, partition=None).name == "S123"
     with pytest.raises(NotAStore, match="already"):
         plan_format(part)
     subprocess.run(["mkfs.ext4", "-q", "-F", part], check=True)

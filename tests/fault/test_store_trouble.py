@@ -206,9 +206,35 @@ sys.stdin.read()
     assert child.stdout.readline() == b"open\n"
     child.send_signal(signal.SIGKILL)
     child.communicate()
+    assert path.stat().st_blocks * 512 >= 4 * MIB
     with open_store(path, engine) as store:
         assert store.used_bytes == 0
+        assert path.stat().st_size == DATA_OFFSET, "what the killed one stored is still there"
     assert "not closed cleanly" in caplog.text
+
+
+def test_a_store_that_others_can_read_is_made_private(tmp_path: Path, engine: Engine) -> None:
+    path = tmp_path / "kv.store"
+    open_store(path, engine).close()
+    path.chmod(0o644)
+    open_store(path, engine).close()
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+@needs_root
+def test_the_store_of_another_user_is_refused_and_can_be_wiped(
+    tmp_path: Path, engine: Engine
+) -> None:
+    """Who owns it could read what is stored in it."""
+    path = tmp_path / "kv.store"
+    open_store(path, engine).close()
+    os.chown(path, 12345, -1)
+    path.chmod(0o666)
+    with pytest.raises(NotAStore, match="belongs to user 12345, who could read"):
+        open_store(path, engine)
+    assert path.stat().st_mode & 0o777 == 0o666
+    carry_out_wipe(plan_wipe(str(path)), tell=lambda _: None)
+    assert not path.exists()
 
 
 def test_a_file_system_in_memory_offers_the_page_cache(engine: Engine) -> None:
@@ -252,6 +278,8 @@ def test_a_disk_that_fills_up_refuses_the_extent_and_keeps_the_others(
         with pytest.raises(NoSpace, match="cannot grow"):
             store.allocate(48 * MIB, Door.DIRECT)
         assert store.used_bytes == kept.size_bytes
+        free = os.statvfs(small_disk)
+        assert free.f_bavail * free.f_frsize > 4 * MIB, "what was refused holds all that was free"
         store.allocate(2 * MIB, Door.PAGE_CACHE)
 
 

@@ -5,6 +5,7 @@
 mount -t proc p /proc
 mount -t sysfs s /sys
 mount -t devtmpfs d /dev 2>/dev/null
+for module in /modules/*.ko; do [ ! -f $module ] || insmod $module; done
 mount -t virtiofs -o ro host /host
 mount -t virtiofs out /out
 for folder in proc sys dev; do mount --bind /$folder /host/$folder; done

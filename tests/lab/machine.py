@@ -42,8 +42,9 @@ def prepare() -> None:
     subprocess.run(["bash", "tests/lab/setup.sh"], cwd=ROOT, check=True)
 
 
-def boot(command: str, drives: Sequence[str], share: Path, log: Path) -> int:
-    """Run `command` in a guest with `drives` (QEMU arguments); its exit status, 99 for none.
+def boot(command: str, kernel: Path, drives: Sequence[str], share: Path, log: Path) -> int:
+    """Run `command` in a guest with a `kernel` (its folder, as `prepare` makes it) and `drives`
+    (QEMU arguments); its exit status, 99 for none.
 
     `share` is /mnt in the guest; sockets and the slow drive are made beside it. After `prepare`.
     Blocks until the guest is off.
@@ -55,7 +56,7 @@ def boot(command: str, drives: Sequence[str], share: Path, log: Path) -> int:
         sockets = [stack.enter_context(_shared(share.parent, *each)) for each in shares]
         control = share.parent / "qmp"
         server = stack.enter_context(_served(share.parent / "slow"))
-        command_line = [*_machine(sockets, control), *drives]
+        command_line = [*_machine(kernel, sockets, control), *drives]
         guest = start(command_line, stdout=output, stderr=subprocess.STDOUT)
         try:
             _serve(guest, server, control, share)
@@ -117,7 +118,7 @@ def _served(place: Path) -> Iterator[subprocess.Popen[bytes]]:
         daemon.wait()
 
 
-def _machine(sockets: Sequence[tuple[str, Path]], control: Path) -> list[str]:
+def _machine(kernel: Path, sockets: Sequence[tuple[str, Path]], control: Path) -> list[str]:
     arguments = [
         "qemu-system-x86_64",
         # One processor: with two, code that the kernel patches in itself (static keys) was seen
@@ -126,7 +127,7 @@ def _machine(sockets: Sequence[tuple[str, Path]], control: Path) -> list[str]:
         *("-machine", "q35,memory-backend=m"),
         *("-object", f"memory-backend-memfd,id=m,size={_MEMORY_MIB}M,share=on"),
         *("-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"),
-        *("-kernel", str(CACHE / "vmlinux"), "-initrd", str(CACHE / "initrd.gz")),
+        *("-kernel", str(kernel / "vmlinux"), "-initrd", str(kernel / "initrd.gz")),
         *("-append", "console=ttyS0 loglevel=5 panic=-1 mitigations=off nvme.poll_queues=1"),
         *("-qmp", f"unix:{control},server=on,wait=off"),
     ]

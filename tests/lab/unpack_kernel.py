@@ -16,7 +16,8 @@ payload = image[setup_bytes + offset : setup_bytes + offset + length - 4]  # 4: 
 if payload.startswith(b"\xfd7zXZ"):
     kernel = lzma.decompress(payload)
 else:
-    unpacked = subprocess.run(["zstd", "-dcq"], input=payload, capture_output=True, check=True)
+    tool = "lz4" if payload.startswith(b"\x02\x21\x4c\x18") else "zstd"
+    unpacked = subprocess.run([tool, "-dcq"], input=payload, capture_output=True, check=True)
     kernel = unpacked.stdout
 assert kernel.startswith(b"\x7fELF")
 Path(sys.argv[2]).write_bytes(kernel)

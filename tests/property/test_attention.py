@@ -6,7 +6,9 @@ bits, 16 roundings of the result's type are allowed instead.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -151,21 +153,28 @@ def test_groups_are_as_close_as_sdpa(problem: dict[str, object]) -> None:
     assert_close(case, case.run(case.grouped(widened=True), case.piece_tiles))
 
 
+@contextlib.contextmanager
+def a_kernel(name: str) -> Iterator[None]:
+    """Attention is by the kernel of this name; skips where the machine has none."""
+    with mock.patch.dict(os.environ, {"DUALBLADE_KERNEL": name}):
+        _native.cache_clear()
+        try:
+            try:
+                _native(os.getpid(), 0, 1)
+            except ValueError:
+                pytest.skip(f"this machine has no {name}")
+            yield
+        finally:
+            _native.cache_clear()
+
+
 @pytest.mark.parametrize("name", ["amx", "avx512", "avx2", "plain"])
 @given(problem=problems())
 @settings(max_examples=20, deadline=None)
 def test_every_instruction_set_is_as_close(name: str, problem: dict[str, object]) -> None:
-    with mock.patch.dict(os.environ, {"DUALBLADE_KERNEL": name}):
-        _native.cache_clear()
-        try:
-            case = Case(problem)
-            try:
-                kernel = case.kernel()
-            except ValueError:
-                pytest.skip(f"this machine has no {name}")
-            assert_close(case, case.run(kernel, case.piece_tiles))
-        finally:
-            _native.cache_clear()
+    with a_kernel(name):
+        case = Case(problem)
+        assert_close(case, case.run(case.kernel(), case.piece_tiles))
 
 
 @pytest.mark.parametrize("threads", [2, 3])
@@ -184,6 +193,20 @@ def test_bits_do_not_depend_on_threads(threads: int) -> None:
         assert torch.equal(case.run(case.kernel(), 4), first)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["amx", "avx512", "avx2", "plain"])
+@pytest.mark.parametrize("bits", [-1, 0x7FC00000, 0x7F800001, -0x400000])
+def test_what_is_no_number_is_never_made_one(name: str, bits: int) -> None:
+    """As erased flash reads: all ones. A sum over it must not look like one that can be used."""
+    keys = torch.randn(1, 1, 1, 40, 64, generator=torch.Generator().manual_seed(2))
+    keys.view(torch.int32)[0, 0, 0, 7] = bits
+    query = torch.randn(1, 2, 1, 64, generator=torch.Generator().manual_seed(1))
+    with a_kernel(name):
+        running = KernelAttention(AttentionQuery(query=query, past=39, scaling=0.125), 1, 64)
+        running.keys(Rows(keys, 0, 40))
+        running.values(Rows(torch.ones_like(keys), 0, 40))
+        assert bool(running.finish().isnan().all())
 
 
 @pytest.mark.parametrize("way", ["kernel", "grouped"])

@@ -33,6 +33,7 @@ from dualblade.errors import ConfigError, CorruptExtent, NoSpace, StorageError, 
 from dualblade.host.machine import command_line, machine_facts
 from dualblade.io import Arena, Engine, EngineChoice, Op, Transfer, open_engine
 from dualblade.store import as_places
+from dualblade.store.backing import is_device
 from dualblade.store.format import DATA_OFFSET
 from dualblade.store.stripes import Stripes
 from dualblade.units import BLOCK_BYTES, GIB, MIB, format_size, round_up
@@ -291,9 +292,14 @@ def _open_scratch(path: str, opened: contextlib.ExitStack, undo: contextlib.Exit
     existed = os.path.exists(path)
     if existed and not os.path.isfile(path):
         raise ConfigError(f"{path} is not a regular file", hint="name a scratch file")
+    if is_device(path):
+        raise ConfigError(f"there is no device {path}", hint="name a scratch file")
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT | os.O_CLOEXEC, 0o600)
     except OSError as error:
+        if not existed:  # where there is no O_DIRECT the kernel makes the file, and then refuses
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.realpath(path))
         raise _open_error(path, error) from error
     opened.callback(os.close, fd)
     try:

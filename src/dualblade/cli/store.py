@@ -75,7 +75,8 @@ def wipe_store(
     json: options.Json = False,
     debug: options.Debug = False,  # noqa: ARG001 - read by Command
 ) -> None:
-    """Remove a store and what it holds: TRIM, or zeros where the drive has none or refuses.
+    """Remove a store and what it holds: of a device by TRIM, or zeros where the drive has none or
+    refuses. A file is deleted; what its blocks held is then the file system's free space.
 
     Touches only what carries a dualblade superblock that names this very device. One member of a
     striped store may be wiped alone: the rest is then no store any more.
@@ -97,6 +98,8 @@ def wipe_store(
             reporter.tell(f"wiping {' + '.join(store)}")
             told = carry_out_wipe(*plans, tell=reporter.fraction)
         result |= {"done": True, "how": ", ".join(dict.fromkeys(told))}
+        for member, how in zip(result.get("members", []), told, strict=False):
+            member["how"] = how
     lines = [
         f"{plan.path}{f', {plan.member.words}' if plan.member else ''}: "
         f"{how}{_size(plan.capacity_bytes)}"

@@ -76,8 +76,10 @@ class Drive:
 
     @property
     def name(self) -> str:
-        """What people type to say that they mean this one: the serial, else the path."""
-        return self.serial or self.path
+        """What people type to say that they mean this one: the serial, which all that is on a drive
+        has in common, with the number of a partition as udev's links have it; else the path."""
+        part = "" if self.partition is None else f"-part{self.partition}"
+        return self.serial + part if self.serial else self.path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,6 +294,9 @@ def _blkid(path: str) -> dict[str, str]:
             f"blkid cannot examine {path}: {done.stderr.strip() or done.returncode}",
             operation="probe",
             path=path,
+            hint=None
+            if os.access(path, os.R_OK | os.W_OK)
+            else f"give your user or group {PERMISSION_WORDS}",
         )
     pairs = (line.partition("=") for line in done.stdout.splitlines())
     return {key: value for key, _, value in pairs if key != "DEVNAME"}
@@ -351,6 +356,9 @@ def _block_twin(path: str) -> str:
     twin = f"/dev/nvme{name.removeprefix('ng')}"
     if not os.path.exists(twin):
         raise Unsupported(f"{path} has no block device {twin} to hold it by")
+    held = _sys_node(twin).name
+    if held != Path(twin).name:  # nodes in a container may have been given other names
+        raise Unsupported(f"{path} is {name}, but {twin} is the node of {held}")
     ids = []
     for place in (path, twin):
         fd = os.open(place, os.O_RDONLY | os.O_CLOEXEC)

@@ -90,11 +90,16 @@ def decode_identify(number: int, namespace: bytes, controller: bytes) -> NvmeFac
         metadata_bytes=metadata_bytes,
         mdts_bytes=_MDTS_UNIT_BYTES << mdts if mdts else None,
         volatile_write_cache=bool(controller[_CTRL_VWC] & 1),
-        serial=controller[_CTRL_SERIAL].decode("ascii", "replace").strip(),
-        model=controller[_CTRL_MODEL].decode("ascii", "replace").strip(),
+        serial=_words(controller[_CTRL_SERIAL]),
+        model=_words(controller[_CTRL_MODEL]),
         nguid=_identifier(namespace[_NS_NGUID]),
         eui64=_identifier(namespace[_NS_EUI64]),
     )
+
+
+def _words(raw: bytes) -> str:
+    """As the kernel tells them in sysfs: to the first zero, without padding."""
+    return raw.partition(b"\0")[0].decode("ascii", "replace").strip()
 
 
 def _identifier(raw: bytes) -> str | None:

@@ -232,6 +232,7 @@ class Engine:
 
         The block layer splits what is longer than its limit, and does not poll for what it split.
         """
+        size_bytes = max(size_bytes // BLOCK_BYTES, 1) * BLOCK_BYTES
         if size_bytes < self.chunk_bytes:
             self._native.limit_direct_pieces(size_bytes)
             self._note(f"direct pieces of {format_size(size_bytes)}: longer ones are not polled")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import stat
 import tempfile
@@ -32,6 +33,8 @@ from dualblade.store.place import (
 )
 from dualblade.units import GIB, KIB
 
+log = logging.getLogger("dualblade.store")
+
 _RESERVE_BYTES_MAX = 2 * GIB
 _RESERVE_FRACTION = 20
 """Left free on the file system by default: a twentieth of its free space, at most 2 GiB."""
@@ -53,7 +56,13 @@ class FileBacking:
         return True
 
     def allocate(self, offset: int, size_bytes: int) -> None:
-        os.posix_fallocate(self.buffered_fd, offset, size_bytes)
+        before = os.fstat(self.buffered_fd).st_size
+        try:
+            os.posix_fallocate(self.buffered_fd, offset, size_bytes)
+        except OSError:
+            # What there was room for is allocated by now: the file system would stay full.
+            os.ftruncate(self.buffered_fd, before)
+            raise
 
     def locate(self, offset: int) -> Location:
         return Location(self.path, offset, None)
@@ -112,10 +121,9 @@ class HeldFile:
         reserve = min(_RESERVE_BYTES_MAX, available // _RESERVE_FRACTION)
         return available - reserve - DATA_OFFSET
 
-    def take(self, superblock: Superblock, *, unclean: bool) -> FileBacking:  # noqa: ARG002 - all
-        # content of a file is discarded, in whatever state it was left
+    def take(self, superblock: Superblock, *, unclean: bool) -> FileBacking:
         try:
-            if self.superblock is None:
+            if self.superblock is None or unclean:  # what a crash left behind
                 os.ftruncate(self.fd, DATA_OFFSET)
             write_superblock(self.fd, superblock)
             os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
@@ -209,8 +217,9 @@ def hold_file(
     """The store file at `path`, a new one where nothing is, or a private one: in `path` where that
     is a folder, for None in the user's cache.
 
-    With `direct` the file system must do O_DIRECT. Raises: NotAStore, StorageError, Unsupported;
-    nothing is left behind.
+    With `direct` the file system must do O_DIRECT. One that exists must be the user's own, and is
+    made unreadable to others; with `existing_only`, to look at it or wipe it, it may be anybody's.
+    Raises: NotAStore, StorageError, Unsupported; nothing is left behind.
     """
     name = str(cache_directory()) if path is None else os.fspath(path)
     private = not existing_only and os.path.isdir(name)
@@ -221,6 +230,8 @@ def hold_file(
         if not is_new:
             raw = read_superblock(fd, 0)
             superblock = Superblock.decode(raw, path=name, file_bytes=os.fstat(fd).st_size)
+            if not existing_only:
+                _make_private(fd, name)
         direct_fd = _open_direct(fd, name) if direct else None
     except BaseException as exc:
         if is_new and not private:
@@ -248,11 +259,7 @@ def _open_private(folder: str) -> tuple[int, bool]:
 
 
 def _open_named(name: str, existing_only: bool) -> tuple[int, bool]:
-    parent = os.path.dirname(name) or "."
-    if not os.path.isdir(parent):
-        raise StorageError(
-            f"the store's directory {parent} does not exist", path=name, hint="make it first"
-        )
+    check_parent(name)
     if not existing_only:
         try:
             return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), True
@@ -265,6 +272,15 @@ def _open_named(name: str, existing_only: bool) -> tuple[int, bool]:
         return os.open(name, os.O_RDWR), False
     except OSError as exc:
         raise storage_error("open", name, exc) from exc
+
+
+def check_parent(name: str) -> None:
+    """Raises: StorageError where a store file at `name` would have no directory to be in."""
+    parent = os.path.dirname(name) or "."
+    if not os.path.isdir(parent):
+        raise StorageError(
+            f"the store's directory {parent} does not exist", path=name, hint="make it first"
+        )
 
 
 def _refuse_special(name: str) -> None:
@@ -288,6 +304,23 @@ def _lock(fd: int, name: str) -> None:
             path=name,
             hint="name another store file, or wait until that one is closed",
         ) from None
+
+
+def _make_private(fd: int, name: str) -> None:
+    """KV tells of prompts. Raises: NotAStore for the file of somebody else, who could read it."""
+    facts = os.fstat(fd)
+    if facts.st_uid != os.geteuid():
+        raise NotAStore(
+            f"{name} belongs to user {facts.st_uid}, who could read what is stored in it",
+            operation="open",
+            path=name,
+            hint="name a file of your own",
+        )
+    if facts.st_mode & 0o077:
+        try:
+            os.fchmod(fd, 0o600)
+        except OSError as exc:  # file systems whose modes are fixed at mount
+            log.warning("%s can be read by others, which stays: %s", name, exc.strerror)
 
 
 def _open_direct(fd: int, name: str) -> int:

@@ -199,6 +199,12 @@ def _open_passthrough(drive: Drive, engine: Engine, capacity_bytes: int) -> int:
                 f"{drive.path} says {facts.block_bytes} + {facts.metadata_bytes} bytes a block, "
                 f"its block device {drive.block_bytes}"
             )
+        size_bytes = facts.block_count * facts.block_bytes
+        if (facts.serial, size_bytes) != (drive.serial or facts.serial, drive.size_bytes):
+            raise Unsupported(
+                f"{drive.path} is {facts.serial} of {size_bytes} bytes, its block device "
+                f"{drive.serial} of {drive.size_bytes}"
+            )
         most = min(drive.command_bytes_max, facts.mdts_bytes or drive.command_bytes_max)
         most = min(most, facts.block_bytes << 16)  # the block count of a command is 16 bits
         # A page of memory is a segment; of a buffer that starts inside a page, one is lost.
@@ -320,13 +326,14 @@ def discard(fd: int, drive: Drive, offset: int, size_bytes: int) -> bool:
 
 
 def _discard_content(fd: int, drive: Drive, end: int) -> None:
-    """`discard` all extents before `end`; where the drive refuses what it says that it takes, that
-    is told. Raises: OSError."""
-    if not discard(fd, drive, DATA_OFFSET, end - DATA_OFFSET) and drive.discard_bytes_max:
+    """`discard` all extents before `end`; where the drive does not take that, it is told. Raises:
+    OSError."""
+    if not discard(fd, drive, DATA_OFFSET, end - DATA_OFFSET):
         log.warning(
-            "%s refuses TRIM: what was stored stays on it until it is overwritten or wiped "
+            "%s %s TRIM: what was stored stays on it until it is overwritten or wiped "
             "(dualblade store wipe)",
             drive.path,
+            "refuses" if drive.discard_bytes_max else "has no",
         )
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from dualblade.errors import NotAStore, Unsupported
 from dualblade.host.drives import Drive, Finding, find_drive, findings, signatures
 from dualblade.host.page_cache import drop
-from dualblade.store.backing import hold_file, is_device
+from dualblade.store.backing import check_parent, hold_file, is_device
 from dualblade.store.device import (
     discard,
     hold_device,
@@ -90,6 +90,7 @@ def plan_format(path: str) -> Plan:
                 path=path,
                 hint=f"name a new file; a store is removed by dualblade store wipe {path}",
             )
+        check_parent(path)
         return Plan(path=path, drive=None, capacity_bytes=None)
     drive = find_drive(path)
     _refuse(drive, "format", findings(drive))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 
+import pytest
 from typer.testing import CliRunner
 
 from dualblade.cli.app import app
+from dualblade.errors import Unsupported
 from dualblade.host.drives import find_drive, findings
-from dualblade.host.nvme import nvme_facts
+from dualblade.host.nvme import namespace_id, nvme_facts
 from dualblade.units import KIB, MIB
 from tests.lab.guest.conftest import block_of, find_namespace
 
@@ -38,6 +40,35 @@ def test_ids_are_not_those_of_the_names() -> None:
         assert facts.mdts_bytes is None
         assert facts.serial == "LABTWO"
         assert findings(drive) == []
+
+
+def test_a_block_device_that_took_another_drives_name_is_refused() -> None:
+    """As in a container that was given nodes under other names: what is compared on one drive would
+    be written to another."""
+    paths = [find_namespace("LABSMALL"), find_namespace("LABBAD")]
+    one, other = map(block_of, paths)
+    assert [namespace_of(path) for path in paths] == [1, 1]
+
+    def swap() -> None:
+        for old, new in ((one, "/dev/kept"), (other, one), ("/dev/kept", other)):
+            os.rename(old, new)
+
+    swap()
+    try:
+        for path in paths:
+            with pytest.raises(Unsupported, match="is the node of"):
+                find_drive(path)
+    finally:
+        swap()
+    assert find_drive(paths[0]).serial == "LABSMALL"
+
+
+def namespace_of(path: str) -> int:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return namespace_id(fd)
+    finally:
+        os.close(fd)
 
 
 def test_limits() -> None:
