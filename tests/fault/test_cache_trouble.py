@@ -376,6 +376,32 @@ def test_a_cache_that_is_dropped_closes_its_store(tmp_path: Path) -> None:
     assert store.stat().st_size == DATA_OFFSET
 
 
+def test_a_failed_cache_that_is_dropped_closes_its_store_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it failed with came through frames that hold it."""
+    before, model = open_files(), tiny_model()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise StorageError("the drive is gone")
+
+    def use() -> None:
+        cache = DualBladeCache.for_model(
+            model, store=tmp_path / "kv.store", path="direct", memory_budget="16MiB"
+        )
+        model(**prompt(tokens=200), cache=cache)
+        monkeypatch.setattr(KVPipeline, "_append", fail)
+        with pytest.raises(StorageError, match="the drive is gone"):
+            model(input_ids=torch.tensor([[5]]), cache=cache)
+        with pytest.raises(Closed, match="StorageError: the drive is gone"):
+            model(input_ids=torch.tensor([[5]]), cache=cache)
+
+    with torch.no_grad():
+        use()
+    assert open_files() == before
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_a_closed_cache_holds_no_memory_and_still_tells() -> None:
     with a_step_old() as cache:
         pipeline, before = cache._pipeline, cache.stats()
@@ -447,6 +473,32 @@ with a_step_old(Path({str(store)!r}), path={path!r}) as cache:
     )
     assert done.stderr == ""
     assert done.stdout == "3\n0\n"
+
+
+@pytest.mark.parametrize("attention", ["exact", "tiles"])
+def test_a_forked_child_reads_no_zeros_for_kv_in_memory(attention: str) -> None:
+    """Tiles are in memory that a child does not inherit; what it computed on would be zeros."""
+    program = f"""
+import os, sys, torch
+from dualblade import Closed
+from tests.fault.test_cache_trouble import a_step_old, step
+torch.set_num_threads(1)
+with a_step_old(path="memory", attention={attention!r}) as cache:
+    child = os.fork()
+    if child == 0:
+        try:
+            step(cache, 1)
+        except Closed as exc:
+            assert "parent" in str(exc), exc
+            os._exit(3)
+        os._exit(0 if bool((cache.layers[0].keys == 1).all()) else 1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    step(cache, 1)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.stderr, done.stdout) == ("", "0\n" if attention == "exact" else "3\n")
 
 
 def test_a_forked_child_ends_though_attention_had_threads() -> None:

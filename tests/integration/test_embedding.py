@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, Lfm2Config
 
 from dualblade import DualBladeCache
-from dualblade.errors import Closed, ConfigError
+from dualblade.errors import Closed, ConfigError, Unsupported
+from dualblade.pipeline.order import SequenceTable
 from tests.integration.tiny_models import prompt, tiny_model
 
 
@@ -72,10 +74,6 @@ def test_a_refused_step_is_not_continued_beside_windows(attention: str) -> None:
 def test_an_interrupted_step_is_not_continued_beside_windows() -> None:
     model = tiny_model("gemma3")
     step = torch.tensor([[5]])
-
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
     with torch.no_grad(), cache_for(model, attention="exact") as cache:
         model(**prompt(tokens=100), cache=cache)
         hook = model.model.layers[2].register_forward_pre_hook(stop)  # after the stored layer
@@ -84,6 +82,157 @@ def test_an_interrupted_step_is_not_continued_beside_windows() -> None:
         hook.remove()
         with pytest.raises(Closed, match="between two layers"):
             model(input_ids=step, cache=cache)
+
+
+def hybrid_model() -> Any:
+    """Short convolutions, whose states do not tell of how many tokens, around full attention."""
+    torch.manual_seed(7)
+    config = Lfm2Config(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention", "conv", "full_attention", "conv"],
+        num_hidden_layers=5,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def stop(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("path", ["direct", "memory"])
+@pytest.mark.parametrize("attention", ["exact", "tiles"])
+def test_a_refused_step_is_not_continued_beside_states(path: str, attention: str) -> None:
+    model, inputs = hybrid_model(), prompt(tokens=90)
+    plain = generate(model, DynamicCache(config=model.config), inputs)
+    step = torch.tensor([[5, 6, 7]])
+    with torch.no_grad(), cache_for(model, path, attention=attention, max_tokens=102) as cache:
+        assert torch.equal(generate(model, cache, inputs), plain)
+        model(input_ids=step[:, :1], cache=cache)  # another pass, whole
+        with pytest.raises(ConfigError, match="past max_tokens=102"):
+            model(input_ids=step.repeat(1, 4), cache=cache)
+        for _ in range(2):
+            with pytest.raises(Closed, match="a step was refused") as refused:
+                model(input_ids=step[:, :1], cache=cache)
+            assert "reset" in str(refused.value.hint)
+        cache.reset()
+        assert torch.equal(generate(model, cache, inputs), plain)
+
+
+@pytest.mark.parametrize("path", ["direct", "memory"])
+@pytest.mark.parametrize("layer", [0, 2, 4])
+def test_an_interrupted_step_is_not_continued_beside_states(path: str, layer: int) -> None:
+    model = hybrid_model()
+    with torch.no_grad(), cache_for(model, path, attention="exact") as cache:
+        model(**prompt(tokens=100), cache=cache)
+        hook = model.model.layers[layer].register_forward_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            model(input_ids=torch.tensor([[5]]), cache=cache)
+        hook.remove()
+        model(input_ids=torch.tensor([[5]]))  # without the cache: another's business
+        with pytest.raises(Closed, match="a step was refused or ended"):
+            model(input_ids=torch.tensor([[5]]), cache=cache)
+
+
+@pytest.mark.parametrize("path", ["direct", "memory"])
+def test_what_was_not_begun_or_was_whole_is_continued_beside_states(path: str) -> None:
+    """However a pass is begun, and whatever was wrong before the first layer."""
+    model, ids = hybrid_model(), prompt(tokens=100)["input_ids"]
+    wrapper = torch.nn.Sequential(model)  # as PEFT's, which calls forward itself
+    with torch.no_grad(), cache_for(model, path, attention="exact") as cache:
+        with pytest.raises(ValueError, match="inputs_embeds"):
+            model(input_ids=ids, inputs_embeds=torch.ones(1, 1, 64), cache=cache)
+        model.model(input_ids=ids, cache=cache)  # without the head
+        with pytest.raises(IndexError):
+            model(input_ids=torch.tensor([[1 << 20]]), cache=cache)
+        wrapper[0].forward(input_ids=ids[:, :1], cache=cache)
+        hook = model.lm_head.register_forward_hook(stop)  # after all layers
+        with pytest.raises(KeyboardInterrupt):
+            model(input_ids=ids[:, :2], cache=cache)
+        hook.remove()
+        logits = model(input_ids=ids[:, :1], cache=cache).logits
+        whole = torch.cat([ids, ids[:, :1], ids[:, :2], ids[:, :1]], dim=1)
+        torch.testing.assert_close(logits[:, -1], model(input_ids=whole).logits[:, -1])
+
+
+@pytest.mark.parametrize("path", ["direct", "memory"])
+@pytest.mark.parametrize("attention", ["exact", "tiles"])
+@pytest.mark.parametrize("family", ["gemma3", "llama"])
+def test_a_change_of_all_layers_that_ends_half_way_is_not_continued(
+    path: str, attention: str, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C between two layers of reorder_cache: lengths are alike, sequences are not."""
+    model, inputs = tiny_model(family), prompt(batch=2, tokens=70)
+    with torch.no_grad(), cache_for(model, path, attention=attention) as cache:
+        model(**inputs, cache=cache)
+        monkeypatch.setattr(cache.layers[2], "reorder_cache", stop)
+        with pytest.raises(KeyboardInterrupt):
+            cache.reorder_cache(torch.tensor([1, 0]))
+        with pytest.raises(Closed, match="content is lost"):
+            model(input_ids=torch.tensor([[5], [6]]), cache=cache)
+        cache.reset()
+        model(**inputs, cache=cache)
+
+
+def test_a_model_is_watched_no_longer_than_its_cache_lives() -> None:
+    model = hybrid_model()
+    cache = cache_for(model)
+    assert model.model._forward_pre_hooks
+    assert model.model._forward_hooks
+    cache.close()
+    del cache
+    gc.collect()
+    assert not model.model._forward_pre_hooks
+    assert not model.model._forward_hooks
+
+
+@pytest.mark.parametrize("path", ["direct", "memory"])
+def test_sequences_selected_in_some_layers_alone_are_not_continued(path: str) -> None:
+    """Ctrl-C among the layers of reorder_cache: all have as many tokens, of different beams."""
+    model, inputs = tiny_model(), prompt(batch=2, tokens=70)
+    with torch.no_grad(), cache_for(model, path, attention="tiles") as cache:
+        model(**inputs, cache=cache)
+        cache.layers[0].reorder_cache(torch.tensor([1, 0]))
+        with pytest.raises(Closed, match="between two layers"):
+            model(input_ids=torch.tensor([[5], [6]]), cache=cache)
+
+
+@pytest.mark.parametrize("path", ["direct", "memory"])
+def test_an_interrupted_selection_loses_the_content(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = tiny_model(), prompt(batch=2, tokens=70)
+    with torch.no_grad(), cache_for(model, path, attention="tiles") as cache:
+        model(**inputs, cache=cache)
+        monkeypatch.setattr(SequenceTable, "select", stop)
+        with pytest.raises(KeyboardInterrupt):
+            cache.reorder_cache(torch.tensor([1, 0]))
+        with pytest.raises(Closed, match=r"failed earlier \(KeyboardInterrupt: \)"):
+            model(input_ids=torch.tensor([[5], [6]]), cache=cache)
+
+
+def test_a_query_that_wants_a_gradient_is_refused() -> None:
+    """As of adapters on the query alone: keys and values say nothing of it."""
+    model = tiny_model().requires_grad_(False)
+    with cache_for(model, attention="tiles") as cache:
+        model(**prompt(tokens=70), cache=cache)
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.requires_grad_(True)
+        with pytest.raises(Unsupported, match="no gradients"):
+            model(input_ids=torch.tensor([[5]]), cache=cache)
+
+
+def test_rows_of_another_type_are_refused_in_memory_too() -> None:
+    with cache_for(tiny_model(), "memory", attention="exact") as cache:
+        rows = torch.ones(1, 2, 4, 16)
+        cache.update(rows, rows, 0)
+        with pytest.raises(ConfigError, match=r"torch\.float32, now 1 of torch\.bfloat16"):
+            cache.update(rows.bfloat16(), rows.bfloat16(), 0)
 
 
 @pytest.mark.parametrize("attention", ["exact", "tiles"])

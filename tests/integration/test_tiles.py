@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, Gemma4TextConfig, PreTrainedModel
 
 import dualblade
 from dualblade import DualBladeCache, EngineConfig
 from dualblade.attention import GroupedAttention
 from dualblade.errors import DualBladeError
+from dualblade.hf import choice
 from dualblade.hf.lazy import made_real
+from dualblade.hf.tile_attention import tile_attention
 from tests.integration.tiny_models import EAGER_ONLY, FAMILIES, prompt, tiny_model
 from tests.stepping import take_turn
 
@@ -272,6 +274,62 @@ def test_auto_says_what_it_took_and_why(
         stats = cache.stats()
     assert stats.attention == word
     assert reason in stats.attention_reason
+
+
+def gemma4(shared: int) -> PreTrainedModel:
+    torch.manual_seed(7)
+    config = Gemma4TextConfig(
+        vocab_size=128,
+        vocab_size_per_layer_input=128,
+        hidden_size=64,
+        hidden_size_per_layer_input=8,
+        intermediate_size=96,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        global_head_dim=16,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+        num_kv_shared_layers=shared,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_a_model_that_asks_whether_its_attention_is_sdpa_keeps_its_own() -> None:
+    """Gemma 4 cuts the rows of layers that share KV where its attention is not called sdpa, and
+    they would attend to the wrong tokens. Without such layers it asks nothing."""
+    with tiles(gemma4(shared=0)) as cache:
+        assert cache.stats().attention == "tiles"
+    model, inputs = gemma4(shared=2), prompt(tokens=70)
+    inputs["input_ids"][:, 35:] = inputs["input_ids"][:, :35]  # there are candidates
+    options = {"max_new_tokens": 12, "do_sample": False, "prompt_lookup_num_tokens": 4}
+    plain = model.generate(**inputs, cache=DynamicCache(config=model.config), **options)
+    with pytest.raises(dualblade.Unsupported, match="attention is not called sdpa"):
+        tiles(model)
+    with DualBladeCache.for_model(model, path="direct", memory_budget="16MiB") as cache:
+        assert cache.stats().attention == "exact"
+        assert torch.equal(model.generate(**inputs, cache=cache, **options), plain)
+
+
+@pytest.mark.parametrize(
+    "code", ['== "sdpa"', "!= 'sdpa'", 'in ("eager", "sdpa")', 'not in ["sdpa"]']
+)
+def test_the_ways_to_ask_for_sdpa(code: str) -> None:
+    line = f"if self.config._attn_implementation {code} and mask is None:"
+    assert choice._COMPARED_WITH_SDPA.search(line)
+    assert not choice._COMPARED_WITH_SDPA.search(line.replace("sdpa", "eager"))
+
+
+@pytest.mark.parametrize("selection", ["indices", "block_indices"])
+def test_attention_to_selected_tokens_is_refused(selection: str) -> None:
+    rows = torch.ones(1, 2, 4, 16)
+    module = torch.nn.Module()
+    tile_attention(module, rows, rows, rows, None, **{selection: None})
+    with pytest.raises(dualblade.Unsupported, match=f"has no {selection}"):
+        tile_attention(module, rows, rows, rows, None, **{selection: torch.ones(1)})
 
 
 def test_rows_that_nobody_attends_to_are_taken_in_all_the_same() -> None:

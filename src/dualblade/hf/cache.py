@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from dualblade.config import EngineConfig, Path, check_attention
 from dualblade.errors import BudgetError, Closed, ConfigError, Unsupported
-from dualblade.hf.choice import AttentionChoice, choose, give_back, lend
+from dualblade.hf.beside import WholeSteps
+from dualblade.hf.choice import AttentionChoice, choose, decoder_of, give_back, lend
 from dualblade.hf.footprint import staging_and_tails, weights_per_token
 from dualblade.hf.geometry import (
     are_alike,
@@ -51,7 +52,7 @@ from dualblade.store import Place, Store, member_count
 from dualblade.units import format_size, parse_size
 
 
-class DualBladeCache(Cache):
+class DualBladeCache(WholeSteps):
     """The KV cache of one model's generations, in a store on a drive.
 
     Made by `for_model`; a context manager. With `attention="exact"` greedy tokens and logits equal
@@ -70,21 +71,22 @@ class DualBladeCache(Cache):
         pipeline: KVPipeline | MemoryKV | None = None,
         store: Store | None = None,
     ) -> None:
-        """`model` is one that attention over tiles is lent to, until close."""
-        super().__init__(layers=layers)
+        """`model` has attention over tiles lent to it until close, where `attention` says so."""
+        super().__init__(layers)
         self._path = path
         self._attention = attention
         self._pipeline = pipeline
         self._store = store
         self._profile: DeviceProfile | None = None
         self._is_closed = False
-        stored = (index for index, layer in enumerate(layers) if isinstance(layer, StoredLayer))
-        self._first_stored = next(stored, len(layers))
         # A cache that is dropped without close must leave neither its store open nor the model with
         # its attention.
         self._end = None if pipeline is None else weakref.finalize(self, pipeline.close)
         self._give_back: Callable[[], object] = lambda: None
-        if model is not None:  # last: what fails above leaves the model as it was
+        if model is None:
+            return
+        self._beside.watch(decoder_of(model), self)
+        if attention.over_tiles:  # last: what fails above leaves the model as it was
             lend(model)
             self._give_back = weakref.finalize(self, give_back, model)
 
@@ -132,12 +134,11 @@ class DualBladeCache(Cache):
         stored = offloadable(model.config, layers)
         _check_model(model, layers, stored)
         choice = choose(model, attention)
-        borrower = model if choice.over_tiles else None
         if way is Path.MEMORY:
             memory = MemoryKV(model.device, settings.tile_tokens, max_tokens, settings.trace_events)
             _keep(layers, stored, memory, max_tokens, choice)
             pipeline = memory if choice.over_tiles else None
-            return cls(layers, path=way, attention=choice, model=borrower, pipeline=pipeline)
+            return cls(layers, path=way, attention=choice, model=model, pipeline=pipeline)
         budget, source = _budget(memory_budget, settings)
         _check_budget(model, budget, settings)
         kv = KVSettings(
@@ -155,7 +156,7 @@ class DualBladeCache(Cache):
         )
         opened, over, profile = _open_pipeline(store, kv, _kv_bytes_least(model, max_tokens))
         _replace(layers, stored, lambda i: StoredLayer(over, i, max_tokens, choice))
-        made = cls(layers, path=way, attention=choice, model=borrower, pipeline=over, store=opened)
+        made = cls(layers, path=way, attention=choice, model=model, pipeline=over, store=opened)
         made._profile = profile
         return made
 
@@ -177,27 +178,13 @@ class DualBladeCache(Cache):
             )
         if self._is_closed:
             raise Closed("this cache is closed", hint="make a new one with for_model")
-        if layer_idx == self._first_stored:  # of a step
-            self._check_beside(key_states)
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    def _check_beside(self, key_states: torch.Tensor) -> None:
-        """At the first stored layer of a step, before its new rows [batch, kv_heads, n, dim] are
-        taken in, layers with a window have as many tokens as it has, and those before it the new
-        ones too. They are transformers', which takes rows in and cannot refuse them later.
-
-        Raises: Closed.
-        """
-        first, new = self._first_stored, key_states.shape[2]
-        stored = self.get_seq_length(first)
-        for index, layer in enumerate(self.layers):
-            if not isinstance(layer, DynamicSlidingWindowLayer):
-                continue
-            if layer.get_seq_length() != stored + (new if index < first else 0):
-                raise Closed(
-                    "a step was refused or ended between two layers, and the content is lost",
-                    hint="reset the cache for another prompt",
-                )
+        if layer_idx == self._beside.first:  # of a step
+            if self._pipeline is not None:
+                self._pipeline.check_usable()
+            self._beside.check(self.get_seq_length(layer_idx), key_states.shape[2])
+        together = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self._beside.touch()
+        return together
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> None:
         """Take in rows [batch, kv_heads, n, dim] of a layer without attending to them.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
+import sys
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -44,20 +48,51 @@ def choose(model: PreTrainedModel, word: str, device: str | None = None) -> Atte
     check_attention(word)
     if word == "exact":
         return AttentionChoice(False, "asked for")
-    can_lend = model._can_set_attn_implementation()
+    against = _unlendable(model)
     if word == "tiles":
-        if not can_lend:
-            raise Unsupported(
-                f"{type(model).__name__} has attention code of its own that cannot be exchanged",
-                hint="use attention='exact'",
-            )
+        if against is not None:
+            raise Unsupported(against, hint="use attention='exact'")
         return AttentionChoice(True, "asked for")
+    if against is not None:
+        return AttentionChoice(False, against)
     implementation = _lent_for(model) or model.config._attn_implementation
-    if not can_lend:
-        return AttentionChoice(False, f"{type(model).__name__} has attention code of its own")
     if implementation != "sdpa":
         return AttentionChoice(False, f"the model was loaded with {implementation} attention")
     return _suited(model.config, model.dtype, device or model.device.type)
+
+
+def _unlendable(model: PreTrainedModel) -> str | None:
+    """Why `model` must keep its own attention; None: it may have another."""
+    name = type(model).__name__
+    if not model._can_set_attn_implementation():
+        return f"{name} has attention code of its own that cannot be exchanged"
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    if any(_asks_for_sdpa(type(part).__module__) for part in parts) and _heeds_it(model.config):
+        return f"{name} does something else where its attention is not called sdpa"
+    return None
+
+
+@functools.cache
+def _asks_for_sdpa(module_name: str) -> bool:
+    """Whether a model's code compares its attention's name with sdpa. It would take a lent one for
+    a kernel that selects tokens by itself, or does without a mask."""
+    try:
+        code = inspect.getsource(sys.modules[module_name])
+    except (KeyError, OSError, TypeError):
+        return False
+    return _COMPARED_WITH_SDPA.search(code) is not None
+
+
+_COMPARED_WITH_SDPA = re.compile(
+    r"_attn_implementation\s*(?:[=!]=|(?:not\s+)?in\b)\s*[(\[{]?[^)\]}\n]*[\"']sdpa[\"']"
+)
+
+
+def _heeds_it(config: PretrainedConfig) -> bool:
+    """Gemma 4 asks only for layers that share another's KV, which not all sizes have."""
+    text = config.get_text_config(decoder=True)
+    is_gemma4 = text.model_type.startswith("gemma4")
+    return not is_gemma4 or getattr(text, "num_kv_shared_layers", None) != 0
 
 
 def _suited(config: PretrainedConfig, dtype: torch.dtype, device: str) -> AttentionChoice:
@@ -90,6 +125,12 @@ _LOANS: WeakKeyDictionary[torch.nn.Module, _Loan] = WeakKeyDictionary()
 def _innermost(model: PreTrainedModel) -> torch.nn.Module:
     """The transformers model in a wrapper (PEFT's, torch.compile's)."""
     return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
+
+
+def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
+    """What passes go through however they are begun: by a wrapper, with a head or without."""
+    decoder: torch.nn.Module = getattr(_innermost(model), "base_model", model)
+    return decoder
 
 
 def lend(model: PreTrainedModel) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from dualblade.errors import ConfigError, Unsupported
+from dualblade.errors import ConfigError
 from dualblade.hf.choice import AttentionChoice
 from dualblade.hf.lazy import offered_tensors
+from dualblade.hf.tile_attention import refuse_gradients
 from dualblade.pipeline import KVPipeline, MemoryKV
 from dualblade.pipeline.layer import check_length
 
@@ -71,7 +72,7 @@ class StoredLayer(CacheLayerMixin):
         more with them than pass them on. Valid until the next layer's update.
         Raises: ConfigError, BudgetError, NoSpace, DeviceError, Closed, Unsupported.
         """
-        _refuse_gradients(key_states, value_states)
+        refuse_gradients(key_states, value_states)
         key_states = _as_autocast(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -85,7 +86,7 @@ class StoredLayer(CacheLayerMixin):
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take in new rows without attending to them. Raises: as `update`."""
-        _refuse_gradients(key_states, value_states)
+        refuse_gradients(key_states, value_states)
         key_states = _as_autocast(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -169,16 +170,19 @@ class MemoryLayer(DynamicLayer):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take in new rows; return views of all rows."""
-        _refuse_gradients(key_states, value_states)
+        refuse_gradients(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         past, new = self.get_seq_length(), key_states.shape[-2]
         check_length(past + new, self._tokens_max)
-        if past and self.keys is not None and len(self.keys) != len(key_states):
-            raise ConfigError(
-                f"sequences changed: they were {len(self.keys)}, now {len(key_states)}",
-                hint="reset the cache before another prompt or batch",
-            )
+        if past and self.keys is not None:
+            was, now = ((len(rows), rows.dtype) for rows in (self.keys, key_states))
+            if was != now:
+                raise ConfigError(
+                    f"keys changed: they were {was[0]} sequences of {was[1]}, now {now[0]} of "
+                    f"{now[1]}",
+                    hint="reset the cache before another prompt or batch",
+                )
         with _lasting():
             buffers = self._room_for(past + new, key_states, value_states)
             for buffer, rows in zip(buffers, (key_states, value_states), strict=True):
@@ -238,11 +242,3 @@ def _as_autocast(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     if keys.dtype != values.dtype and torch.is_autocast_enabled(keys.device.type):
         return keys.to(values.dtype)
     return keys
-
-
-def _refuse_gradients(key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-    if key_states.requires_grad or value_states.requires_grad:
-        raise Unsupported(
-            "stored KV carries no gradients",
-            hint="call the model inside torch.no_grad(), as generate does",
-        )

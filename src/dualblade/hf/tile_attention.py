@@ -14,10 +14,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
 from dualblade.attention import AttentionQuery, attend_whole
+from dualblade.errors import Unsupported
 from dualblade.hf.lazy import CausalMask, LazyTensor, OfferedTensor, made_real
 from dualblade.pipeline import Offer
 
 NAME = "dualblade"
+
+_SELECTIONS = ("indices", "block_indices")
+"""What models with sparse layers give to kernels that attend to some tokens alone."""
 
 
 def tile_attention(
@@ -37,6 +41,11 @@ def tile_attention(
     """Attention of `query` [batch, heads, tokens, dim]: to an offer's tiles where `key` and `value`
     stand for them, else as sdpa does it. Returns [batch, tokens, heads, value_dim] and no weights.
     """
+    for name in _SELECTIONS:
+        if kwargs.get(name) is not None:
+            raise Unsupported(
+                f"attention over tiles has no {name}", hint="use attention='exact' for this model"
+            )
     sees_ahead = is_causal is False and attention_mask is None and query.shape[2] > 1
     offer = _offer_of(key, value)
     if offer is None or dropout or sees_ahead:
@@ -57,12 +66,23 @@ def tile_attention(
         # transformers' sdpa has no place for these.
         asked = _question(query, key.shape[2], mask, scaling, softcap, position_bias, s_aux)
         return attend_whole(asked, key, value), None
+    if torch.is_grad_enabled():
+        refuse_gradients(query)  # of keys and values the layer did
     tokens = key.shape[2]
     query = query.to(key.dtype)  # under autocast it may be wider
     asked = _question(query, tokens, attention_mask, scaling, softcap, position_bias, s_aux)
     # As in StoredLayer: tails outlive the call, so they are no inference tensors.
     with torch.inference_mode(False), torch.no_grad():
         return offer.attend(asked), None
+
+
+def refuse_gradients(*rows: torch.Tensor) -> None:
+    """Raises: Unsupported where training would miss what of a gradient went through here."""
+    if any(some.requires_grad for some in rows):
+        raise Unsupported(
+            "stored KV carries no gradients",
+            hint="call the model inside torch.no_grad(), as generate does",
+        )
 
 
 def _offer_of(key: torch.Tensor, value: torch.Tensor) -> Offer | None:

@@ -240,7 +240,7 @@ class KVPipeline(LayeredKV):
                 made.free()
             if in_step and isinstance(exc, DualBladeError):
                 self._was_refused = is_refusal and isinstance(exc, BudgetError | NoSpace)
-                self._failure = exc
+                self.fail(exc)
             raise
         return layer
 
@@ -319,7 +319,7 @@ class KVPipeline(LayeredKV):
         try:
             self._placements.follow(layer, self._layers, tokens, self._budget.shares)
         except BaseException as exc:
-            self._failure = exc  # a unit may be between two doors
+            self.fail(exc)  # a unit may be between two doors
             raise
 
     def _hold_nothing(self) -> None:

@@ -66,6 +66,7 @@ class Layer:
     stored_tiles: int = 0
     tail_rows: int = 0
     recall: bool = False
+    selections: int = 0
 
     @property
     def halves(self) -> tuple[HalfLayer, HalfLayer]:
@@ -153,6 +154,7 @@ class Layer:
 
     def select(self, indices: torch.Tensor) -> None:
         """Sequence i becomes what `indices[i]` was; stored tiles stay where they are."""
+        self.selections += 1
         tails = [half.tail.index_select(0, indices.to(half.tail.device)) for half in self.halves]
         self.table.select(indices.cpu().numpy())
         self.keys.tail, self.values.tail = tails

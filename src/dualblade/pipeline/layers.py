@@ -6,6 +6,7 @@ tiles are, and how they come to attention, is for `KVPipeline` (a store) and `Me
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import partial
@@ -33,9 +34,10 @@ class LayeredKV(ABC):
         self._timeline = Timeline(trace_events)
         self._layers: dict[int, Layer] = {}
         self._offer: Offer | None = None
-        self._failure: BaseException | None = None
+        self._failure: str | None = None
         self._was_refused = False  # the failure: a reset is all that it takes
         self._closed = False
+        self._process = os.getpid()
         self._attention_ns = 0
         self._append_ns = 0
 
@@ -140,8 +142,10 @@ class LayeredKV(ABC):
         """Have the rows in the tail, and send on what fills tiles."""
 
     def fail(self, cause: BaseException) -> None:
-        """See `Taker`."""
-        self._failure = cause
+        """See `Taker`. Words of the cause are kept, not itself: its traceback holds the frames that
+        it went through, and so a cache that nobody else has any more, open for good."""
+        first, *_ = str(cause).splitlines() or [""]
+        self._failure = f"{type(cause).__name__}: {first}"
 
     # -- sequences and tokens --------------------------------------------------------------------
 
@@ -170,7 +174,11 @@ class LayeredKV(ABC):
                 f"{indices.tolist()} are no sequences of a batch of {batch}",
                 hint=f"name some of 0 to {batch - 1}",
             )
-        self._layers[index].select(chosen)
+        try:
+            self._layers[index].select(chosen)
+        except BaseException as exc:
+            self.fail(exc)
+            raise
 
     def set_recall(self, index: int, recall: bool) -> None:
         """Keep a tile's worth of rows more in the tail, for candidates that may be taken back."""
@@ -190,7 +198,7 @@ class LayeredKV(ABC):
         try:
             self._drop_tokens(layer, count)
         except BaseException as exc:
-            self._failure = exc
+            self.fail(exc)
             raise
 
     @abstractmethod
@@ -200,6 +208,7 @@ class LayeredKV(ABC):
     def reset(self) -> None:
         """Forget all tokens; after a step that there was no room for, too, and after a reset that
         did not come to its end. Raises: DeviceError, Closed."""
+        self._check_process()
         if self._closed or not self._was_refused:
             self.check_usable()
         else:
@@ -208,7 +217,7 @@ class LayeredKV(ABC):
         self._quiesce()
         # Until it is done there may be tokens without their tiles: only a reset goes on from there.
         self._was_refused = True
-        self._failure = self._failure or Closed("its reset did not come to an end")
+        self._failure = self._failure or "its reset did not come to an end"
         for layer in self._layers.values():
             layer.free()
         self._layers.clear()
@@ -239,21 +248,29 @@ class LayeredKV(ABC):
         """Raises: Closed after close, or after an error that lost the content."""
         if self._closed:
             raise Closed("this cache is closed", hint="make a new one with for_model")
+        self._check_process()
         if self._failure is not None:
-            cause = str(self._failure).splitlines()[0] if str(self._failure) else ""
             raise Closed(
-                f"this cache failed earlier ({type(self._failure).__name__}: {cause}) "
-                "and its content is lost",
+                f"this cache failed earlier ({self._failure}) and its content is lost",
                 hint="reset it for another prompt"
                 if self._was_refused
                 else "close it and start again with a new one",
-            ) from self._failure
+            )
+
+    def _check_process(self) -> None:
+        """Memory of an arena is wiped in a fork. Raises: Closed."""
+        if os.getpid() != self._process:
+            raise Closed("this cache is the parent process's", hint="make one after the fork")
 
     def _check_whole(self, layer: Layer, new: NewRows) -> None:
-        """At the first layer of a step all layers have as many tokens, at the others as many as
-        the first has now. Ctrl-C anywhere in the model leaves half a step. Raises: Closed."""
+        """At the first layer of a step all layers have as many tokens, and were selected from as
+        often; at the others they have as many tokens as the first has now. Ctrl-C anywhere in the
+        model leaves half a step. Raises: Closed."""
         if layer.index == 0:
-            is_whole = all(other.tokens == layer.tokens for other in self._layers.values())
+            is_whole = all(
+                (other.tokens, other.selections) == (layer.tokens, layer.selections)
+                for other in self._layers.values()
+            )
         else:
             is_whole = self._tokens_of(0) in (0, layer.tokens + new.count)
         if not is_whole:

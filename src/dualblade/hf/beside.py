@@ -1,0 +1,148 @@
+"""Layers that stay in transformers' own classes, beside those whose KV is ours.
+
+They take in at once what a step brings, and cannot give it back. A step that is refused, or ended
+between two layers, leaves them ahead of ours or behind; the next one would compute wrong tokens on
+that without an error. So it is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
+
+from dualblade.errors import Closed, ConfigError
+from dualblade.hf.layer import MemoryLayer, StoredLayer
+
+
+class Beside:
+    """Of one cache, `layers`; `first` is the number of the first one that is ours.
+
+    Layers with rows (windows, and full attention that others read again) are compared with ours.
+    States (linear attention, convolutions) do not tell how many tokens they have seen: of models
+    with those it is watched whether a pass that touched something came to its end.
+    """
+
+    def __init__(self, layers: list[Any]) -> None:
+        ours = [isinstance(layer, StoredLayer | MemoryLayer) for layer in layers]
+        self.first = ours.index(True) if any(ours) else len(layers)
+        others = [(i, layer) for i, layer in enumerate(layers) if not ours[i]]
+        self._rows = [(i, layer) for i, layer in others if isinstance(layer, DynamicLayer)]
+        self._has_states = any(isinstance(la, LinearAttentionCacheLayerMixin) for _, la in others)
+        self._is_passing = self._is_touched = self._is_broken = False
+
+    def watch(self, decoder: torch.nn.Module, cache: Cache) -> None:
+        """Look at passes of `decoder` through `cache` for as long as that lives."""
+        if not self._has_states:
+            return
+        alive = weakref.ref(cache)
+
+        def is_through_it(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+            ours = alive()
+            return ours is not None and any(given is ours for given in (*args, *kwargs.values()))
+
+        def begin(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if is_through_it(args, kwargs):
+                self._is_broken = self._is_broken or self._is_touched
+                self._is_passing, self._is_touched = True, False
+
+        def end(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
+            if is_through_it(args, kwargs):
+                self._is_passing = self._is_touched = False
+
+        for handle in (
+            decoder.register_forward_pre_hook(begin, with_kwargs=True),
+            decoder.register_forward_hook(end, with_kwargs=True),
+        ):
+            weakref.finalize(cache, handle.remove)
+
+    def touch(self) -> None:
+        """A layer takes in what a pass brings, or is about to."""
+        self._is_touched = self._is_passing
+
+    def check(self, past: int, new: int) -> None:
+        """At our first layer of a step, which has `past` tokens and is given `new` ones: the layers
+        before it have those too, the others not yet. Raises: Closed."""
+        is_whole = not self._is_broken and all(
+            layer.get_seq_length() == past + (new if index < self.first else 0)
+            for index, layer in self._rows
+        )
+        if not is_whole:
+            raise Closed(
+                "a step was refused or ended between two layers, and the content is lost",
+                hint="reset the cache for another prompt",
+            )
+
+    @contextlib.contextmanager
+    def changing_all(self) -> Iterator[None]:
+        """All layers are changed alike, one after the other: half of them is not to go on from."""
+        before, self._is_broken = self._is_broken, True
+        try:
+            yield
+        except ConfigError:
+            if self.first == 0:  # refused by the first layer of all
+                self._is_broken = before
+            raise
+        self._is_broken = before
+
+    def forget(self) -> None:
+        """All layers were reset."""
+        self._is_passing = self._is_touched = self._is_broken = False
+
+
+class WholeSteps(Cache):
+    """A cache that goes on from whole steps alone, whichever layer a failure or Ctrl-C left out."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        super().__init__(layers=layers)
+        self._beside = Beside(layers)
+
+    def get_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """See transformers' `Cache`; a model may write to what it gets."""
+        self._beside.touch()
+        return super().get_conv_state(*args, **kwargs)
+
+    def get_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """See transformers' `Cache`; a model may write to what it gets."""
+        self._beside.touch()
+        return super().get_recurrent_state(*args, **kwargs)
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """See transformers' `Cache`."""
+        self._beside.touch()
+        return super().update_conv_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """See transformers' `Cache`."""
+        self._beside.touch()
+        return super().update_recurrent_state(*args, **kwargs)
+
+    def reset(self) -> None:
+        """Forget all tokens, for another prompt. Raises: DeviceError, Closed."""
+        with self._beside.changing_all():
+            super().reset()  # type: ignore[no-untyped-call]
+        self._beside.forget()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest `-tokens_to_remove`. Raises: ConfigError, DeviceError, Closed."""
+        with self._beside.changing_all():
+            super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Sequence i becomes what `beam_idx[i]` was. Raises: ConfigError, Closed."""
+        with self._beside.changing_all():
+            super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence `repeats` times, copies side by side. Raises: Closed."""
+        with self._beside.changing_all():
+            super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the sequences that `indices` name, in that order. Raises: ConfigError, Closed."""
+        with self._beside.changing_all():
+            super().batch_select_indices(indices)
