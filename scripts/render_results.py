@@ -111,8 +111,8 @@ def demo() -> str:
         f"{data['prompt_tokens']} tokens of prompt, KV {data['kv_bytes'] / MIB:.0f} MiB, memory "
         f"budget {data['budget_bytes'] / MIB:.0f} MiB ({data['kv_to_budget']:.1f} times as much "
         f"KV); {agree} the same {data['new_tokens']} tokens: “{data['answer']}”\n\n"
-        f"{table(head, rows)}\n\n`{data['command']}` on {machine_line(data['machine'])}; "
-        "file: `results/demo.json`."
+        f"{table(head, rows)}\n\n{stolen_note(data)}`{data['command']}` on "
+        f"{machine_line(data['machine'])}; file: `results/demo.json`."
     )
 
 
@@ -465,12 +465,10 @@ def prefill() -> str:
 def envelope() -> str:
     if not (RESULTS / "envelope.json").exists():
         return "Not measured yet: `dualblade bench envelope --output results/envelope.json`."
-    data, again = load("envelope"), load("envelope-110")
+    data = load("envelope")
     rows = []
-    for entry in [*data["summary"], *again["summary"]]:
+    for entry in data["summary"]:
         row = [entry["memory_limit"].replace("%", " %")]
-        if entry in again["summary"]:
-            row = [f"{row[0]}, as it is now"]
         if entry["dual_to_best"] is None:
             rows.append([*row, "", "", "", "", "", f"{entry['oom_killed']}"])
             continue
@@ -492,10 +490,10 @@ def envelope() -> str:
     return (
         f"{table(head, rows)}\n\nMemory: of the KV's "
         f"{data['calibration']['kv_bytes'] / GIB:.2f} GiB, in a memory cgroup. Split: the part of "
-        f"the KV through the page cache. Medians of {asked['rounds']} pairs run in turn, of "
-        f"{len(data['runs'])} runs in all; `{data['command']}` on {machine_line(data['machine'])}; "
-        "file: `results/envelope.json`. As it is now: staging gives way there since; "
-        f"`{again['command']}`."
+        f"the KV through the page cache. Medians of {asked['rounds']} pairs run in turn, dual / "
+        f"best those of ratios within a pair, of {len(data['runs'])} runs in all. "
+        f"{stolen_note(data)}`{data['command']}` on {machine_line(data['machine'])}; "
+        "file: `results/envelope.json`."
     )
 
 

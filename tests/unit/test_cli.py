@@ -182,6 +182,7 @@ FAILURES = [
     (["generate", "-m", TINY, "-p", "x", "--store", "/etc/hostname"], "not a dualblade store"),
     (["plan", "-m", TINY, "--context", "600", "--memory-budget", "2MiB"], "give it at least"),
     (["doctor", "/nope/at/all"], "cannot examine"),
+    (["store", "format", "/nope/kv", "--dry-run"], "the store's directory /nope does not exist"),
 ]
 
 

@@ -29,7 +29,7 @@ MemoryLimits = Annotated[
         "--memory-limit",
         metavar="LIMIT",
         help="Memory cgroup of each run: a size for the whole process; or what is left in it for "
-        "the KV cache, a size (+2GiB) or a fraction of the KV (0.25). May be repeated.",
+        "the KV cache, a size (+2GiB) or a part of the KV (25% or 0.25); or none. May be repeated.",
     ),
 ]
 MemoryBudget = Annotated[
