@@ -179,6 +179,21 @@ def test_a_change_of_all_layers_that_ends_half_way_is_not_continued(
         model(**inputs, cache=cache)
 
 
+@pytest.mark.parametrize("path", ["direct", "memory"])
+@pytest.mark.parametrize("attention", ["exact", "tiles"])
+@pytest.mark.parametrize("family", ["gemma3", "llama"])
+def test_wrong_arguments_change_nothing(path: str, attention: str, family: str) -> None:
+    model, inputs = tiny_model(family), prompt(batch=2, tokens=70)
+    with torch.no_grad(), cache_for(model, path, attention=attention) as cache:
+        model(**inputs, cache=cache)
+        if family == "llama":  # windows take nothing back
+            with pytest.raises(ValueError, match="negative"):
+                cache.crop(60)
+        with pytest.raises((IndexError, ConfigError)):
+            cache.batch_select_indices(torch.tensor([7]))
+        model(input_ids=torch.tensor([[5], [6]]), cache=cache)
+
+
 def test_a_model_is_watched_no_longer_than_its_cache_lives() -> None:
     model = hybrid_model()
     cache = cache_for(model)

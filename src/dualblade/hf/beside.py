@@ -83,8 +83,10 @@ class Beside:
         before, self._is_broken = self._is_broken, True
         try:
             yield
-        except ConfigError:
-            if self.first == 0:  # refused by the first layer of all
+        except (ValueError, IndexError) as exc:
+            # Of arguments that are wrong the first layer of all says so, before it changes; but
+            # ours refuse some that others take.
+            if self.first == 0 or not isinstance(exc, ConfigError):
                 self._is_broken = before
             raise
         self._is_broken = before
