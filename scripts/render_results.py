@@ -872,7 +872,8 @@ def pipeline() -> str:
         "Ten fixed settings, five for Llama-3.2-1B; the default tunes itself, in 14 steps before "
         "those that are timed. Direct decoding, drives held by blkio; medians, fio under the same "
         "throttle beside each run. `dualblade bench paper pipeline --output results/pipeline` on "
-        f"{machine_line(data['machine'])}; files: `results/pipeline/`."
+        f"{machine_line(data['machine'])}; the drive as it is on "
+        f"{machine_line(load('pipeline/settings-as-is')['machine'])}; files: `results/pipeline/`."
     )
 
 

@@ -7,15 +7,14 @@ that without an error. So it is refused.
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 
-from dualblade.errors import Closed, ConfigError
+from dualblade.errors import Closed
 from dualblade.hf.layer import MemoryLayer, StoredLayer
 
 
@@ -32,12 +31,13 @@ class Beside:
         self.first = ours.index(True) if any(ours) else len(layers)
         others = [(i, layer) for i, layer in enumerate(layers) if not ours[i]]
         self._rows = [(i, layer) for i, layer in others if isinstance(layer, DynamicLayer)]
-        self._has_states = any(isinstance(la, LinearAttentionCacheLayerMixin) for _, la in others)
+        self._states = [la for _, la in others if isinstance(la, LinearAttentionCacheLayerMixin)]
+        self._hooks: list[Callable[[], object]] = []
         self._is_passing = self._is_touched = self._is_broken = False
 
     def watch(self, decoder: torch.nn.Module, cache: Cache) -> None:
         """Look at passes of `decoder` through `cache` for as long as that lives."""
-        if not self._has_states:
+        if not self._states:
             return
         alive = weakref.ref(cache)
 
@@ -58,7 +58,7 @@ class Beside:
             decoder.register_forward_pre_hook(begin, with_kwargs=True),
             decoder.register_forward_hook(end, with_kwargs=True),
         ):
-            weakref.finalize(cache, handle.remove)
+            self._hooks.append(weakref.finalize(cache, handle.remove))
 
     def touch(self) -> None:
         """A layer takes in what a pass brings, or is about to."""
@@ -77,23 +77,31 @@ class Beside:
                 hint="reset the cache for another prompt",
             )
 
-    @contextlib.contextmanager
-    def changing_all(self) -> Iterator[None]:
-        """All layers are changed alike, one after the other: half of them is not to go on from."""
+    def change(self, layers: list[Any], change: Callable[[Any], object]) -> None:
+        """Do `change` to all layers, one after the other: half of it is nothing to go on from. What
+        the first of all refuses has changed nothing."""
         before, self._is_broken = self._is_broken, True
-        try:
-            yield
-        except (ValueError, IndexError) as exc:
-            # Of arguments that are wrong the first layer of all says so, before it changes; but
-            # ours refuse some that others take.
-            if self.first == 0 or not isinstance(exc, ConfigError):
-                self._is_broken = before
-            raise
+        for index, layer in enumerate(layers):
+            try:
+                change(layer)
+            except Exception:
+                self._is_broken = before or index > 0
+                raise
         self._is_broken = before
 
     def forget(self) -> None:
-        """All layers were reset."""
+        """All layers were reset. States are dropped, not zeroed: another batch has others."""
         self._is_passing = self._is_touched = self._is_broken = False
+        for layer in self._states:
+            for number in range(layer.number_of_states):
+                layer.conv_states[number] = layer.recurrent_states[number] = None
+                layer.is_conv_states_initialized[number] = False
+                layer.is_recurrent_states_initialized[number] = False
+
+    def end_watch(self) -> None:
+        """The model is as it was."""
+        while self._hooks:
+            self._hooks.pop()()
 
 
 class WholeSteps(Cache):
@@ -105,13 +113,16 @@ class WholeSteps(Cache):
 
     def get_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         """See transformers' `Cache`; a model may write to what it gets."""
-        self._beside.touch()
-        return super().get_conv_state(*args, **kwargs)
+        return self._given(super().get_conv_state(*args, **kwargs))
 
     def get_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         """See transformers' `Cache`; a model may write to what it gets."""
-        self._beside.touch()
-        return super().get_recurrent_state(*args, **kwargs)
+        return self._given(super().get_recurrent_state(*args, **kwargs))
+
+    def _given(self, state: torch.Tensor | None) -> torch.Tensor | None:
+        if state is not None:
+            self._beside.touch()
+        return state
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See transformers' `Cache`."""
@@ -125,26 +136,22 @@ class WholeSteps(Cache):
 
     def reset(self) -> None:
         """Forget all tokens, for another prompt. Raises: DeviceError, Closed."""
-        with self._beside.changing_all():
-            super().reset()  # type: ignore[no-untyped-call]
+        self._beside.change(self.layers, lambda layer: layer.reset())
         self._beside.forget()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest `-tokens_to_remove`. Raises: ConfigError, DeviceError, Closed."""
-        with self._beside.changing_all():
-            super().crop(tokens_to_remove)
+        """Forget the newest `-tokens_to_remove`. Raises: ConfigError, DeviceError, Closed;
+        RuntimeError where layers with windows or states keep nothing to go back to."""
+        self._beside.change(self.layers, lambda layer: layer.crop(tokens_to_remove))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Sequence i becomes what `beam_idx[i]` was. Raises: ConfigError, Closed."""
-        with self._beside.changing_all():
-            super().reorder_cache(beam_idx)
+        self._beside.change(self.layers, lambda layer: layer.reorder_cache(beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence `repeats` times, copies side by side. Raises: Closed."""
-        with self._beside.changing_all():
-            super().batch_repeat_interleave(repeats)
+        self._beside.change(self.layers, lambda layer: layer.batch_repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences that `indices` name, in that order. Raises: ConfigError, Closed."""
-        with self._beside.changing_all():
-            super().batch_select_indices(indices)
+        self._beside.change(self.layers, lambda layer: layer.batch_select_indices(indices))

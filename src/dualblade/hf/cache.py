@@ -201,6 +201,7 @@ class DualBladeCache(WholeSteps):
         """End all transfers, discard the KV, free memory, give the model its attention back. Twice
         is once; after Ctrl-C it goes on where it was."""
         self._give_back()  # once
+        self._beside.end_watch()
         self._is_closed = True
         for layer in self.layers:
             if not isinstance(layer, StoredLayer):

@@ -136,12 +136,9 @@ class StoredLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` tokens. Raises: ConfigError for a positive one."""
-        if tokens_to_remove > 0:
-            raise ConfigError(
-                f"crop({tokens_to_remove}): tokens to remove are given as a negative number"
-            )
+        count = _check_removal(tokens_to_remove, self.get_seq_length())
         with _lasting():
-            self._pipeline.crop(self._index, -tokens_to_remove)
+            self._pipeline.crop(self._index, count)
 
     def offload(self) -> None:
         """Nothing to do: the rows are in the store already."""
@@ -209,6 +206,15 @@ class MemoryLayer(DynamicLayer):
         self._buffers = (grown[0], grown[1])
         return self._buffers
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest `-tokens_to_remove` tokens. Raises: ConfigError for a positive number,
+        or more than there are."""
+        count = _check_removal(tokens_to_remove, self.get_seq_length())
+        if count == self.get_seq_length():
+            self.reset()  # another batch may come
+        else:
+            super().crop(-count)
+
     def reset(self) -> None:
         """Forget all tokens and give the memory back."""
         self._buffers = None
@@ -242,3 +248,16 @@ def _as_autocast(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     if keys.dtype != values.dtype and torch.is_autocast_enabled(keys.device.type):
         return keys.to(values.dtype)
     return keys
+
+
+def _check_removal(tokens_to_remove: int, tokens: int) -> int:
+    """How many of `tokens` are to be forgotten, of what `crop` is given. Raises: ConfigError."""
+    if tokens_to_remove > 0:
+        raise ConfigError(
+            f"crop({tokens_to_remove}): tokens to remove are given as a negative number"
+        )
+    if not tokens:
+        return 0  # as transformers' own layers: there is nothing yet
+    if -tokens_to_remove > tokens:
+        raise ConfigError(f"cannot take back {-tokens_to_remove} tokens of {tokens}")
+    return -tokens_to_remove
