@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, Lfm2Config
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Lfm2Config,
+    PretrainedConfig,
+    Qwen3NextConfig,
+)
 
 from dualblade import DualBladeCache
 from dualblade.errors import Closed, ConfigError, Unsupported
@@ -84,20 +90,34 @@ def test_an_interrupted_step_is_not_continued_beside_windows() -> None:
             model(input_ids=step, cache=cache)
 
 
-def hybrid_model() -> Any:
-    """Short convolutions, whose states do not tell of how many tokens, around full attention."""
+def hybrid_model(family: str = "lfm2") -> Any:
+    """Convolutions or linear attention, whose states do not tell how many tokens they have seen,
+    around full attention."""
     torch.manual_seed(7)
-    config = Lfm2Config(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=96,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        layer_types=["conv", "full_attention", "conv", "full_attention", "conv"],
-        num_hidden_layers=5,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
+    other = "conv" if family == "lfm2" else "linear_attention"
+    shape = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "layer_types": [other, "full_attention", other, "full_attention", other],
+        "num_hidden_layers": 5,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    config: PretrainedConfig = Lfm2Config(**shape)
+    if family == "qwen3-next":
+        config = Qwen3NextConfig(
+            **shape,
+            head_dim=16,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=16,
+            linear_value_head_dim=16,
+            num_experts=0,
+            mlp_only_layers=list(range(5)),
+        )
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -105,10 +125,13 @@ def stop(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("family", ["lfm2", "qwen3-next"])
 @pytest.mark.parametrize("path", ["direct", "memory"])
 @pytest.mark.parametrize("attention", ["exact", "tiles"])
-def test_a_refused_step_is_not_continued_beside_states(path: str, attention: str) -> None:
-    model, inputs = hybrid_model(), prompt(tokens=90)
+def test_a_refused_step_is_not_continued_beside_states(
+    family: str, path: str, attention: str
+) -> None:
+    model, inputs = hybrid_model(family), prompt(tokens=90)
     plain = generate(model, DynamicCache(config=model.config), inputs)
     step = torch.tensor([[5, 6, 7]])
     with torch.no_grad(), cache_for(model, path, attention=attention, max_tokens=102) as cache:
@@ -207,10 +230,11 @@ def test_a_model_is_watched_no_longer_than_its_cache_lives() -> None:
     assert not any(hooks)
 
 
+@pytest.mark.parametrize("family", ["lfm2", "qwen3-next"])
 @pytest.mark.parametrize("path", ["direct", "memory"])
-def test_another_batch_after_reset_beside_states(path: str) -> None:
+def test_another_batch_after_reset_beside_states(family: str, path: str) -> None:
     """transformers zeroes states, of the batch that there was."""
-    model = hybrid_model()
+    model = hybrid_model(family)
     with torch.no_grad(), cache_for(model, path, attention="exact") as cache:
         for batch in (2, 1, 3):
             inputs = prompt(batch=batch, tokens=70)
