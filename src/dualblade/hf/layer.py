@@ -14,7 +14,7 @@ from dualblade.hf.choice import AttentionChoice
 from dualblade.hf.lazy import offered_tensors
 from dualblade.hf.tile_attention import refuse_gradients
 from dualblade.pipeline import KVPipeline, MemoryKV
-from dualblade.pipeline.layer import check_length
+from dualblade.pipeline.layer import check_length, check_removal
 
 
 class StoredLayer(CacheLayerMixin):
@@ -136,7 +136,7 @@ class StoredLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` tokens. Raises: ConfigError for a positive one."""
-        count = _check_removal(tokens_to_remove, self.get_seq_length())
+        count = _removed(tokens_to_remove)
         with _lasting():
             self._pipeline.crop(self._index, count)
 
@@ -209,8 +209,11 @@ class MemoryLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` tokens. Raises: ConfigError for a positive number,
         or more than there are."""
-        count = _check_removal(tokens_to_remove, self.get_seq_length())
-        if count == self.get_seq_length():
+        count, tokens = _removed(tokens_to_remove), self.get_seq_length()
+        if not tokens:
+            return  # as a stored layer: there is nothing yet
+        check_removal(count, tokens)
+        if count == tokens:
             self.reset()  # another batch may come
         else:
             super().crop(-count)
@@ -250,14 +253,10 @@ def _as_autocast(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return keys
 
 
-def _check_removal(tokens_to_remove: int, tokens: int) -> int:
-    """How many of `tokens` are to be forgotten, of what `crop` is given. Raises: ConfigError."""
+def _removed(tokens_to_remove: int) -> int:
+    """How many tokens `crop` is to forget, of what it is given. Raises: ConfigError."""
     if tokens_to_remove > 0:
         raise ConfigError(
             f"crop({tokens_to_remove}): tokens to remove are given as a negative number"
         )
-    if not tokens:
-        return 0  # as transformers' own layers: there is nothing yet
-    if -tokens_to_remove > tokens:
-        raise ConfigError(f"cannot take back {-tokens_to_remove} tokens of {tokens}")
     return -tokens_to_remove

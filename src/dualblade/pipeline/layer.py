@@ -281,6 +281,12 @@ def check_length(tokens: int, tokens_max: int | None) -> None:
         )
 
 
+def check_removal(count: int, tokens: int) -> None:
+    """Refuse to take back more tokens than there are. Raises: ConfigError."""
+    if count > tokens:
+        raise ConfigError(f"cannot take back {count} tokens of {tokens}")
+
+
 def check_continues(layer: Layer, key_rows: torch.Tensor, value_rows: torch.Tensor) -> None:
     """Refuse rows that do not continue the layer. Raises: ConfigError."""
     for name, half, rows in (("keys", layer.keys, key_rows), ("values", layer.values, value_rows)):

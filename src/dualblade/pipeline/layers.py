@@ -17,7 +17,7 @@ import torch
 from dualblade.attention import AttentionQuery, KernelAttention
 from dualblade.errors import Closed, ConfigError
 from dualblade.pipeline.attend import Arrived, NewRows, attend
-from dualblade.pipeline.layer import Layer
+from dualblade.pipeline.layer import Layer, check_removal
 from dualblade.pipeline.offer import Offer
 from dualblade.pipeline.timeline import Lane, Timeline, now_ns
 
@@ -193,8 +193,7 @@ class LayeredKV(ABC):
         layer = self._layers.get(index)
         if layer is None or count == 0:
             return
-        if count > layer.tokens:
-            raise ConfigError(f"cannot take back {count} tokens of {layer.tokens}")
+        check_removal(count, layer.tokens)
         try:
             self._drop_tokens(layer, count)
         except BaseException as exc:
