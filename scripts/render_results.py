@@ -25,6 +25,7 @@ from typing import Any
 from dualblade.bench.report_section import of_runs, runs_of, seconds_spread, stolen_notes
 from dualblade.bench.report_tables import fits_section, flexllmgen_section
 from dualblade.bench.series import median_of
+from dualblade.host.machine import cpu_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -62,7 +63,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def machine_line(machine: dict[str, Any]) -> str:
     return (
-        f"{machine['cpu_count']} cores ({machine['cpu_model']}), "
+        f"{machine['cpu_count']} cores ({cpu_text(machine)}), "
         f"{machine['memory_bytes'] / GIB:.0f} GiB of memory, Linux {machine['kernel']}"
     )
 

@@ -161,6 +161,7 @@ def test_a_log_of_other_code_or_another_machine_gets_no_more_runs(
         ({"git": None}, "commit .*, not None"),
         ({"kernel": "1.0"}, f"kernel {here['kernel']}, not 1.0"),
         ({"cpu_model": "Z80"}, "cpu_model .*, not Z80"),
+        ({"cpu_features": ["sve"]}, r"cpu_features .*, not \[.sve.\]"),
         ({"versions": {**here["versions"], "torch": "1.0"}}, "torch .*, not 1.0"),
         ({"cpu_count": 64}, "cpu_count .*, not 64"),
         ({"device": {"path": "/mnt/other"}}, "store on /mnt/kv, not /mnt/other"),

@@ -11,7 +11,14 @@ import pytest
 from dualblade.errors import StorageError
 from dualblade.host import devices
 from dualblade.host.devices import block_queue, device_facts
-from dualblade.host.machine import cpu_model, git_state, machine_facts, package_version
+from dualblade.host.machine import (
+    cpu_features,
+    cpu_model,
+    cpu_text,
+    git_state,
+    machine_facts,
+    package_version,
+)
 
 
 def test_a_folder_a_file_and_a_missing_file_say_the_same(tmp_path: Path) -> None:
@@ -180,3 +187,24 @@ def test_cpu_model_of_other_machines(tmp_path: Path) -> None:
     assert cpu_model(tmp_path) == "Xeon"
     cpuinfo.unlink()
     assert cpu_model(tmp_path) is None
+
+
+def test_what_a_processor_can_is_in_the_words_of_its_kernel(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    cpuinfo = tmp_path / "proc/cpuinfo"
+    cpuinfo.write_text("flags\t\t: fpu avx512_bf16 avx2 avx512f avx512_vnni\n\nflags\t: fpu\n")
+    assert cpu_features(tmp_path) == ["avx2", "avx512f", "avx512_bf16"]
+    cpuinfo.write_text("Features\t: fp asimd bf16\n")
+    assert cpu_features(tmp_path) == ["asimd", "bf16"]
+    cpuinfo.write_text("processor\t: 0\n")
+    assert cpu_features(tmp_path) == []
+    cpuinfo.unlink()
+    assert cpu_features(tmp_path) == []
+
+
+def test_a_processor_is_told_by_what_it_can() -> None:
+    facts = {"cpu_model": "EPYC", "cpu_features": ["avx2", "avx512f"]}
+    assert cpu_text(facts) == "EPYC with avx512f"
+    assert cpu_text({"cpu_model": "EPYC", "cpu_features": []}) == "EPYC"
+    assert cpu_text({"cpu_model": None, "architecture": "aarch64"}) == "aarch64"
+    assert cpu_text({"cpu_model": None}) == "an unnamed processor", "a file of before"

@@ -32,6 +32,7 @@ from dualblade.bench.report_section import (
     workload_text,
 )
 from dualblade.bench.workload import is_stored
+from dualblade.host.machine import cpu_text
 from dualblade.units import GIB, MIB
 
 
@@ -307,7 +308,8 @@ def series_key(result: dict[str, Any]) -> tuple[Any, ...]:
         json.dumps(options["engine"], sort_keys=True),
         scenario.get("name") or options["batch"],
         scenario.get("device_bytes_per_second"),
-        *(machine[name] for name in ("cpu_model", "cpu_count", "memory_bytes", "kernel")),
+        cpu_text(machine),
+        *(machine[name] for name in ("cpu_count", "memory_bytes", "kernel")),
         device.get("mount_point"),
         git.get("commit"),
     )

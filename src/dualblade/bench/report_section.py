@@ -9,7 +9,7 @@ from typing import Any
 
 from dualblade.bench import figures
 from dualblade.bench.workload import MMAP, is_stored
-from dualblade.host.machine import STOLEN_MAX
+from dualblade.host.machine import STOLEN_MAX, cpu_text
 from dualblade.units import GIB, MIB
 
 BEATEN = 1.05
@@ -75,7 +75,7 @@ def machine_text(machine: Mapping[str, Any]) -> str:
     device, git = machine.get("device"), machine.get("git")
     words = [
         machine["date"],
-        f"{machine['cpu_count']} x {machine['cpu_model'] or 'an unnamed processor'}",
+        f"{machine['cpu_count']} x {cpu_text(machine)}",
         f"{machine['memory_bytes'] / GIB:.0f} GiB",
         f"Linux {machine['kernel']}",
     ]

@@ -150,7 +150,8 @@ def _identity(machine: Mapping[str, Any]) -> dict[str, Any]:
     """Of machine_facts what must not change between the runs of one result."""
     commit = (machine.get("git") or {}).get("commit")
     store = (machine.get("device") or {}).get("path")
-    names = {name: machine.get(name) for name in ("cpu_model", "cpu_count", "kernel")}
+    same = ("cpu_model", "cpu_features", "cpu_count", "kernel")
+    names = {name: machine.get(name) for name in same}
     return {"commit": commit, "store on": store, **names, **machine.get("versions", {})}
 
 

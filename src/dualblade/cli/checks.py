@@ -34,7 +34,8 @@ _ARENA_BYTES = 4 * MIB
 def machine() -> dict[str, Any]:
     """Kernel, processor and versions; what torch can compute on."""
     facts = machine_facts()
-    names = ("kernel", "architecture", "cpu_model", "cpu_usable_count", "memory_bytes", "python")
+    names = ["kernel", "architecture", "cpu_model", "cpu_features", "cpu_usable_count"]
+    names += ["memory_bytes", "python"]
     return {**{name: facts[name] for name in names}, "versions": facts["versions"], **_torch()}
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from dualblade.cli import options
+from dualblade.host.machine import cpu_text
 from dualblade.units import format_size
 
 _GOOD, _POOR = "ok", "!"
@@ -82,7 +83,7 @@ def _machine_rows(result: dict[str, Any]) -> _Rows:
     versions = facts["versions"]
     known = ", ".join(f"{name} {number}" for name, number in versions.items() if number)
     gpus = ", ".join(facts["gpus"]) or "none that torch can use"
-    processor = f"{facts['cpu_model'] or facts['architecture']}, {facts['cpu_usable_count']} usable"
+    processor = f"{cpu_text(facts)}, {facts['cpu_usable_count']} usable"
     return [
         (_GOOD, "kernel", f"Linux {facts['kernel']}"),
         (_GOOD, "processor", processor),
