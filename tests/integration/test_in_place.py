@@ -143,6 +143,35 @@ def test_a_page_that_cannot_be_had_is_no_signal(tmp_path: Path, engine: Engine) 
     assert there.hold() is None  # the store is closed
 
 
+@pytest.mark.parametrize("read_ahead", [False, True])
+def test_pages_that_others_bring_are_asked_for_each_time(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch, *, read_ahead: bool
+) -> None:
+    """A page counts as cached while the kernel reads it ahead, and that may fail: a signal."""
+    path = tmp_path / "kv.store"
+    with Store.open(
+        path, engine, capacity_bytes=16 * MIB, direct=False, read_ahead=read_ahead
+    ) as store:
+        there = store.in_place(filled(store)[0], *PART)
+        assert there is not None
+        assert there.hold() is not None
+        assert store.mapped_bytes == 3 * MIB
+        monkeypatch.setattr(mapped, "_MADV_POPULATE_READ", 9999)
+        assert (there.hold() is None) == read_ahead
+
+
+@pytest.mark.parametrize("read_ahead", [False, True])
+def test_only_a_store_without_its_other_door_lets_the_kernel_read_ahead(
+    place: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, *, read_ahead: bool
+) -> None:
+    advised: list[int] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: advised.append(arguments[-1]))
+    with Store.open(place, engine, direct=False, read_ahead=read_ahead):
+        assert (os.POSIX_FADV_RANDOM in advised) != read_ahead
+    with pytest.raises(AssertionError):
+        Store.open(place, engine, read_ahead=True)
+
+
 def test_a_kernel_that_cannot_bring_pages_is_read_from(
     tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

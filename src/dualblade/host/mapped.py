@@ -32,11 +32,12 @@ class FileMemory:
     """[offset, offset + size_bytes) of an open file or block device, shared and read-only; whole
     pages. `buffer` are its bytes: nobody may use them, or parts of them, after `close`.
 
-    `held_bytes` is how far parts of it were held: at most so much of it is mapped.
+    `held_bytes` is how far parts of it were held: at most so much of it is mapped. `others_read`:
+    pages come into the page cache otherwise than by reads that ended well (readahead).
     Raises: OSError; EINVAL before Linux 5.14.
     """
 
-    def __init__(self, fd: int, offset: int, size_bytes: int) -> None:
+    def __init__(self, fd: int, offset: int, size_bytes: int, *, others_read: bool = False) -> None:
         assert offset % mmap.PAGESIZE == size_bytes % mmap.PAGESIZE == 0, "not whole pages"
         if not can_hold_pages():
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
@@ -44,6 +45,7 @@ class FileMemory:
         self.address = address
         self.size_bytes = size_bytes
         self._fd, self._offset = fd, offset
+        self._others_read = others_read
         self.held_bytes = 0
         self.buffer = memoryview((ctypes.c_ubyte * size_bytes).from_address(address)).cast("B")
         self._is_open = True
@@ -61,15 +63,16 @@ class FileMemory:
         more (this reads nothing), or a page that cannot be read. Raises: DeviceError.
 
         What was held before and is cached is mapped, or a touch maps it, without reading: to ask
-        for it again would cost 180 ns for each page that is not part of a huge one.
+        for it again would cost 180 ns for each page that is not part of a huge one. Where others
+        read it is asked for: a page counts as cached while it is being read, and that may fail.
         """
         if not self._is_open or not self.is_cached(offset, size_bytes):
             return False
-        if offset + size_bytes <= self.held_bytes:
+        if offset + size_bytes <= self.held_bytes and not self._others_read:
             return True
         if _libc.madvise(self.address + offset, size_bytes, _MADV_POPULATE_READ):
             return False
-        self.held_bytes = offset + size_bytes
+        self.held_bytes = max(self.held_bytes, offset + size_bytes)
         return True
 
     def close(self) -> None:

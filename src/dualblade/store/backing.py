@@ -126,7 +126,6 @@ class HeldFile:
             if self.superblock is None or unclean:  # what a crash left behind
                 os.ftruncate(self.fd, DATA_OFFSET)
             write_superblock(self.fd, superblock)
-            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
         except OSError as exc:
             raise storage_error("open", self.name, exc) from exc
         return FileBacking(

@@ -113,7 +113,6 @@ class HeldDevice:
                 _discard_content(self.fd, self.drive, DATA_OFFSET + self.superblock.capacity_bytes)
             # What probing and readahead left: pages that direct writes would make stale.
             drop(self.fd, 0, self.drive.size_bytes)
-            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
         except OSError as exc:
             raise _device_error("open", self.path, exc) from exc
         return DeviceBacking(

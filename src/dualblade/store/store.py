@@ -101,10 +101,12 @@ class Store:
         *,
         keep_blocks: bool = False,
         discard: bool = False,
+        read_ahead: bool = False,
     ) -> None:
         self._members = members
         self._engine = engine
         self._keep_blocks = keep_blocks
+        self._reads_ahead = read_ahead
         self._discard = discard
         self._allocator = ExtentAllocator(DATA_OFFSET, members.capacity_bytes)
         self._end = DATA_OFFSET
@@ -119,6 +121,9 @@ class Store:
         self.counters = DoorCounters()
         for fd in self._paths:
             engine.register_file(fd)
+        if not read_ahead:
+            for backing in members.backings:
+                os.posix_fadvise(backing.buffered_fd, 0, 0, os.POSIX_FADV_RANDOM)
         if members.was_unclean:
             log.warning("%s was not closed cleanly; its KV is discarded", members.path)
 
@@ -132,16 +137,20 @@ class Store:
         capacity_bytes: int | None = None,
         keep_blocks: bool = False,
         discard: bool = False,
+        read_ahead: bool = False,
     ) -> Store:
         """Open or make the store at `path` (None: a private file, gone at close); several paths
         are the members of one striped store.
 
         `discard`: a device is told of each extent that is freed, not only of all at close.
         `direct`: the direct door will be used, so the file system must do O_DIRECT.
+        `read_ahead`: the kernel may read more than it is asked for, and in larger folios; never
+        with `direct`, for that runs into extents whose direct door is open.
         Raises: ConfigError, NotAStore, NoSpace, StorageError, Unsupported.
         """
+        assert not (direct and read_ahead), "pages of extents that are written directly"
         members = open_members(path, engine, direct=direct, capacity_bytes=capacity_bytes)
-        return cls(members, engine, keep_blocks=keep_blocks, discard=discard)
+        return cls(members, engine, keep_blocks=keep_blocks, discard=discard, read_ahead=read_ahead)
 
     def check_open(self) -> None:
         """Raises: Closed."""
@@ -261,7 +270,8 @@ class Store:
             return None
         if extent.memory is None:
             try:
-                extent.memory = FileMemory(*self._buffered(extent)[0])
+                where = self._buffered(extent)[0]
+                extent.memory = FileMemory(*where, others_read=self._reads_ahead)
             except OSError as exc:
                 log.info("%s is not read in place: %s", self.path, exc)
                 self._maps = False
