@@ -149,7 +149,7 @@ class PyEngine {
         return nb::make_tuple(c.read_ops, c.read_bytes, c.write_ops, c.write_bytes, c.sync_ops,
                               c.errors, c.retries, c.short_transfers, c.busy_seconds,
                               c.depth_seconds, c.backlog_seconds, c.backlog_depth_seconds,
-                              c.thread_cpu_seconds);
+                              c.thread_cpu_seconds, c.direct_busy_seconds);
     }
     int register_buffer(std::uint64_t address, std::uint64_t size_bytes, bool huge) {
         return on_engine([&] { return engine_->register_buffer(address, size_bytes, huge); });

@@ -1,9 +1,9 @@
 // Attention of a few query rows over keys and values where they lie, with a running softmax.
 //
-// Per sequence and KV head, tokens are taken in order in blocks of kBlock that begin at multiples
-// of kBlock; every kLaneTokens the next of `lanes` independent states takes over, so that one head
-// keeps several threads busy. All of that depends on token numbers alone: how tokens are cut into
-// runs, and how many threads there are, changes no bit of the result.
+// Per sequence and KV head, tokens are taken in order in blocks of kBlock, counted from the
+// beginning of each tile; every kLaneTokens the next of `lanes` independent states takes over, so
+// that one head keeps several threads busy. So a run must not be cut inside a block; elsewhere it
+// may be, and there may be any number of threads, without changing a bit of the result.
 #pragma once
 
 #include <cstdint>
@@ -72,7 +72,7 @@ using LineFloats = std::vector<float, LineAllocator<float>>;
 
 // What the kernels of one instruction set work on; rows are group x tokens of one KV head. Lanes of
 // a head are taken by several threads at a time: what each writes at every stretch has cache lines
-// of its own.
+// of its own, but for totals of few rows.
 struct Work {
     Query query;
     std::int64_t lanes = 1;                         // a power of two
@@ -81,7 +81,7 @@ struct Work {
 
     std::int64_t items() const { return query.heads() / span * lanes; }
 
-    LineFloats packed;       // [heads, rows, key_stride], scaled, base 2
+    LineFloats packed;       // [heads, rows, key_stride], scaled, base 2 (AMX: neither)
     LineFloats maximum;      // [heads, lanes, rows]
     LineFloats totals;       // [heads, lanes, rows, width], partial sums
     LineFloats sums;         // [heads, lanes, Kernel::sums]
@@ -89,7 +89,7 @@ struct Work {
     LineFloats corrections;  // [heads, rows, Run::row_corrections]: of each block of a stretch
 };
 
-// One instruction set's way of doing it. `item` is span * lanes + lane.
+// One instruction set's way of doing it. `item` is lanes * (number of the span) + lane.
 struct Kernel {
     const char* name;
     std::int64_t width;                 // floats in a vector

@@ -34,7 +34,8 @@ class Engine {
     // True when all submitted tickets ended before `deadline`.
     virtual bool drain(Clock::time_point deadline) = 0;
     virtual Counters counters() = 0;
-    // From here on submit() refuses; tickets that have not started fail with ECANCELED.
+    // From here on submit() refuses; what of a ticket has not started is dropped, and fails it
+    // with ECANCELED.
     virtual void begin_close() = 0;
     // Waits for what is in flight and joins the threads. Idempotent; any thread.
     virtual void close() = 0;
@@ -46,11 +47,11 @@ class Engine {
     // a new file under the same number would be taken for the old one.
     virtual int register_file(int fd) = 0;
     virtual int unregister_file(int fd) = 0;
-    // 0 or a positive errno; EOPNOTSUPP: this engine has no passthrough. From then on transfers on
+    // 0 or a positive errno; EOPNOTSUPP: this ring has no passthrough. From then on transfers on
     // `fd`, a namespace's character device, are NVMe commands; unregister_file() ends it.
     virtual int register_namespace(int fd, const NvmeNamespace& space) = 0;
-    // From now on pieces of direct transfers are at most this long. The block layer splits what is
-    // longer than its limit, and does not poll for what it split.
+    // From now on pieces of direct transfers (posix: of all) are at most this long. The block layer
+    // splits what is longer than its limit, and does not poll for what it split.
     virtual void limit_direct_pieces(std::uint64_t size_bytes) = 0;
     // In a forked child, instead of destruction: lets go of inherited descriptors, locks nothing.
     virtual void abandon() = 0;

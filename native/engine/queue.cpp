@@ -16,6 +16,7 @@ std::shared_ptr<Ticket> Queue::submit(std::vector<Transfer> transfers) {
 Counters Queue::counters() {
     Counters counters = scheduler_.counters();
     counters.thread_cpu_seconds = thread_cpu_seconds();
+    counters.direct_busy_seconds = counters.busy_seconds;
     return counters;
 }
 

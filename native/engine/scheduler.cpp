@@ -5,8 +5,10 @@
 namespace dualblade {
 
 namespace {
-// EINTR and EAGAIN end after this many tries of one piece without progress. With the pauses of
-// backoff(), 0.2 ms doubling to 12.8 ms, a piece gives up after about 140 ms of refusals.
+// EINTR, EAGAIN and ENOMEM end after this many tries of one piece without progress. With the pauses
+// of backoff(), 0.2 ms doubling to 12.8 ms, a piece gives up after about 140 ms of refusals.
+// ENOMEM: a write that must not wait finds no page in a memory cgroup full of clean ones (XFS,
+// Linux 6.0 to 6.13); tried again it may wait.
 constexpr std::uint32_t kRetriesMax = 16;
 constexpr std::uint32_t kBackoffDoublingsMax = 7;
 // What a drive refuses without saying "do not retry" is tried this often again: the kernel retries
@@ -15,7 +17,9 @@ constexpr std::uint32_t kBackoffDoublingsMax = 7;
 constexpr std::uint32_t kNvmeRetriesMax = 3;
 
 std::uint32_t retries_max(int error_number) {
-    if (error_number == EINTR || error_number == EAGAIN) return kRetriesMax;
+    if (error_number == EINTR || error_number == EAGAIN || error_number == ENOMEM) {
+        return kRetriesMax;
+    }
     if (error_number == ETIMEDOUT) return 1;
     const bool nvme = error_number >= kNvmeStatus;
     return nvme && !((error_number - kNvmeStatus) & kNvmeDoNotRetry) ? kNvmeRetriesMax : 0;

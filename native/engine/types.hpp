@@ -56,6 +56,7 @@ struct Counters {
     double backlog_seconds = 0;
     double backlog_depth_seconds = 0;
     double thread_cpu_seconds = 0;
+    double direct_busy_seconds = 0;  // of busy_seconds, the queue's that direct I/O goes by
 
     Counters& operator+=(const Counters& other) {
         read_ops += other.read_ops;
@@ -71,6 +72,7 @@ struct Counters {
         backlog_seconds += other.backlog_seconds;
         backlog_depth_seconds += other.backlog_depth_seconds;
         thread_cpu_seconds += other.thread_cpu_seconds;
+        direct_busy_seconds += other.direct_busy_seconds;
         return *this;
     }
 };

@@ -41,6 +41,7 @@ class UringEngine final : public Engine {
     }
     Counters counters() override {
         Counters counters = buffered_->counters();
+        counters.direct_busy_seconds = 0;
         counters += direct_->counters();
         return counters;
     }

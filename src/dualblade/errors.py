@@ -119,7 +119,13 @@ class DeviceError(StorageError):
     """
 
     _RETRYABLE = frozenset(
-        {errno_module.EINTR, errno_module.EAGAIN, errno_module.EBUSY, errno_module.ETIMEDOUT}
+        {
+            errno_module.EINTR,
+            errno_module.EAGAIN,
+            errno_module.ENOMEM,
+            errno_module.EBUSY,
+            errno_module.ETIMEDOUT,
+        }
     )
 
     def __init__(

@@ -106,12 +106,14 @@ def test_held_writes_stand_until_released(bench: Bench) -> None:
 
 
 def test_late_transfers_arrive(bench: Bench) -> None:
-    bench.engine.inject(Fault(op=Op.READ, nth=0, errno=None, latency_seconds=0.05))
+    bench.engine.inject(Fault(op=Op.READ, nth=0, errno=None, latency_seconds=0.3))
     late = bench.engine.submit(bench.batch(Op.READ, 0))
-    bench.engine.submit(bench.batch(Op.READ, 8192)).wait()
+    other = bench.engine.submit(bench.batch(Op.READ, 8192))
+    other.wait()
     bench.engine.drain(timeout_seconds=60)
     assert late.done
     assert late.landed_bytes == 8192
+    assert late.ended_ns > other.ended_ns
 
 
 def test_closing_cancels_what_is_held(bench: Bench) -> None:

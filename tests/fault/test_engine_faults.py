@@ -79,7 +79,7 @@ def inject(path: Path, call: str, what: str, *, only_device: bool = True) -> lis
     return ["strace", "-f", "-o", trace, *place, "-e", f"inject={call}:{what}"]
 
 
-@pytest.mark.parametrize("error", ["EINTR", "EAGAIN"])
+@pytest.mark.parametrize("error", ["EINTR", "EAGAIN", "ENOMEM"])
 def test_interrupted_reads_are_tried_again(path: Path, error: str) -> None:
     result = run(inject(path, "pread64", f"error={error}:when=2..4"), "posix", "READ", path)
     assert result["error"] is None

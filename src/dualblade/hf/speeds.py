@@ -80,9 +80,13 @@ def measure_at_first_use(
     try:
         with Arena(SWEEP_BYTES * store.member_count) as arena:
             # Not registered: the engine would keep it for good.
-            rates = measure_rates(
-                store, arena, FIRST_USE_BYTES, _REPEATS, fill_seconds_max=_FILL_SECONDS_MAX
-            )
+            try:
+                rates = measure_rates(
+                    store, arena, FIRST_USE_BYTES, _REPEATS, fill_seconds_max=_FILL_SECONDS_MAX
+                )
+            except BaseException:
+                engine.keep(arena.buffer)  # Ctrl-C ends waits for what is still on its way there
+                raise
         profile = DeviceProfile(
             device=device_identity(*_places(place)),
             engine=engine.name,

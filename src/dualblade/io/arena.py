@@ -26,7 +26,8 @@ class Arena:
     """Anonymous memory, 2 MiB aligned, in huge pages where the kernel gives them.
 
     A device pays for each 4 KiB page of a transfer: huge pages read 2-3 times as fast
-    (lab-facts). All of it is touched here, so that no transfer waits for a page fault.
+    (docs/performance.md, "The engine against fio"). All of it is touched here, so that no transfer
+    waits for a page fault.
 
     Ownership: `buffer` views keep the memory alive, also beyond close(); it is unmapped when the
     last view is gone. A forked child sees zeros: it neither shares nor inherits what is staged,

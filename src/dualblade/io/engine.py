@@ -42,7 +42,8 @@ class Counters:
     """Totals since the engine was opened; subtract two snapshots for an interval.
 
     `backlog_*` are over the time in which a piece was waiting for a free place in the queue. With
-    io_uring each door has a queue of its own; the seconds of both are added up.
+    io_uring each door has a queue of its own; the seconds of both are added up, and may be more
+    than went by. `direct_busy_seconds` are the direct door's alone.
     """
 
     read_ops: int
@@ -58,6 +59,7 @@ class Counters:
     backlog_seconds: float
     backlog_depth_seconds: float
     thread_cpu_seconds: float
+    direct_busy_seconds: float
 
     @property
     def effective_queue_depth(self) -> float:
@@ -172,6 +174,7 @@ class Engine:
         # Registered memory stays pinned until the ring is gone. Unmapped earlier, a new mapping
         # at the same address would be taken for it, and reads would land in the old pages.
         self._registered: list[memoryview] = []
+        self._kept: list[memoryview] = []
         _live.add(self)
 
     @property
@@ -273,7 +276,13 @@ class Engine:
         """Refuse new work, cancel what has not started, wait for what is in flight. Idempotent."""
         self._native.close()
         self._registered.clear()
+        self._kept.clear()
         _live.discard(self)
+
+    def keep(self, memory: memoryview) -> None:
+        """Have `memory` mapped until the engine is closed: transfers may still go there whose end
+        nobody waited for."""
+        self._kept.append(memory)
 
     def _note(self, text: str) -> None:
         if text not in self._notes:

@@ -17,9 +17,10 @@ class Op(IntEnum):
     READ = 0
     WRITE = 1
     SYNC_RANGE = 2
-    """sync_file_range(WAIT_BEFORE | WRITE | WAIT_AFTER); size 0 is to the end."""
+    """sync_file_range(WAIT_BEFORE | WRITE | WAIT_AFTER), a GiB at a time; size 0 is to the end. On
+    a namespace a flush of all of it."""
     DATASYNC = 3
-    """fdatasync; offset and size are for error texts only."""
+    """fdatasync, once for each GiB; offset is for error texts only. On a namespace a flush."""
 
     @property
     def word(self) -> str:
@@ -30,8 +31,9 @@ class Op(IntEnum):
 class Transfer(NamedTuple):
     """One contiguous transfer between memory at `address` and `offset` of `fd`.
 
-    The memory is the caller's and must stay mapped until the ticket is done. With O_DIRECT
-    address, size_bytes and offset are multiples of the device's block; nothing here rounds.
+    The memory is the caller's and must stay mapped, and `fd` open, until the ticket is done. With
+    O_DIRECT address, size_bytes and offset are multiples of the device's block; nothing here
+    rounds.
     """
 
     fd: int

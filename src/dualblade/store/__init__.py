@@ -1,4 +1,4 @@
-"""Tensor to place: extents, doors and the on-disk format."""
+"""Where bytes are on a drive, and ways to them: extents, doors and the on-disk format."""
 
 from dualblade.store.backing import cache_directory
 from dualblade.store.doors import Door

@@ -131,6 +131,12 @@ class FaultyEngine(Engine):
         self.inner.register_namespace(fd, namespace)
         self.name = self.inner.name
 
+    def limit_direct_pieces(self, size_bytes: int) -> None:
+        self.inner.limit_direct_pieces(size_bytes)
+
+    def keep(self, memory: memoryview) -> None:
+        self.inner.keep(memory)
+
     def submit(self, transfers: Sequence[Transfer], *, path: Paths = None) -> Ticket:
         with self._lock:
             if self._closed:
