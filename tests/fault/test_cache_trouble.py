@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import gc
 import os
@@ -20,6 +21,8 @@ from transformers import (
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -38,9 +41,11 @@ from dualblade import (
 )
 from dualblade.config import EngineConfig
 from dualblade.config import Path as KVPath
-from dualblade.io import open_engine
+from dualblade.hf import speeds
+from dualblade.io import Arena, open_engine
 from dualblade.pipeline import KVPipeline, KVSettings
 from dualblade.pipeline.gather import GatherBuffers
+from dualblade.pipeline.unit import Unit
 from dualblade.store import Extent, Store
 from dualblade.store.format import DATA_OFFSET
 from dualblade.units import MIB
@@ -443,6 +448,198 @@ def test_a_close_that_ctrl_c_ends_is_ended_by_the_next(
     a_step_old(store).close()  # nobody has it any more
     del cache
     assert open_files() == before
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_reset_that_ctrl_c_ends_loses_no_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, after: bool
+) -> None:
+    plain, calls = Store.free, 0
+
+    def free(store: Store, extent: Extent) -> None:
+        nonlocal calls
+        calls += 1
+        if calls != 2 or after:
+            plain(store, extent)
+        if calls == 2:
+            raise KeyboardInterrupt
+
+    with a_step_old(tmp_path / "kv.store", path="direct") as cache:
+        monkeypatch.setattr(Store, "free", free)
+        with pytest.raises(KeyboardInterrupt):
+            cache.reset()
+        cache.reset()
+        assert cache._store is not None
+        assert cache._store.free_bytes == cache._store.capacity_bytes
+        step(cache, 100)
+
+
+def test_a_new_layer_that_ctrl_c_ends_leaves_no_blocks_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, calls = Unit.make_room, 0
+
+    def make_room(unit: Unit, *args: Any, **kwargs: Any) -> None:
+        nonlocal calls
+        calls += 1
+        plain(unit, *args, **kwargs)
+        if calls == 2:
+            raise KeyboardInterrupt
+
+    with DualBladeCache.for_model(
+        tiny_model(), store=tmp_path / "kv.store", memory_budget="32MiB", path="direct"
+    ) as cache:
+        monkeypatch.setattr(Unit, "make_room", make_room)
+        with pytest.raises(KeyboardInterrupt):
+            step(cache, 200)
+        assert cache._store is not None
+        assert cache._store.free_bytes == cache._store.capacity_bytes
+        cache.reset()
+        step(cache, 200)
+
+
+def test_segments_that_ctrl_c_left_half_cut_are_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = a_step_old(tmp_path / "kv.store", path="direct")
+    plain = Unit.make_room
+
+    def make_room(unit: Unit, *args: Any, **kwargs: Any) -> None:
+        plain(unit, *args, **kwargs)
+        unit.is_torn = True
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Unit, "make_room", make_room)
+    with pytest.raises(KeyboardInterrupt):
+        step(cache, 200)
+    monkeypatch.undo()
+    with pytest.raises(Closed, match="failed earlier"):
+        step(cache, 1)
+    cache.close()
+
+
+def test_memory_that_transfers_may_still_reach_stays_until_the_engine_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second Ctrl-C ends the wait for what the first measurement had under way."""
+    kept: list[int] = []
+
+    def measure(_: Store, arena: Arena, *__: Any, **___: Any) -> None:
+        kept.append(arena.address)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(speeds, "measure_rates", measure)
+    with open_engine() as engine, Store.open(tmp_path / "kv.store", engine) as store:
+        with pytest.raises(KeyboardInterrupt):
+            speeds.measure_at_first_use(tmp_path / "kv.store", store, engine)
+        gc.collect()
+        assert is_mapped(kept[0])
+    gc.collect()
+    assert not is_mapped(kept[0])
+
+
+_CLOSED_UNDER_A_VIEW = """
+import gc, sys, threading
+from dualblade.io import Arena, open_engine
+from dualblade.store import Door, Store
+from tests.fault.test_cache_trouble import is_mapped
+
+engine = open_engine()
+store = Store.open(sys.argv[1], engine, capacity_bytes=16 << 20)
+extent = store.allocate(4 << 20, Door.PAGE_CACHE)
+with Arena(4 << 20) as arena:
+    arena.buffer[:] = b"x" * (4 << 20)
+    store.write(extent, 0, arena.address, 4 << 20).wait()
+there = store.in_place(extent, 0, 4 << 20)
+view, address = there.hold(), there.address
+assert bytes(view[:2]) == b"xx"
+store.close()
+assert there.hold() is None
+assert bytes(view[:2]) == bytes(2) and is_mapped(address)
+del view, there
+extent.memory = None
+gc.collect()
+assert not is_mapped(address)
+"""
+
+
+def test_what_is_seen_in_place_can_be_looked_at_after_close(tmp_path: Path) -> None:
+    """By a traceback that shows its locals, or a thread that was not told; it ended the process."""
+    done = subprocess.run(
+        [sys.executable, "-c", _CLOSED_UNDER_A_VIEW, tmp_path / "kv.store"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("attention", ["exact", "tiles"])
+@pytest.mark.parametrize("path", ["direct", "memory"])
+def test_a_layer_during_which_the_cache_was_closed_gives_nothing(
+    monkeypatch: pytest.MonkeyPatch, path: str, attention: str
+) -> None:
+    """By a signal's handler, or another thread: what it had in place is zeros since."""
+    model = tiny_model()
+    cache = DualBladeCache.for_model(model, path=path, attention=attention, memory_budget="32MiB")
+    if attention == "exact" and path == "memory":
+        cache.close()
+        pytest.skip("the model's own tensors in memory: nothing is read from elsewhere")
+    with torch.no_grad():
+        model(**prompt(tokens=200), cache=cache)
+        kind = type(cache._pipeline)
+        name = "_arriving" if attention == "tiles" else "_gathered"
+        plain = getattr(kind, name)
+
+        def arriving(*args: Any, **kwargs: Any) -> Any:
+            yield from plain(*args, **kwargs)
+            cache.close()
+
+        def gathered(*args: Any, **kwargs: Any) -> Any:
+            made = plain(*args, **kwargs)
+            cache.close()
+            return made
+
+        monkeypatch.setattr(kind, name, arriving if attention == "tiles" else gathered)
+        with pytest.raises(Closed, match="this cache is closed"):
+            model(input_ids=torch.full((1, 1), 5), cache=cache)
+    cache.close()
+
+
+def test_a_model_that_was_moved_or_is_nowhere_is_told() -> None:
+    model = tiny_model()
+    with DualBladeCache.for_model(model, memory_budget="32MiB", path="direct") as cache:
+        elsewhere = torch.ones((1, 2, 3, 16), device="meta")
+        with pytest.raises(ConfigError, match="keys are on meta, and the cache was made for"):
+            cache.update(elsewhere, elsewhere, 0)
+        step(cache, 1)
+    with pytest.raises(Unsupported, match="has no weights on a device"):
+        DualBladeCache.for_model(model.to("meta"))
+
+
+@pytest.mark.parametrize("use", ["keys", "values", "copy"])
+def test_code_that_looks_into_a_layer_is_told(use: str) -> None:
+    with a_step_old(path="direct") as cache:
+        with pytest.raises(Unsupported, match=r"looks into the layers of its cache"):
+            copy.deepcopy(cache.layers[0]) if use == "copy" else getattr(cache.layers[0], use)
+        step(cache, 1)
+
+
+@pytest.mark.parametrize(("max_tokens", "is_told"), [(None, True), (65, True), (64, False)])
+def test_a_model_that_forgets_its_cache_at_a_boundary_is_told_of(
+    caplog: pytest.LogCaptureFixture, max_tokens: int | None, *, is_told: bool
+) -> None:
+    config = Phi3Config(
+        **SMALL,
+        num_attention_heads=2,
+        intermediate_size=64,
+        pad_token_id=0,
+        sliding_window=None,
+        max_position_embeddings=256,
+        original_max_position_embeddings=64,
+    )
+    DualBladeCache.for_model(Phi3ForCausalLM(config), path="memory", max_tokens=max_tokens).close()
+    assert ("computes a text anew" in caplog.text) == is_told
 
 
 @pytest.mark.parametrize("path", ["direct", "page-cache"])

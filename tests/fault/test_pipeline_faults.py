@@ -118,6 +118,24 @@ def test_a_fault_nobody_waits_for_does_not_hinder_reset_and_close(
     cache.close()
 
 
+@pytest.mark.parametrize("path", ["direct", "page-cache"])
+def test_a_write_that_failed_does_not_hinder_another_prompt(
+    faulty: list[FaultyEngine], path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing waits for the last writes but a later step, and there is none: the log is told."""
+    cache = cache_on(path)
+    fill(cache, 10)
+    faulty[0].inject(Fault(op=Op.WRITE, errno=errno.EIO))
+    fill(cache, 54)  # a tile of each half
+    assert faulty[0].struck
+    cache.reset()
+    assert "Input/output error; what it was to store was about to be forgotten" in caplog.text
+    fill(cache)
+    for layer in range(LAYERS):
+        take_turn(cache, *rows(1, layer), layer)
+    cache.close()
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**16),

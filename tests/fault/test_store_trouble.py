@@ -8,8 +8,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,10 +23,12 @@ from dualblade.errors import (
     StorageError,
     Unsupported,
 )
-from dualblade.io import Arena, Engine, open_engine
+from dualblade.io import Arena, Engine, Op, open_engine
 from dualblade.store import Door, Store
 from dualblade.store.format import DATA_OFFSET, SUPERBLOCK_BYTES
 from dualblade.store.formatting import carry_out_wipe, plan_wipe
+from dualblade.store.members import Members
+from dualblade.testing import Fault, FaultyEngine
 from dualblade.units import MIB
 from tests.fault.disks import disk_with_failing_writeback, ext4_disk, needs_root
 
@@ -299,6 +303,110 @@ def test_use_after_close_is_told_and_closing_twice_is_once(tmp_path: Path, engin
         store.allocate(2 * MIB, Door.DIRECT)
     with pytest.raises(Closed):
         store.read(extent, 0, 0, 4096)
+
+
+def once(plain: Any, *, after: bool = False) -> Any:
+    """`plain`, at its first call ended by Ctrl-C: before it did anything, or when it was done."""
+    calls = 0
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1 and not after:
+            raise KeyboardInterrupt
+        result = plain(*arguments, **options)
+        if calls == 1:
+            raise KeyboardInterrupt
+        return result
+
+    return interrupted
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_a_close_that_ctrl_c_meets_late_is_ended_by_the_next(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch, members: int
+) -> None:
+    paths = [tmp_path / f"kv{number}.store" for number in range(members)]
+    store = open_store(paths, engine)
+    store.allocate(4 * MIB, Door.DIRECT)
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(Members, "ends", once(Members.ends))
+    with pytest.raises(KeyboardInterrupt):
+        store.close()
+    store.close()
+    store.close()
+    assert [path.stat().st_size for path in paths] == [DATA_OFFSET] * members
+    assert len(os.listdir("/proc/self/fd")) == before - 2 * members
+    open_store(paths, engine).close()  # nobody has it any more
+
+
+def test_ctrl_c_while_blocks_are_allocated_takes_nothing(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_store(tmp_path / "kv.store", engine) as store:
+        plain = os.posix_fallocate
+        monkeypatch.setattr(os, "posix_fallocate", once(plain, after=True))
+        with pytest.raises(KeyboardInterrupt):
+            store.allocate(4 * MIB, Door.DIRECT)
+        assert store.free_bytes == store.capacity_bytes
+        assert (tmp_path / "kv.store").stat().st_size == DATA_OFFSET
+        store.allocate(store.capacity_bytes, Door.DIRECT)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_free_that_ctrl_c_ends_is_ended_by_the_next(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch, *, after: bool
+) -> None:
+    with open_store(tmp_path / "kv.store", engine) as store:
+        extent = store.allocate(4 * MIB, Door.PAGE_CACHE)
+        monkeypatch.setattr(Store, "_drop", once(Store._drop, after=after))
+        with pytest.raises(KeyboardInterrupt):
+            store.free(extent)
+        for _ in range(2):
+            store.free(extent)
+            assert store.free_bytes == store.capacity_bytes
+
+
+def test_close_waits_for_a_transfer_that_ctrl_c_kept_from_being_noted(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be written behind the cut, into a store that says that it is clean."""
+    arena, path = Arena(2 * MIB), tmp_path / "kv.store"
+    with FaultyEngine(engine) as held:
+        store = open_store(path, held)
+        extent = store.allocate(2 * MIB, Door.DIRECT)
+        held.hold(Op.WRITE)
+        monkeypatch.setattr(held, "submit", once(held.submit, after=True))
+        with pytest.raises(KeyboardInterrupt):
+            store.write(extent, 0, arena.address, 2 * MIB)
+        assert held.held == 1
+        closing = threading.Thread(target=store.close)
+        closing.start()
+        closing.join(0.2)
+        held.release()
+        closing.join()
+        assert engine.counters().write_bytes == 2 * MIB
+        assert path.stat().st_size == DATA_OFFSET
+    arena.close()
+
+
+@pytest.mark.parametrize(("op", "is_told"), [(Op.READ, False), (Op.WRITE, True)])
+def test_a_move_tells_of_writes_that_failed_and_not_of_reads(
+    tmp_path: Path, engine: Engine, op: Op, *, is_told: bool
+) -> None:
+    """Who asked for the bytes is told by the read itself; if nobody did, they are sound."""
+    arena = Arena(2 * MIB)
+    with FaultyEngine(engine) as faulty, open_store(tmp_path / "kv.store", faulty) as store:
+        extent = store.allocate(2 * MIB, Door.DIRECT)
+        store.write(extent, 0, arena.address, 2 * MIB).wait()
+        faulty.inject(Fault(op=op, errno=errno.EIO))
+        transfer = store.read if op is Op.READ else store.write
+        ticket = transfer(extent, 0, arena.address, 2 * MIB)
+        with pytest.raises(DeviceError):
+            ticket.wait()
+        with pytest.raises(DeviceError) if is_told else contextlib.nullcontext():
+            store.move(extent, Door.PAGE_CACHE)
+    arena.close()
 
 
 @needs_root

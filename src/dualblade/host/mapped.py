@@ -13,8 +13,9 @@ import ctypes
 import errno
 import mmap
 import os
+import weakref
 
-from dualblade.host.page_cache import cached_bytes, map_pages, unmap_pages
+from dualblade.host.page_cache import blank_pages, cached_bytes, map_pages, unmap_pages
 
 _MADV_POPULATE_READ = 22
 """Linux 5.14. Debian 12's Python does not name it."""
@@ -30,7 +31,8 @@ def can_hold_pages() -> bool:
 
 class FileMemory:
     """[offset, offset + size_bytes) of an open file or block device, shared and read-only; whole
-    pages. `buffer` are its bytes: nobody may use them, or parts of them, after `close`.
+    pages. `buffer` are its bytes: nobody may use them, or parts of them, after `close`; they are
+    zeros after `blank`.
 
     `held_bytes` is how far parts of it were held: at most so much of it is mapped. `others_read`:
     pages come into the page cache otherwise than by reads that ended well (readahead).
@@ -81,3 +83,16 @@ class FileMemory:
             self._is_open = False
             self.held_bytes = 0
             unmap_pages(self.address, self.size_bytes)
+
+    def blank(self) -> None:
+        """Let the file go, and have zeros in its place until nobody has `buffer` or a part of it:
+        at the end somebody may, a traceback or a thread that is not told. Then as `close`."""
+        if self._is_open:
+            try:
+                blank_pages(self.address, self.size_bytes)
+            except OSError:  # no memory for the mapping
+                self.close()
+                return
+            self._is_open = False
+            self.held_bytes = 0
+            weakref.finalize(self.buffer.obj, unmap_pages, self.address, self.size_bytes)

@@ -21,6 +21,7 @@ _STATFS_BYTES = 256
 """More than struct statfs of any architecture; its first word is the type."""
 
 _MAP_FAILED = ctypes.c_void_p(-1).value
+_MAP_FIXED = 0x10
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -127,6 +128,14 @@ def map_pages(fd: int, offset: int, size_bytes: int) -> int:
 def unmap_pages(address: int, size_bytes: int) -> None:
     """Take away what `map_pages` mapped."""
     _libc.munmap(address, size_bytes)
+
+
+def blank_pages(address: int, size_bytes: int) -> None:
+    """Have zeros where `map_pages` mapped a file, which it is no more. Raises: OSError."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+    if _libc.mmap(address, size_bytes, mmap.PROT_READ, flags, -1, 0) == _MAP_FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def _check_range(offset: int, size_bytes: int) -> None:

@@ -55,7 +55,8 @@ _EVENTS_MAX = 64
 
 @dataclass(frozen=True, slots=True)
 class _StepEnd:
-    """When a step ended, in seconds; until then the engine was busy, the model waited for reads."""
+    """When a step ended, in seconds; until then the direct door was busy, the model waited for
+    reads."""
 
     at: float = 0.0
     busy_seconds: float = 0.0
@@ -189,7 +190,8 @@ class KVPipeline(LayeredKV):
     def _end_step(self, rows: int, tokens: int) -> None:
         """Learn from what the step took, for the reads of those to come."""
         last = self._last_step
-        busy, stalled = self._engine.counters().busy_seconds, self._timeline.stalled_seconds
+        busy = self._engine.counters().direct_busy_seconds
+        stalled = self._timeline.stalled_seconds
         read = self._store.counters.direct_read_bytes
         end = _StepEnd(now_ns() / 1e9, busy, stalled(Lane.READS), read)
         if self._tuner is not None:
@@ -227,7 +229,7 @@ class KVPipeline(LayeredKV):
         layer = self._layers.get(index)
         is_new = layer is None
         try:
-            check_rows(key_rows, value_rows)
+            check_rows(key_rows, value_rows, self._settings.device)
             if layer is None:
                 layer = self._layers[index] = self._maker.make(index, key_rows, value_rows)
                 self._drop_sweep()
@@ -236,7 +238,7 @@ class KVPipeline(LayeredKV):
         except BaseException as exc:
             is_refusal = self._failure is None and isinstance(exc, DualBladeError)
             made = self._layers.pop(index, None) if is_new else None
-            if made is not None and is_refusal:
+            if made is not None and self._failure is None:
                 made.free()
             if in_step and isinstance(exc, DualBladeError):
                 self._was_refused = is_refusal and isinstance(exc, BudgetError | NoSpace)
@@ -267,7 +269,12 @@ class KVPipeline(LayeredKV):
                 # A fair share of what is left: else the first would leave the last without blocks.
                 share = self._store.free_bytes // (2 * self._settings.layer_count)
                 half.unit.cached_bytes = self._placements.cached_bytes(half.unit.id)
-                half.unit.make_room(tiles, other.batch, growth_bytes_max=share)
+                try:
+                    half.unit.make_room(tiles, other.batch, growth_bytes_max=share)
+                except BaseException as exc:
+                    if half.unit.is_torn:
+                        self.fail(exc)
+                    raise
 
     def _claim(self, layer: Layer, tokens: int) -> None:
         count, layers = self._settings.layer_count, self._layers.values()
@@ -391,7 +398,7 @@ class KVPipeline(LayeredKV):
     def _quiesce(self) -> None:
         self._drop_sweep()
         if self._machinery is not None:
-            self._machinery.writes.drain()
+            self._machinery.writes.forget()
 
     # -- the end, and what there is to tell ------------------------------------------------------
 

@@ -99,6 +99,7 @@ class LayeredKV(ABC):
 
         buffers = None if by_kernel else partial(self._group_buffers, layer)
         out = attend(layer, new, query, arriving(), buffers)
+        self._check_not_closed()  # by a signal's handler or another thread: some of it read zeros
         ended = now_ns()
         timeline.span(Lane.COMPUTE, "newest rows", computed, ended, layer.index)
         self._attention_ns += ended - began - (timeline.stalled_ns - stalled)
@@ -121,7 +122,9 @@ class LayeredKV(ABC):
         self._check_whole(layer, new)
         if not layer.tokens:
             return new.keys.contiguous(), new.values.contiguous()
-        return self._gathered(layer, new)
+        gathered = self._gathered(layer, new)
+        self._check_not_closed()
+        return gathered
 
     @abstractmethod
     def _gathered(self, layer: Layer, new: NewRows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,7 +238,7 @@ class LayeredKV(ABC):
 
     @abstractmethod
     def _quiesce(self) -> None:
-        """Return when nothing is read ahead or written behind any more. Raises: DeviceError."""
+        """Return when nothing is read ahead or written behind any more, of what is forgotten."""
 
     def _tokens_of(self, index: int) -> int:
         layer = self._layers.get(index)
@@ -245,8 +248,7 @@ class LayeredKV(ABC):
 
     def check_usable(self) -> None:
         """Raises: Closed after close, or after an error that lost the content."""
-        if self._closed:
-            raise Closed("this cache is closed", hint="make a new one with for_model")
+        self._check_not_closed()
         self._check_process()
         if self._failure is not None:
             raise Closed(
@@ -255,6 +257,10 @@ class LayeredKV(ABC):
                 if self._was_refused
                 else "close it and start again with a new one",
             )
+
+    def _check_not_closed(self) -> None:
+        if self._closed:
+            raise Closed("this cache is closed", hint="make a new one with for_model")
 
     def _check_process(self) -> None:
         """Memory of an arena is wiped in a fork. Raises: Closed."""

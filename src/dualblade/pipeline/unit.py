@@ -121,6 +121,7 @@ class Unit:
         self.sweeps = 0
         self.sweeps_in_memory = 0
         self.segments: list[Segment] = []
+        self.is_torn = False  # something ended `place` half way
         self._space = space
         self._tiles_max = None if tokens_max is None else -(-tokens_max // geometry.rows)
 
@@ -168,7 +169,7 @@ class Unit:
         """No more tiles of the last segment's batch come, after tile `end`. Segments beyond it are
         rests that were cut, or room for a step that was refused."""
         while len(self.segments) > 1 and self.segments[-1].first_tile >= end:
-            self._space.free(self.segments.pop().extent)
+            self._free_last()
         last = self.segments[-1]
         last.capacity = min(last.capacity, end - last.first_tile)
 
@@ -216,6 +217,7 @@ class Unit:
 
         Blocks; raises DeviceError (see Store.move).
         """
+        self.is_torn = True
         if cached_bytes != self.cached_bytes:
             self.sweeps_in_memory = 0
         self.cached_bytes = left = cached_bytes
@@ -228,6 +230,7 @@ class Unit:
             self._space.move(segment.extent, door)
             left = max(0, left - size)
         self._join()
+        self.is_torn = False
 
     def _cut(self, segment: Segment, at_bytes: int) -> None:
         """Make two of `segment`; the second goes direct."""
@@ -267,7 +270,7 @@ class Unit:
         """Forget stored tiles from `tiles` on; segments beyond are freed."""
         self.stored_tiles = tiles
         while self._is_spare(tiles):
-            self._space.free(self.segments.pop().extent)
+            self._free_last()
 
     def _is_spare(self, tiles: int) -> bool:
         """Whether the last segment is beyond, with all that was cut off it and before it."""
@@ -278,7 +281,11 @@ class Unit:
         """Give all extents back."""
         self.stored_tiles = 0
         while self.segments:
-            self._space.free(self.segments.pop().extent)
+            self._free_last()
+
+    def _free_last(self) -> None:
+        self._space.free(self.segments[-1].extent)  # first: Ctrl-C in it must not lose the extent
+        self.segments.pop()
 
 
 def paired_pieces(

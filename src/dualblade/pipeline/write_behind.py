@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 
+from dualblade.errors import StorageError
 from dualblade.geometry import UnitId
 from dualblade.io import Ticket
 from dualblade.pipeline.checksums import Checksums
@@ -13,6 +15,8 @@ from dualblade.pipeline.staging import Slot, Slots
 from dualblade.pipeline.timeline import Lane, Timeline, now_ns
 from dualblade.pipeline.unit import Piece, Unit
 from dualblade.store import Store
+
+log = logging.getLogger("dualblade.pipeline")
 
 
 @dataclass(slots=True, eq=False)
@@ -86,6 +90,17 @@ class WriteBehind:
         """Return when all writes are stored. Raises: DeviceError of the first that failed."""
         while self._writes:
             self._finish_oldest()
+
+    def forget(self) -> None:
+        """Return when all writes have ended, well or badly: what they stored is of no use any more.
+        One that failed is told to the log."""
+        while self._writes:
+            try:
+                self._finish_oldest()
+            except StorageError as exc:
+                log.warning("%s; what it was to store was about to be forgotten", exc.message)
+                failed = self._writes.popleft()
+                failed.slots.release(failed.slot)
 
     def abandon(self) -> None:
         """Forget all writes: the store is closed. Waits for copies into their slots."""

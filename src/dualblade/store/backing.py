@@ -59,7 +59,7 @@ class FileBacking:
         before = os.fstat(self.buffered_fd).st_size
         try:
             os.posix_fallocate(self.buffered_fd, offset, size_bytes)
-        except OSError:
+        except BaseException:
             # What there was room for is allocated by now: the file system would stay full.
             os.ftruncate(self.buffered_fd, before)
             raise

@@ -12,7 +12,7 @@ import time
 import uuid as uuid_module
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from dualblade.errors import ConfigError, NoSpace, NotAStore
 from dualblade.io import Engine
@@ -34,6 +34,7 @@ class Members:
     stripes: Stripes
     capacity_bytes: int
     was_unclean: bool
+    _closed: list[Backing] = field(default_factory=list)
 
     @property
     def path(self) -> str:
@@ -75,16 +76,29 @@ class Members:
         return None if None in counts else sum(filter(None, counts))
 
     def close(self, *, keep_blocks: bool, end: int) -> None:
-        """As Backing.close, for all, whatever closing one of them ends with, be it Ctrl-C; `end` is
-        of the store. Raises: StorageError of the last that failed."""
+        """As Backing.close, for all, whatever closing one of them ends with; `end` is of the store.
+        Those that Ctrl-C left open are closed by the next call.
+        Raises: StorageError of the last that failed."""
         with contextlib.ExitStack() as stack:
             for backing, member_end in reversed(self.ends(end)):
-                stack.callback(backing.close, keep_blocks=keep_blocks, end=member_end)
+                stack.callback(self._close_once, backing, keep_blocks, member_end)
+
+    def _close_once(self, backing: Backing, keep_blocks: bool, end: int) -> None:
+        if not any(backing is closed for closed in self._closed):
+            self._closed.append(backing)  # before: its numbers may be other files' afterwards
+            backing.close(keep_blocks=keep_blocks, end=end)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether all are."""
+        return len(self._closed) == len(self.backings)
 
     def let_go(self) -> None:
         """As Backing.let_go, for all."""
         for backing in self.backings:
-            backing.let_go()
+            if not any(backing is closed for closed in self._closed):
+                self._closed.append(backing)
+                backing.let_go()
 
 
 def as_places(path: Place | Sequence[Place] | None) -> tuple[Place, ...] | None:

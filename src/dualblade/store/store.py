@@ -26,11 +26,12 @@ _DROP_TRIES = 3
 
 @dataclass(slots=True, eq=False)
 class Extent:
-    """A contiguous range of the store. All but its size belongs to the store."""
+    """A contiguous range of the store. All but its size belongs to the store. `tickets` are those
+    of its transfers that may not have ended, and what each does."""
 
     range: Range
     door: Door = Door.FREE
-    tickets: list[Ticket] = field(default_factory=list)
+    tickets: dict[Ticket, Op] = field(default_factory=dict)
     memory: FileMemory | None = None
 
     @property
@@ -112,7 +113,7 @@ class Store:
         self._end = DATA_OFFSET
         self._live: set[Extent] = set()
         self._process = os.getpid()
-        self._closed = self._released = False
+        self._closed = False
         self._coherent = all(backing.coherent for backing in members.backings)
         self._paths = members.descriptors
         # Stripes of several members do not lie side by side; an engine that must see all reads
@@ -202,8 +203,10 @@ class Store:
         try:
             for backing, offset, size in self._members.ranges(taken.offset, taken.size_bytes):
                 backing.allocate(offset, size)
-        except OSError as exc:
+        except BaseException as exc:  # Ctrl-C too: blocks may take seconds to come
             self._allocator.free(taken)
+            if not isinstance(exc, OSError):
+                raise
             kind = NoSpace if exc.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
             raise kind(
                 f"{backing.path} cannot grow by {size} bytes: {exc.strerror}",
@@ -218,7 +221,7 @@ class Store:
         if door is Door.PAGE_CACHE:
             try:
                 self._drop_stale(extent)
-            except StorageError:
+            except BaseException:
                 self._allocator.free(taken)
                 raise
         self._live.add(extent)
@@ -226,17 +229,20 @@ class Store:
         return extent
 
     def free(self, extent: Extent) -> None:
-        """Give `extent` back; waits for its transfers, whose outcome no longer matters.
+        """Give `extent` back; waits for its transfers, whose outcome no longer matters. Twice is
+        once, and what Ctrl-C left of it is done by the next call.
 
         Raises: Closed; StorageError when a device took no discard; the extent is free anyway.
         """
         self.check_open()
+        if extent not in self._live:
+            return
         self._settle(extent)
         if extent.door is not Door.DIRECT:
             self._drop(extent)
-        self._move(extent, Door.FREE)
         self._live.discard(extent)
         self._allocator.free(extent.range)
+        self._move(extent, Door.FREE)
         if self._discard:
             self._discard_range(extent.range)
 
@@ -314,14 +320,18 @@ class Store:
     def move(self, extent: Extent, door: Door) -> None:
         """Open `extent` through `door` instead; no data moves but dirty pages to the device.
 
-        Blocks until its transfers have ended. Raises: DeviceError when one of them, or the
-        writeback, failed.
+        Blocks until its transfers have ended. Raises: DeviceError when one of its writes, or the
+        writeback, failed. A read that failed is told to who asked for it.
         """
         self.check_open()
         if extent.door is door:
             return
-        for ticket in extent.tickets:
-            ticket.wait()  # a transfer through the old door must not meet the new one
+        for ticket, op in extent.tickets.items():
+            try:
+                ticket.wait()  # a transfer through the old door must not meet the new one
+            except StorageError:
+                if op is not Op.READ:
+                    raise
         extent.tickets.clear()
         if door is Door.DIRECT:
             self._move(extent, Door.DEMOTING)
@@ -344,7 +354,7 @@ class Store:
         rest = Extent(
             range=Range(whole.offset + at_bytes, whole.size_bytes - at_bytes),
             door=extent.door,
-            tickets=list(extent.tickets),
+            tickets=dict(extent.tickets),
         )
         self._live.add(rest)
         return rest
@@ -358,7 +368,7 @@ class Store:
         for one in (extent, rest):
             self._unmap(one)
         extent.range = Range(extent.range.offset, extent.size_bytes + rest.size_bytes)
-        extent.tickets += rest.tickets
+        extent.tickets |= rest.tickets
         self._live.discard(rest)
 
     def page_cache_bytes(self) -> int:
@@ -381,18 +391,18 @@ class Store:
         Raises: StorageError when the superblock could not be written; all is released anyway.
         """
         self._closed = True
-        if self._released:
+        if self._members.is_closed:
             return
         if self.is_inherited:
-            self._released = True
             self._members.let_go()
             return
         for extent in self._live:
             self._settle(extent)
-            self._unmap(extent)
+            if extent.memory is not None:
+                extent.memory.blank()
+        self._engine.drain()  # what Ctrl-C kept from being noted at its extent
         for fd in self._paths:
             self._engine.unregister_file(fd)
-        self._released = True
         self._members.close(keep_blocks=self._keep_blocks, end=self._end)
 
     def __enter__(self) -> Store:
@@ -414,8 +424,8 @@ class Store:
         if op is Op.WRITE and extent.door is Door.PAGE_CACHE:
             transfers += self._syncs(at, size_bytes)
         ticket = self._engine.submit(transfers, path=self._paths)
-        extent.tickets = [old for old in extent.tickets if not old.done]
-        extent.tickets.append(ticket)
+        extent.tickets = {old: of for old, of in extent.tickets.items() if not old.done}
+        extent.tickets[ticket] = op
         return ticket
 
     def _descriptors(self, extent: Extent) -> list[int]:
