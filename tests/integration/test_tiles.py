@@ -348,12 +348,13 @@ def test_unknown_attention_is_refused() -> None:
         DualBladeCache.for_model(tiny_model(), attention="tile")
 
 
-def test_a_model_that_writes_to_its_keys_is_told_and_computes_nothing_wrong(
+def test_a_model_that_writes_to_its_keys_computes_with_what_it_wrote(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A stand-in that was made real is not attended to any more; each time it is one tensor."""
     model, inputs = tiny_model(), prompt(batch=2, tokens=300)
-    with tiles(model) as cache:
+
+    def step(cache: Any) -> torch.Tensor:
         with torch.inference_mode():
             model(**inputs, cache=cache)
         kind = type(cache.layers[0])
@@ -366,10 +367,43 @@ def test_a_model_that_writes_to_its_keys_is_told_and_computes_nothing_wrong(
             assert made_real(keys).data_ptr() == made_real(keys).data_ptr()
             return keys, values
 
-        monkeypatch.setattr(kind, "update", update)
-        with (
-            torch.inference_mode(),
-            pytest.raises(DualBladeError, match="used too late") as caught,
-        ):
-            model(input_ids=inputs["input_ids"][:, :1], cache=cache)
+        with monkeypatch.context() as patch, torch.inference_mode():
+            patch.setattr(kind, "update", update)
+            logits: torch.Tensor = model(input_ids=inputs["input_ids"][:, :1], cache=cache).logits
+        return logits
+
+    with tiles(model) as cache:
+        ours = step(cache)
+        assert cache.stats().attention == "exact"
+        assert "touches keys or values" in cache.stats().attention_reason
+    assert torch.allclose(ours, step(DynamicCache(config=model.config)), atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["direct", "memory"])
+@pytest.mark.parametrize("touched_before", [False, True])
+def test_keys_that_are_kept_beyond_their_layers_turn_are_refused(
+    path: str, *, touched_before: bool
+) -> None:
+    """The next layer's are gathered to the same place."""
+    model = tiny_model()
+    with tiles(model, path=path) as cache, torch.no_grad():
+        model(**prompt(tokens=200), cache=cache)
+        kept, _ = cache.update(torch.ones(1, 2, 1, 16), torch.ones(1, 2, 1, 16), 0)
+        if touched_before:
+            assert made_real(kept).shape == (1, 2, 201, 16)
+        made_real(cache.update(torch.ones(1, 2, 1, 16), torch.ones(1, 2, 1, 16), 1)[0])
+        with pytest.raises(DualBladeError, match="of layer 0 were used too late") as caught:
+            made_real(kept)
         assert "attention='exact'" in str(caught.value)
+
+
+def test_rows_that_see_ahead_do_so_with_capped_scores_too() -> None:
+    """An encoder beside the decoder, which has our attention as well."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 5, 16)
+    out, _ = tile_attention(
+        torch.nn.Module(), query, key, value, None, scaling=1.0, is_causal=False, softcap=3.0
+    )
+    scores = 3.0 * torch.tanh(query @ key.transpose(-1, -2) / 3.0)
+    expected = scores.softmax(dim=-1) @ value
+    assert torch.allclose(out.transpose(1, 2), expected, atol=1e-5)

@@ -284,6 +284,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "stablelm": {**_SIZES, **_INNER, "num_key_value_heads": 4},
     "starcoder2": {**_SIZES, **_INNER, "num_key_value_heads": 2, "sliding_window": None},
     "olmo2": {**_SIZES, **_INNER, "num_key_value_heads": 2},
+    # Computes with its values on their way to attention.
+    "doge": {**_SIZES, **_INNER, "num_key_value_heads": 2},
     "granite": {**_SIZES, **_INNER, "num_key_value_heads": 2},
     "mixtral": {
         **_SIZES,

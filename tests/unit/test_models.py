@@ -336,6 +336,15 @@ def test_a_model_with_layers_of_images_is_refused() -> None:
         layer_shapes(config)
 
 
+def test_a_decoder_that_puts_other_keys_into_its_layers_is_refused() -> None:
+    """Both attend to an image's tokens through the layer of the cache that their text has."""
+    with pytest.raises(Unsupported, match="attends to images in layers of their own"):
+        layer_shapes(AutoConfig.for_model("blip"))
+    text = AutoConfig.for_model("t5", num_layers=2).to_dict()
+    with pytest.raises(Unsupported, match="is an encoder-decoder model"):
+        layer_shapes(AutoConfig.for_model("instructblip", text_config=text))
+
+
 def test_a_model_without_attention_heads_is_told() -> None:
     config = AutoConfig.for_model("mamba", num_hidden_layers=2, hidden_size=64, vocab_size=99)
     with pytest.raises(Unsupported, match="does not say how many attention heads"):

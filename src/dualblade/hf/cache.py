@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from dualblade.config import EngineConfig, Path, check_attention
 from dualblade.errors import BudgetError, Closed, ConfigError, Unsupported
 from dualblade.hf.beside import WholeSteps
 from dualblade.hf.choice import AttentionChoice, choose, decoder_of, give_back, lend
+from dualblade.hf.continues import watch_texts
 from dualblade.hf.footprint import staging_and_tails, weights_per_token
 from dualblade.hf.geometry import (
     are_alike,
@@ -51,6 +53,8 @@ from dualblade.pipeline.residence import MemorySource
 from dualblade.store import Place, Store, member_count
 from dualblade.units import MIB, format_size, parse_size
 
+log = logging.getLogger("dualblade.hf")
+
 
 class DualBladeCache(WholeSteps):
     """The KV cache of one model's generations, in a store on a drive.
@@ -83,9 +87,12 @@ class DualBladeCache(WholeSteps):
         # its attention.
         self._end = None if pipeline is None else weakref.finalize(self, pipeline.close)
         self._give_back: Callable[[], object] = lambda: None
+        self._end_watch: Callable[[], object] = lambda: None
         if model is None:
             return
-        self._beside.watch(decoder_of(model), self)
+        decoder = decoder_of(model)
+        self._beside.watch(decoder, self)
+        self._end_watch = watch_texts(decoder, self)
         if attention.over_tiles:  # last: what fails above leaves the model as it was
             lend(model)
             self._give_back = weakref.finalize(self, give_back, model)
@@ -133,6 +140,7 @@ class DualBladeCache(WholeSteps):
         layers = memory_layers(model.config)
         stored = offloadable(model.config, layers)
         _check_model(model, layers, stored)
+        _warn_of_boundary(model, max_tokens)
         choice = choose(model, attention)
         if way is Path.MEMORY:
             memory = MemoryKV(model.device, settings.tile_tokens, max_tokens, settings.trace_events)
@@ -201,6 +209,7 @@ class DualBladeCache(WholeSteps):
         """End all transfers, discard the KV, free memory, give the model its attention back. Twice
         is once; after Ctrl-C it goes on where it was."""
         self._give_back()  # once
+        self._end_watch()
         self._beside.end_watch()
         self._is_closed = True
         for layer in self.layers:
@@ -418,7 +427,9 @@ def _replace(layers: list[Any], stored: list[bool], made: Callable[[int], Any]) 
 
 
 def _layer_bytes(layer: Any) -> int:
-    """Bytes of the KV that a layer in memory holds."""
+    """Bytes of the KV that a layer of plain tensors holds."""
+    if isinstance(layer, StoredLayer):
+        return 0
     tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
@@ -462,11 +473,34 @@ def _check_model(model: PreTrainedModel, layers: list[Any], stored: list[bool]) 
             if bounded
             else "use transformers' own cache for it",
         )
+    if model.device.type == "meta":
+        raise Unsupported(f"{name} has no weights on a device", hint="load it on one device")
     devices = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
     if len(devices) > 1:
         raise Unsupported(
             f"{name} is spread over devices {', '.join(sorted(devices))}",
             hint="load it on one device",
+        )
+
+
+_FORGETFUL = ("phi3", "phi4_multimodal", "phimoe")
+"""Models that begin without their cache once a text passes the context of their first training, for
+their rotations change there (transformers 5.24, prepare_inputs_for_generation)."""
+
+
+def _warn_of_boundary(model: PreTrainedModel, max_tokens: int | None) -> None:
+    text = model.config.get_text_config(decoder=True)
+    boundary = getattr(text, "original_max_position_embeddings", None)
+    most = getattr(text, "max_position_embeddings", None)
+    if text.model_type not in _FORGETFUL or not boundary or not most or most <= boundary:
+        return
+    if max_tokens is None or max_tokens > boundary:
+        log.warning(
+            "%s computes a text anew, with its KV in memory, where it passes %d tokens; longer "
+            "prompts stay in the store with prefill_chunk_size=%d or less",
+            type(model).__name__,
+            boundary,
+            boundary,
         )
 
 

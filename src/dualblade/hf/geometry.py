@@ -34,10 +34,12 @@ def memory_layers(config: PretrainedConfig) -> list[Any]:
     Raises: Unsupported naming the layer type that transformers itself cannot hold.
     """
     if getattr(config, "is_encoder_decoder", False):
-        raise Unsupported(
-            f"{config.model_type} is an encoder-decoder model", hint="dualblade serves decoders"
-        )
-    if getattr(config.get_text_config(decoder=True), "cross_attention_layers", None):
+        raise _encoder_decoder(config)
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "is_encoder_decoder", False):  # InstructBLIP with T5, which does not say so
+        raise _encoder_decoder(config)
+    # BLIP puts an image's keys into its layers of text, unless its cache is a DynamicCache.
+    if getattr(text, "cross_attention_layers", None) or text.model_type == "blip_text_model":
         # They have an image's tokens or none, are skipped without one, and the model looks into
         # the tensors of every layer's cache.
         raise Unsupported(
@@ -58,6 +60,12 @@ def memory_layers(config: PretrainedConfig) -> list[Any]:
     if not layers:
         raise Unsupported(f"{config.model_type} has no KV cache")
     return layers
+
+
+def _encoder_decoder(config: PretrainedConfig) -> Unsupported:
+    return Unsupported(
+        f"{config.model_type} is an encoder-decoder model", hint="dualblade serves decoders"
+    )
 
 
 def offloadable(config: PretrainedConfig, layers: list[Any]) -> list[bool]:

@@ -1,4 +1,5 @@
-"""Layers of a transformers cache: one whose rows are in the store, one whose rows are in memory."""
+"""Layers of a transformers cache: one whose rows are in tiles, in a store or in memory, and one
+whose rows lie in memory side by side."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from dualblade.errors import ConfigError
+from dualblade.errors import ConfigError, Unsupported
 from dualblade.hf.choice import AttentionChoice
 from dualblade.hf.lazy import offered_tensors
 from dualblade.hf.tile_attention import refuse_gradients
@@ -38,6 +39,27 @@ class StoredLayer(CacheLayerMixin):
         self._attention = attention
         self._tokens_max = tokens_max
         self._record_past = False
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """Nothing that a model's code could look into. Raises: Unsupported."""
+        raise _not_to_look_into()
+
+    @keys.setter
+    def keys(self, value: torch.Tensor | None) -> None:
+        """What the base class begins with: None."""
+
+    @property
+    def values(self) -> torch.Tensor:
+        """See `keys`. Raises: Unsupported."""
+        raise _not_to_look_into()
+
+    @values.setter
+    def values(self, value: torch.Tensor | None) -> None:
+        """See `keys`."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StoredLayer:
+        raise _not_to_look_into()
 
     @property
     def record_past(self) -> bool:
@@ -111,7 +133,8 @@ class StoredLayer(CacheLayerMixin):
         return -1 if self._tokens_max is None else self._tokens_max
 
     def reset(self) -> None:
-        """Forget all tokens, of all stored layers: they are one cache."""
+        """Forget all tokens, of all layers over tiles: they are one cache."""
+        self.is_initialized = False  # models ask: a prefix may see itself whole in the first pass
         if not self._pipeline.is_empty:
             with _lasting():
                 self._pipeline.reset()
@@ -237,6 +260,13 @@ class MemoryLayer(DynamicLayer):
         """Repeat each sequence `repeats` times."""
         self._buffers = None
         super().batch_repeat_interleave(repeats)
+
+
+def _not_to_look_into() -> Unsupported:
+    return Unsupported(
+        "this model's code looks into the layers of its cache, whose KV is in tiles",
+        hint="use transformers' own cache for it, or path='memory' with attention='exact'",
+    )
 
 
 @contextlib.contextmanager

@@ -77,11 +77,12 @@ def offered_tensors(
         def real() -> torch.Tensor:
             nonlocal made
             on_touch()
-            if made is None:
-                # As in StoredLayer: tails outlive the call, so they are no inference tensors.
-                with torch.inference_mode(False), torch.no_grad():
+            # As in StoredLayer: tails outlive the call, so they are no inference tensors.
+            with torch.inference_mode(False), torch.no_grad():
+                gathered = offer.gather()  # each time: it refuses once another layer's are there
+                if made is None:
                     # As the stand-in says that it lies: views of it may be taken.
-                    made = offer.gather()[index].contiguous()
+                    made = gathered[index].contiguous()
             return made
 
         shape = (*rows.shape[:2], offer.tokens, rows.shape[3])

@@ -63,6 +63,8 @@ def tile_attention(
                 position_bias=position_bias,
                 **kwargs,
             )
+        if sees_ahead:  # no mask would mean a causal one
+            mask = query.new_ones((1, 1, query.shape[2], key.shape[2]), dtype=torch.bool)
         # transformers' sdpa has no place for these.
         asked = _question(query, key.shape[2], mask, scaling, softcap, position_bias, s_aux)
         return attend_whole(asked, key, value), None
@@ -86,9 +88,10 @@ def refuse_gradients(*rows: torch.Tensor) -> None:
 
 
 def _offer_of(key: torch.Tensor, value: torch.Tensor) -> Offer | None:
-    """The offer that both stand for, whole."""
+    """The offer that both stand for, whole, and that nobody looked into on the way."""
     if isinstance(key, OfferedTensor) and isinstance(value, OfferedTensor):
-        return key.offer if key.offer is value.offer else None
+        offer = key.offer if key.offer is value.offer else None
+        return offer if offer is not None and offer.is_open else None
     return None
 
 

@@ -256,8 +256,9 @@ class LayerMaker:
             )
 
 
-def check_rows(key_rows: torch.Tensor, value_rows: torch.Tensor) -> None:
-    """Refuse rows that are no keys and values of one layer. Raises: ConfigError."""
+def check_rows(key_rows: torch.Tensor, value_rows: torch.Tensor, device: torch.device) -> None:
+    """Refuse rows that are no keys and values of one layer, or not on `device`. Raises:
+    ConfigError."""
     if key_rows.ndim != 4 or value_rows.ndim != 4:
         raise ConfigError(
             f"keys and values must be [batch, kv_heads, tokens, dim], not "
@@ -270,6 +271,11 @@ def check_rows(key_rows: torch.Tensor, value_rows: torch.Tensor) -> None:
         )
     if key_rows.dtype != value_rows.dtype:
         raise ConfigError(f"keys are {key_rows.dtype}, values {value_rows.dtype}")
+    if key_rows.device.type != device.type:
+        raise ConfigError(
+            f"keys are on {key_rows.device}, and the cache was made for a model on {device}",
+            hint="make it after the model was moved",
+        )
 
 
 def check_length(tokens: int, tokens_max: int | None) -> None:

@@ -47,7 +47,7 @@ class TileMemory:
 
     def free(self, extent: Extent) -> None:
         """See `Space`."""
-        del self._held[extent]
+        self._held.pop(extent, None)
 
     def clear(self) -> None:
         """Give all extents back."""
@@ -84,6 +84,7 @@ class MemoryKV(LayeredKV):
         memory: TileMemory | None = None,
     ) -> None:
         super().__init__(trace_events)
+        self._device = device
         self._memory = TileMemory(device) if memory is None else memory
         self._maker = LayerMaker(
             space=self._memory,
@@ -93,7 +94,7 @@ class MemoryKV(LayeredKV):
         )
 
     def _admit(self, index: int, key_rows: torch.Tensor, value_rows: torch.Tensor) -> Layer:
-        check_rows(key_rows, value_rows)
+        check_rows(key_rows, value_rows, self._device)
         layer = self._layers.get(index)
         if layer is None:
             layer = self._maker.make(index, key_rows, value_rows)

@@ -62,14 +62,15 @@ class Offer:
 
     def gather(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and all values as plain tensors, valid until the next layer's turn; asked twice
-        they are the same."""
+        they are the same. Raises: DeviceError; DualBladeError when that turn has come."""
         if self._gathered is None:
             self._require_open()
             self._gathered = self._resolve(lambda: self._taker.gather_all(self.layer, self.new))
         return self._gathered
 
     def settle(self) -> None:
-        """Take the rows in without attention, unless that happened."""
+        """The layer's turn is over: take the rows in without attention, unless that happened."""
+        self._gathered = None  # the next layer's come to the same place
         if self.is_open:
             self._resolve(lambda: None, is_sweeping=False)
 
