@@ -161,9 +161,12 @@ def test_repeats_are_interleaved_and_states_are_of_what_is_stored() -> None:
     options = PrefillBenchOptions(
         model=MODEL, modes=("memory", "dual"), store_state="both", repeats=2
     )
-    once = [(None, "memory"), ("fresh", "dual"), ("written", "dual")]
+    memory, fresh, written = (None, "memory"), ("fresh", "dual"), ("written", "dual")
+    orders = [(memory, fresh, written), (fresh, memory, written)]
     assert plan_prefill(options) == [
-        Planned(repeat, None, state, mode) for repeat in range(2) for state, mode in once
+        Planned(repeat, None, state, mode)
+        for repeat, order in enumerate(orders)
+        for state, mode in order
     ]
 
 

@@ -21,6 +21,7 @@ from dualblade.bench.series import (
     Run,
     Watch,
     fio_beside,
+    in_turn,
     median_of,
     opened_log,
     run_all,
@@ -86,13 +87,17 @@ class Planned(NamedTuple):
 
 
 def plan_decode(options: DecodeBenchOptions) -> list[Planned]:
-    """All runs in their order: repeats are interleaved."""
+    """All runs in their order: repeats are interleaved, and each begins with another mode."""
     limits = [
         None if parse_limit(limit) is None else limit
         for limit in options.memory_limits or ("none",)
     ]
-    every = itertools.product(range(options.repeats), limits, options.modes)
-    return [Planned(*each) for each in every]
+    repeats = range(options.repeats)
+    return [
+        Planned(repeat, limit, mode)
+        for repeat, limit in itertools.product(repeats, limits)
+        for mode in in_turn(options.modes, repeat)
+    ]
 
 
 def _planned(run: Run) -> Planned:

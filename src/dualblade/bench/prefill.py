@@ -30,6 +30,7 @@ from dualblade.bench.series import (
     Run,
     Watch,
     fio_beside,
+    in_turn,
     median_of,
     opened_log,
     run_all,
@@ -113,15 +114,17 @@ class Planned(NamedTuple):
 
 
 def plan_prefill(options: PrefillBenchOptions) -> list[Planned]:
-    """All runs in their order: repeats are interleaved; what stores nothing has no state."""
+    """All runs in their order: repeats are interleaved, and each begins with another mode; what
+    stores nothing has no state."""
     states = (FRESH, WRITTEN) if options.store_state == "both" else (options.store_state,)
     limits = [
         None if parse_limit(text) is None else text for text in options.memory_limits or ("none",)
     ]
-    every = itertools.product(range(options.repeats), limits, states, options.modes)
+    every = itertools.product(range(options.repeats), limits, states)
     planned = (
         Planned(repeat, limit, state if is_stored(mode) else None, mode)
-        for repeat, limit, state, mode in every
+        for repeat, limit, state in every
+        for mode in in_turn(options.modes, repeat)
     )
     return list(dict.fromkeys(planned))
 

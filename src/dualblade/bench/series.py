@@ -54,6 +54,13 @@ def opened_log(
         yield stack.enter_context(RunLog(path, asked, find_facts, may_grow="repeats"))
 
 
+def in_turn(modes: Sequence[str], repeat: int) -> tuple[str, ...]:
+    """The modes in the order of one repeat: each begins with another, so that none has the place
+    after the same one, or the last, in all."""
+    first = repeat % len(modes)
+    return (*modes[first:], *modes[:first])
+
+
 def run_all(
     log: RunLog,
     watch: Watch,
