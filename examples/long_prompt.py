@@ -1,20 +1,24 @@
-"""Generate from a long prompt with the KV cache on the drive, within 256 MiB of memory.
+"""Generate from a long prompt with the KV cache on the drive: 256 MiB of memory for it, whatever
+the prompt's length.
 
     python examples/long_prompt.py MODEL FILE
 
 MODEL is a folder or a hub id that transformers can load.
 """
 
-# ruff: noqa: T201 - an example prints
+# ruff: noqa: E402, T201 - what torch's threads do is said before torch is imported; it prints
 import sys
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
-
 import dualblade
+
+dualblade.wait_briefly()
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 name, file = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+dualblade.widen_linears(model)
 with open(file, encoding="utf-8") as text:
     inputs = tokenizer(text.read(), return_tensors="pt")
 
