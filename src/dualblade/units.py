@@ -16,6 +16,10 @@ BLOCK_BYTES = 4096
 EXTENT_ALIGN_BYTES = 2 * MIB
 """Extents start and end here, so that dropping one never meets a page-cache folio of another."""
 
+HUGE_PAGE_BYTES = 2 * MIB
+"""Of memory that is read into: a device pays for each page of a transfer. On x86-64, and on ARM
+with pages of 4 KiB."""
+
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B?)\s*$", re.IGNORECASE)
 _POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 

@@ -34,7 +34,7 @@ from dualblade.geometry import TILE_ROWS_DEFAULT
 from dualblade.host.machine import command_line, machine_facts
 from dualblade.io import Arena
 from dualblade.pipeline.copies import HostCopies
-from dualblade.units import EXTENT_ALIGN_BYTES, GIB, MIB, round_up
+from dualblade.units import GIB, HUGE_PAGE_BYTES, MIB, round_up
 
 Progress = Callable[[str], None]
 
@@ -161,7 +161,7 @@ def seconds_of_call(call: Callable[[int], object]) -> float:
 def _in_huge_pages(rows: torch.Tensor) -> torch.Tensor:
     """A contiguous copy, in memory as staging, gather buffers and the memory path have it."""
     size = rows.numel() * rows.element_size()
-    arena = Arena(round_up(size, EXTENT_ALIGN_BYTES))
+    arena = Arena(round_up(size, HUGE_PAGE_BYTES))
     memory = torch.frombuffer(arena.buffer, dtype=torch.uint8)[:size]
     return memory.view(rows.dtype).view(rows.shape).copy_(rows)
 

@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from dualblade.errors import NoSpace, StorageError, Unsupported
-from dualblade.units import GIB, MIB, format_size
+from dualblade.units import GIB, HUGE_PAGE_BYTES, MIB, format_size
 
 SECONDS = 2.0
 """A thousand chunks and more; every stored run gets one, because drives change their speed."""
 
 SCRATCH_BYTES_MAX = GIB
 
-_HUGE_PAGE_BYTES = 2 * MIB
 _HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 
 
@@ -165,7 +164,7 @@ def _written_file(folder: Path, size_bytes: int) -> Path:
 @contextlib.contextmanager
 def huge_pages(size_bytes: int) -> Iterator[bool]:
     """Set huge pages aside for buffers of `size_bytes`; whether that was possible."""
-    count = size_bytes // _HUGE_PAGE_BYTES + 2  # fio aligns its buffers, and adds a page
+    count = size_bytes // HUGE_PAGE_BYTES + 2  # fio aligns its buffers, and adds a page
     try:
         before = int(_HUGE_PAGES.read_text())
         _HUGE_PAGES.write_text(str(before + count))

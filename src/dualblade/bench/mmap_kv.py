@@ -43,7 +43,7 @@ from dualblade.pipeline.memory import TileMemory
 from dualblade.pipeline.unit import paired_pieces, tile_view
 from dualblade.store import Door, Extent
 from dualblade.store.extents import Range
-from dualblade.units import EXTENT_ALIGN_BYTES, round_up
+from dualblade.units import HUGE_PAGE_BYTES, round_up
 
 _TRY_OTHER_SWEEPS = 16
 """What took longer may take less by now: so often it is tried again."""
@@ -64,7 +64,7 @@ class MappedFiles(TileMemory):
 
     def allocate(self, size_bytes: int, door: Door) -> Extent:
         """See `Space`."""
-        size = round_up(size_bytes, EXTENT_ALIGN_BYTES)
+        size = round_up(size_bytes, HUGE_PAGE_BYTES)
         try:
             if self._keep:
                 self._folder.mkdir(exist_ok=True, mode=0o700)

@@ -25,7 +25,7 @@ from dualblade.host.cgroup import MemoryLimit
 from dualblade.host.memory import process_memory
 from dualblade.host.process import die_with_parent, process_io, release_memory, reset_peak_memory
 from dualblade.metrics import CacheStats, TransferTotals
-from dualblade.units import EXTENT_ALIGN_BYTES, round_up
+from dualblade.units import HUGE_PAGE_BYTES, round_up
 
 QUESTION = (
     "Which house of Congress has the sole power to impeach, and which has the sole power to try "
@@ -186,7 +186,7 @@ def _room_bytes(stats: CacheStats, tokens_max: int) -> int:
     """What path `memory` takes for the KV of so many tokens; over tiles in whole huge pages."""
     units = 2 * (stats.memory_layers + stats.offloaded_layers)
     unit = stats.kv_bytes // stats.tokens * tokens_max // units
-    return units * (round_up(unit, EXTENT_ALIGN_BYTES) if stats.attention == "tiles" else unit)
+    return units * (round_up(unit, HUGE_PAGE_BYTES) if stats.attention == "tiles" else unit)
 
 
 def _load(options: DemoRun) -> Any:

@@ -9,9 +9,7 @@ from functools import cached_property
 from types import TracebackType
 
 from dualblade.errors import BudgetError, Closed, ConfigError
-from dualblade.units import MIB, format_size, round_up
-
-HUGE_PAGE_BYTES = 2 * MIB
+from dualblade.units import HUGE_PAGE_BYTES, MIB, format_size, round_up
 
 # Not in Python 3.11's mmap module; numbers from asm-generic/mman-common.h.
 _MADV_WIPEONFORK = 18

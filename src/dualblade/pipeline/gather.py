@@ -11,7 +11,7 @@ from dualblade.geometry import TileGeometry
 from dualblade.io import Arena
 from dualblade.pipeline.order import SequenceTable
 from dualblade.pipeline.unit import Piece
-from dualblade.units import EXTENT_ALIGN_BYTES, format_size, round_up
+from dualblade.units import HUGE_PAGE_BYTES, format_size, round_up
 
 
 class GatherBuffers:
@@ -57,7 +57,7 @@ class GatherBuffers:
     @staticmethod
     def allocated_bytes(size_bytes: int) -> int:
         """Memory that a buffer of `size_bytes` takes: whole huge pages."""
-        return round_up(size_bytes, EXTENT_ALIGN_BYTES)
+        return round_up(size_bytes, HUGE_PAGE_BYTES)
 
     def _buffer(self, size_bytes: int) -> torch.Tensor:
         if self._device.type != "cpu":

@@ -18,7 +18,7 @@ from dualblade.pipeline.layers import LayeredKV
 from dualblade.pipeline.unit import Piece, Unit, paired_pieces, tile_view
 from dualblade.store import Door, Extent
 from dualblade.store.extents import Range
-from dualblade.units import EXTENT_ALIGN_BYTES, round_up
+from dualblade.units import HUGE_PAGE_BYTES, round_up
 
 _NO_LIMIT = 1 << 62
 
@@ -36,7 +36,7 @@ class TileMemory:
 
     def allocate(self, size_bytes: int, door: Door) -> Extent:
         """See `Space`."""
-        size = round_up(size_bytes, EXTENT_ALIGN_BYTES)
+        size = round_up(size_bytes, HUGE_PAGE_BYTES)
         extent = Extent(range=Range(0, size), door=door)
         if self._device.type == "cpu":
             # Huge pages, as staging has: attention sweeps all of it at every step.

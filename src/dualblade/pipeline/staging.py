@@ -11,7 +11,7 @@ import torch
 from dualblade.config import EngineConfig
 from dualblade.io import Arena
 from dualblade.pipeline.timeline import Lane, Timeline, now_ns
-from dualblade.units import BLOCK_BYTES, EXTENT_ALIGN_BYTES, KIB, MIB, round_up
+from dualblade.units import BLOCK_BYTES, HUGE_PAGE_BYTES, KIB, MIB, round_up
 
 _SHARE_OF_BUDGET = 8
 _TOTAL_BYTES_MIN = 2 * MIB
@@ -63,7 +63,7 @@ class StagingShape:
     @property
     def total_bytes(self) -> int:
         """Memory of all slots, in whole huge pages."""
-        return round_up(self.slot_bytes * (self.read_slots + self.write_slots), EXTENT_ALIGN_BYTES)
+        return round_up(self.slot_bytes * (self.read_slots + self.write_slots), HUGE_PAGE_BYTES)
 
     def slots_first(self, queue_bytes: int) -> int:
         """Read slots to begin with, for a drive with `queue_bytes` in flight: see _QUEUES_HELD."""
