@@ -38,21 +38,8 @@ DOCUMENTS = (
 MIB, GIB = 1 << 20, 1 << 30
 
 
-# Their mapped files were two to three times slower than they need be (docs/performance.md, "What
-# mmap is"): what stands beside that says nothing.
-SLOWER_MMAP = ("paper-24gib/", "paper-opt-6.7b-8-11")
-
-
 def load(name: str) -> dict[str, Any]:
-    data = json.loads((RESULTS / f"{name}.json").read_text())
-    return without_mmap(data) if name.startswith(SLOWER_MMAP) else data
-
-
-def without_mmap(data: dict[str, Any]) -> dict[str, Any]:
-    """A result of several modes as if mmap had not been among them."""
-    data["options"]["modes"].remove("mmap")
-    for part in ("runs", "summary"):
-        data[part] = [item for item in data[part] if item["mode"] != "mmap"]
+    data: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
     return data
 
 
@@ -675,13 +662,13 @@ def against_limits(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for limit, items in by_limit.items():
         took = {mode: items[mode]["step_seconds_median"] for mode in modes}
-        others = [seconds for mode, seconds in took.items() if seconds and mode != "dual"]
+        others = {mode: seconds for mode, seconds in took.items() if seconds and mode != "dual"}
         rows.append(
             [
                 limit.removeprefix("+").replace("%", " %").replace("GiB", " GiB"),
                 *(step_cell(data, items[mode]) for mode in modes),
-                *(ratio(took["dual"], took[mode]) for mode in beside[:-1]),
-                ratio(took["dual"], min(others, default=None)),
+                *(paired_cell(data, limit, mode) for mode in beside[:-1]),
+                paired_cell(data, limit, min(others, key=others.__getitem__, default=None)),
                 *(drive_speed(data, mode, limit) for mode in beside),
             ]
         )
@@ -702,8 +689,25 @@ def kv_bytes(data: dict[str, Any]) -> int:
 
 def paired_ratios(runs: list[dict[str, Any]], mode: str, other: str) -> list[float]:
     """Of the step times of two modes that took turns: the machine changes speed between pairs."""
-    took = {(run["mode"], run["repeat"]): run["step_seconds_median"] for run in runs}
-    return [seconds / took[other, turn] for (name, turn), seconds in took.items() if name == mode]
+    took = {
+        (run["mode"], run["repeat"]): run["step_seconds_median"]
+        for run in runs
+        if run["step_seconds_median"]
+    }
+    return [
+        seconds / took[other, turn]
+        for (name, turn), seconds in took.items()
+        if name == mode and (other, turn) in took
+    ]
+
+
+def paired_cell(data: dict[str, Any], limit: str | None, other: str | None) -> str:
+    """dual's time by another mode's under one limit: the median of the pairs, and their spread."""
+    runs = [run for run in data["runs"] if run["memory_limit"] == limit]
+    ratios = sorted(paired_ratios(runs, "dual", other)) if other else []
+    if len(ratios) < 2:
+        return "".join(f"{one:.2f}" for one in ratios)
+    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
 
 
 def budgets() -> str:

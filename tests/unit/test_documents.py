@@ -82,15 +82,22 @@ def test_survivors_are_counted_and_what_failed_was_not_killed(script: ModuleType
     assert script.decode_row(data, mmap)[2] == "failed"
 
 
-def test_a_mode_that_is_left_out_leaves_no_column(script: ModuleType) -> None:
-    name = "paper-24gib/paper-opt-2.7b"
-    head, rows = script.against_limits(load(name))
-    less, others = script.against_limits(script.load(name))
-    assert [title for title in head if "mmap" not in title] == less
-    times = [title for title in less if title.endswith(" ms")]
-    assert [[row[head.index(title)] for title in times] for row in rows] == [
-        [row[less.index(title)] for title in times] for row in others
+def test_a_ratio_is_of_runs_that_took_turns(script: ModuleType) -> None:
+    """A drive that gets slower from turn to turn changes no ratio; nor do runs that were killed."""
+    took = {"direct": (1.0, 2.0, 4.0), "dual": (0.5, 1.2, None)}
+    runs = [
+        {"mode": mode, "repeat": turn, "memory_limit": "50%", "step_seconds_median": seconds}
+        for mode, all_seconds in took.items()
+        for turn, seconds in enumerate(all_seconds)
     ]
+    assert script.paired_cell({"runs": runs}, "50%", "direct") == "0.55 (0.50-0.60)"
+    assert script.paired_cell({"runs": runs[:1] + runs[3:4]}, "50%", "direct") == "0.50"
+    for data, limit, other in (
+        ({"runs": runs}, "50%", None),
+        ({"runs": runs}, "50%", "mmap"),
+        ({"runs": runs}, None, "direct"),
+    ):
+        assert script.paired_cell(data, limit, other) == ""
 
 
 def test_what_stands_beside_a_median_is_one_over_the_runs_that_got_through(
