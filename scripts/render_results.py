@@ -23,7 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from dualblade.bench.report_section import of_runs, runs_of, seconds_spread, stolen_notes
-from dualblade.bench.report_tables import fits_section, flexllmgen_section
+from dualblade.bench.report_tables import (
+    changing_memory_table,
+    fits_section,
+    flexllmgen_section,
+)
 from dualblade.bench.series import median_of
 from dualblade.host.machine import cpu_text
 
@@ -258,6 +262,16 @@ def attention(name: str = "attention") -> str:
         f"{table(head, rows)}\n\nGiB of KV per second, one query row; medians of 7; "
         f"{data['kernel']} kernel, {data['threads']} threads. `{data['command']}` on "
         f"{machine_line(data['machine'])}; file: `results/{name}.json`."
+    )
+
+
+def changing_memory() -> str:
+    data = load("changing-memory")
+    head, rows, about = changing_memory_table(data)
+    notes = stolen_notes([run for run in data["runs"] if not run["oom_killed"]])
+    return (
+        f"{table(head, rows)}\n\n{' '.join([about, *notes])} `scripts/{data['command']}` on "
+        f"{machine_line(data['machine'])}; file: `results/changing-memory.json`."
     )
 
 
@@ -952,6 +966,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-amx": partial(attention, "attention-amx"),
     "contention": contention,
     "fits": fits,
+    "changing-memory": changing_memory,
     "smollm2": smollm2,
     "context": context,
     "lookup": lookup,
@@ -978,6 +993,7 @@ TABLES: dict[str, Callable[[], str]] = {
 FIGURES = {
     "docs/budgets.svg": ("budgets/budgets", "decode_figure"),
     "docs/envelope.svg": ("envelope", "envelope_figure"),
+    "docs/changing-memory.svg": ("changing-memory", "changing_memory_figure"),
 }
 
 

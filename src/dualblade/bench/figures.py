@@ -237,6 +237,48 @@ def growth_figure(points: Sequence[tuple[float, float, str]]) -> Figure:
     return figure
 
 
+def changing_memory_figure(result: Mapping[str, Any]) -> Figure:
+    """Step time over time, each mode's first run, with the memory that there is below it.
+
+    Raises: Unsupported without matplotlib.
+    """
+    with _figure() as (figure, axes):
+        ends: list[tuple[float, float, str]] = []
+        for entry in result["summary"]:
+            mode = entry["mode"]
+            run = next((r for r in result["runs"] if r["mode"] == mode and r.get("steps")), None)
+            if run is None:
+                continue
+            begins = [0.0]
+            for phase in run["phases"]:
+                begins.append(begins[-1] + phase["seconds"])
+            points = [
+                (begins[step["phase"]] + step["at_seconds"], 1000 * step["seconds"])
+                for step in run["steps"]
+            ]
+            color, width = mode_color(mode), 2.2 if mode == "dual" else 1.0
+            axes.plot(*zip(*points, strict=True), color=color, lw=width)
+            ends.append((*points[-1], mode))
+        at = 0.0
+        for phase in result["phases"]:
+            axes.axvline(at, color="#B8BEC3", lw=0.8, ls=":")
+            where = (at, 1.01)
+            text = f" {phase['fraction']:.0%} of the KV in memory"
+            axes.annotate(text, where, xycoords=("data", "axes fraction"), fontsize=_NAME_POINTS)
+            at += phase["seconds"]
+        axes.set_yscale("log")
+        axes.set_xlabel("seconds")
+        axes.set_ylabel("ms per decode step")
+        axes.set_title("Memory that changes while it decodes", pad=18)
+        for x, y, name in ends:
+            axes.annotate(
+                name, (x, y), xytext=(5, 0), textcoords="offset points", fontsize=_NAME_POINTS,
+                color=mode_color(name), va="center",
+            )  # fmt: skip
+        axes.margins(x=0.02)
+    return figure
+
+
 def mode_color(mode: str) -> str:
     """One colour to a mode, in all figures, whatever its settings."""
     return _MODES.get(mode.partition("+")[0], OTHERS)

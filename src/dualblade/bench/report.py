@@ -27,6 +27,7 @@ from dualblade.bench.report_prefill import prefill_section
 from dualblade.bench.report_section import Made, Named, Section
 from dualblade.bench.report_tables import (
     attention_section,
+    changing_memory_section,
     contention_section,
     control_section,
     deepspeed_section,
@@ -142,6 +143,7 @@ def kind_of(result: Any) -> str | None:
         "deepspeed": {"deepspeed_setting", "pairs", "machine"},
         "contention": {"fio_ratio_median", "step_ratio_median", "rounds", "machine"},
         "fits": {"cases", "command", "machine"},
+        "changing-memory": {"phases", "kv_bytes", "runs", "machine"},
         "products": {"products", "prompt", "cpu_capability", "machine"},
         "spinning": {"medians", "runs", "repeats", "benchmark", "machine"},
         "flexllmgen": {"flexllmgen_commit", "rounds", "machine"},
@@ -186,6 +188,7 @@ SECTIONS: dict[str, Callable[[list[Named]], Made]] = {
     "striping": striping_section,
     "contention": contention_section,
     "fits": fits_section,
+    "changing-memory": changing_memory_section,
     "control": control_section,
     "attention": attention_section,
     "products": products_section,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
+from dualblade.bench import figures
 from dualblade.bench.report_section import (
     Made,
     Named,
@@ -215,6 +217,58 @@ def fits_section(group: list[Named]) -> Made:
     )
     most = max(case["step_ratio_median"] for case in result["cases"])
     return section, [(f"{most:.2f} x", "at most, the step of memory where all KV fits")]
+
+
+def changing_memory_table(
+    result: Mapping[str, Any],
+) -> tuple[list[str], list[list[str]], str]:
+    """Head, rows and what they are of, of `scripts/measure_changing_memory.py`."""
+    parts = [f"{phase['fraction']:.0%}" for phase in result["phases"]]
+    rows = []
+    for entry in result["summary"]:
+        if not entry["runs"]:
+            rows.append([entry["mode"], "killed", *("" for _ in range(2 * len(parts)))])
+            continue
+        rows.append(
+            [
+                entry["mode"],
+                f"{entry['tokens_per_second']:.1f}",
+                *(f"{phase['tokens_per_second']:.1f}" for phase in entry["phases"]),
+                *(f"{1000 * phase['step_seconds_max']:.0f}" for phase in entry["phases"]),
+            ]
+        )
+    head = ["mode", "tokens/s"]
+    head += [f"at {part}" for part in parts] + [f"longest step at {part}, ms" for part in parts]
+    seconds = ", ".join(f"{phase['seconds']:.0f}" for phase in result["phases"])
+    about = (
+        f"The part of the KV's {result['kv_bytes'] / GIB:.2f} GiB that a memory cgroup leaves the "
+        f"cache is {', then '.join(parts)}, for {seconds} seconds; the limit changes between two "
+        f"steps. Medians of {result['repeats']} runs in turn; the longest step is of all runs."
+    )
+    return head, rows, about
+
+
+def changing_memory_section(group: list[Named]) -> Made:
+    """`scripts/measure_changing_memory.py`: a limit that falls and rises again."""
+    ((name, result),) = group
+    head, rows, about = changing_memory_table(result)
+    section = Section(
+        title="Memory that changes while it decodes",
+        file=name,
+        about=about,
+        command=result["command"],
+        machine=machine_text(result["machine"]),
+        notes=stolen_notes([run for run in result["runs"] if not run["oom_killed"]]),
+        head=head,
+        rows=rows,
+        figures=[figures.svg_text(figures.changing_memory_figure(result))],
+    )
+    took = {e["mode"]: e["tokens_per_second"] for e in result["summary"] if e["runs"]}
+    others = [speed for mode, speed in took.items() if mode != "dual"]
+    if "dual" not in took or not others:
+        return section, []
+    gained = took["dual"] / max(others)
+    return section, [(f"{gained:.2f} x", "the tokens of the best other where memory changes")]
 
 
 def products_section(group: list[Named]) -> Made:
