@@ -100,8 +100,6 @@ def one_run(workload: DecodeBenchOptions, mode: str, calibration: dict[str, Any]
     options = workload.child_options(
         task="run",
         mode=parts.path,
-        steps=STEPS_MAX,
-        warmup_steps=WARM_STEPS,
         memory_budget="auto",
         engine={**parts.settings, "memory_reserve_bytes": base - calibration["loaded_bytes"]},
     )
