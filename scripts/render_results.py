@@ -206,7 +206,8 @@ def decode() -> str:
         )
     note = (
         "Limit: the part of the KV's bytes that is left for its cache in a memory cgroup. Roof: "
-        "max(the `memory` step, bytes read / fio's bandwidth in the same run). Files: "
+        "max(the `memory` step, bytes read / fio's bandwidth in the same run). `dynamic-cache` has "
+        "the model's own attention, not that over tiles. Files: "
         "`results/decode-*.json`."
     )
     return "\n\n".join([*blocks, note])

@@ -56,6 +56,13 @@ def test_all_paths_generate_the_same(generated: dict[str, dict[str, Any]]) -> No
         assert (result["prompt_tokens"], result["new_tokens"]) == (1400, 12)
 
 
+def test_options_that_a_path_does_not_heed_are_told(
+    generated: dict[str, dict[str, Any]],
+) -> None:
+    said = {path: "--store has no effect on path" in run["told"] for path, run in generated.items()}
+    assert said == {path: path == "memory" for path in PATHS}
+
+
 def test_a_trace_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
     done = dualblade("generate", "-m", TINY, "-p", "a", "--trace", str(tmp_path / "no" / "t.json"))
     assert done.returncode == 2
