@@ -45,14 +45,12 @@ def open_cache(model: LlamaForCausalLM, budget_bytes: int) -> DualBladeCache:
 def test_staging_of_a_small_budget_is_more_than_an_eighth(model: LlamaForCausalLM) -> None:
     with open_cache(model, 128 * MIB) as cache:
         memory = run(model, cache, 1).memory
-    assert memory is not None
     assert memory.staging_bytes == 48 * MIB
 
 
 def test_many_sequences_have_tiles_of_sixteen_tokens(model: LlamaForCausalLM) -> None:
     with open_cache(model, 128 * MIB) as cache:
         memory = run(model, cache, 64).memory
-    assert memory is not None
     assert memory.tail_bytes == 64 * MIB
     assert memory.staging_bytes == 16 * MIB
     assert memory.used_bytes <= 128 * MIB
@@ -67,8 +65,6 @@ def test_after_one_sequence_there_is_room_for_many(
         first = run(model, cache, 1).memory
         cache.reset()
         then = run(model, cache, 64).memory
-    assert first is not None
-    assert then is not None
     assert then.staging_bytes == first.staging_bytes
     assert then.used_bytes <= budget_bytes
 
@@ -78,8 +74,6 @@ def test_taking_back_tokens_finds_room_for_tails_of_two_tiles(model: LlamaForCau
         before = run(model, cache, 8).memory
         cache.activate_past_recording()
         after = run(model, cache, 8).memory
-    assert before is not None
-    assert after is not None
     assert after.tail_bytes == 2 * before.tail_bytes
     assert after.used_bytes <= 64 * MIB
 
@@ -92,7 +86,6 @@ def test_staging_gives_way_where_all_kv_just_fits(model: LlamaForCausalLM) -> No
             model, path=path, attention="tiles", memory_budget=128 * MIB, max_tokens=512
         ) as cache:
             stats = run(model, cache, 2)
-        assert stats.memory is not None
         staging[path] = stats.memory.staging_bytes
     assert staging == {"dual": 32 * MIB, "direct": 48 * MIB}
 
@@ -103,5 +96,4 @@ def test_a_plan_counts_the_tiles_that_are_stored(model: LlamaForCausalLM) -> Non
         model, attention="tiles", memory_budget=128 * MIB, max_tokens=100
     ) as cache:
         stats = run(model, cache, 1)
-    assert stats.plan is not None
     assert sum(unit.bytes for unit in stats.plan) == 64 * 64 * KIB

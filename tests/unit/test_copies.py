@@ -1,4 +1,4 @@
-"""The order of what CUDA's copies are given, on streams and events that only take notes."""
+"""What CUDA's copies tell, on streams and events that only take notes: spans, failures, pinning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ class Device:
     def __init__(self, *, pinned: bool = True) -> None:
         self.now = 0.0
         self.pinned, self.registered = pinned, False
-        self.launched_after_error = False
         self.is_lost = False
 
     def event(self, **_: Any) -> Any:
