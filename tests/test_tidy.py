@@ -139,5 +139,6 @@ def test_native_core_stays_small() -> None:
     # registers; 30 for rows on cache lines of their own and threads that keep to their part; 20
     # for writes that leave folios of 2 MiB, which reading in place is for; 15 for threads that are
     # not to be had, and for closing beside a registration; 15 for kernels that take no command
-    # from registered memory, and for a pool whose own part fails.
-    assert sum(len(p.read_text().splitlines()) for p in sources) <= 3530
+    # from registered memory, and for a pool whose own part fails; 10 for writes that find no memory
+    # at once, and for the direct door's own busy time.
+    assert sum(len(p.read_text().splitlines()) for p in sources) <= 3540

@@ -42,9 +42,9 @@ from dualblade.residency.speeds import worth_caching
 from dualblade.store import Store
 from dualblade.store.backing import cache_directory
 from dualblade.store.formatting import carry_out_format, plan_format
+from dualblade.store.in_place import DoorCounters
 from dualblade.store.inspect import inspect_store
 from dualblade.store.measure import SWEEP_BYTES
-from dualblade.store.store import DoorCounters
 from dualblade.units import GIB, MIB
 from tests.devices import contents, loop_device, needs_root
 

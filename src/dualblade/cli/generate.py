@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -200,7 +200,7 @@ def _utf8(what: str, text: str) -> str:
 def _run(request: _Request) -> None:
     from dualblade.cli.output import Reporter, write_json
 
-    for name in _without_effect(request):
+    for name in options.without_effect(request.path, request.store, request.engine):
         typer.echo(f"{name} has no effect on path {request.path}", err=True)
     with Reporter() as reporter:
         began = time.perf_counter()
@@ -224,25 +224,6 @@ def _run(request: _Request) -> None:
         write_json(result)
     if request.stats:
         _show_stats(result)
-
-
-_OF_THE_STORE = ("disk_capacity_bytes", "io_engine", "io_poll", "discard", "queue_depth")
-
-
-def _without_effect(request: _Request) -> list[str]:
-    """Options that were given and that nothing on the path heeds."""
-    from dualblade.config import EngineConfig
-
-    asked = asdict(request.engine)
-    usual = asdict(EngineConfig())
-    names = [name for name in _OF_THE_STORE if asked[name] != usual[name]]
-    if request.path == "page-cache":
-        names = [name for name in names if name == "io_poll"]
-    elif request.path == "memory":
-        names = ["store"] * (request.store is not None) + names
-    else:
-        names = []
-    return ["--" + name.replace("_", "-") for name in names]
 
 
 def _check_memory(request: _Request) -> None:

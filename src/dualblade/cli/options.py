@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -197,3 +198,19 @@ def engine_config(
 
     given: dict[str, Any] = {"io_engine": io_engine, "queue_depth": queue_depth, **others}
     return EngineConfig.from_mapping({k: v for k, v in given.items() if v is not None})
+
+
+_OF_THE_STORE = ("disk_capacity_bytes", "io_engine", "io_poll", "discard", "queue_depth")
+
+
+def without_effect(path: str, store: list[Path] | None, engine: EngineConfig) -> list[str]:
+    """Options that were given and that nothing on `path` heeds, as one types them."""
+    from dualblade.config import EngineConfig
+
+    asked, usual = asdict(engine), asdict(EngineConfig())
+    names = [name for name in _OF_THE_STORE if asked[name] != usual[name]]
+    if path == "memory":
+        names = [*(["store"] if store else []), *names]
+    else:
+        names = [name for name in names if name == "io_poll" and path == "page-cache"]
+    return ["--" + name.replace("_", "-") for name in names]

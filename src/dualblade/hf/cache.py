@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -12,14 +11,13 @@ from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from dualblade.config import EngineConfig, Path, check_attention
-from dualblade.errors import BudgetError, Closed, ConfigError, Unsupported
+from dualblade.config import EngineConfig, Path
+from dualblade.errors import Closed, ConfigError, Unsupported
 from dualblade.hf.beside import WholeSteps
 from dualblade.hf.choice import AttentionChoice, choose, decoder_of, give_back, lend
 from dualblade.hf.continues import watch_texts
-from dualblade.hf.footprint import staging_and_tails, weights_per_token
+from dualblade.hf.footprint import weights_per_token
 from dualblade.hf.geometry import (
     are_alike,
     item_bytes,
@@ -29,6 +27,13 @@ from dualblade.hf.geometry import (
 )
 from dualblade.hf.layer import MemoryLayer, StoredLayer
 from dualblade.hf.linear import rows_in_turn
+from dualblade.hf.refusals import (
+    check_budget,
+    check_kinds,
+    check_model,
+    check_words,
+    warn_of_boundary,
+)
 from dualblade.hf.speeds import (
     FIRST_USE_KV_BYTES_MIN,
     door_speeds,
@@ -51,9 +56,7 @@ from dualblade.metrics import (
 from dualblade.pipeline import KVPipeline, KVSettings, MemoryKV
 from dualblade.pipeline.residence import MemorySource
 from dualblade.store import Place, Store, member_count
-from dualblade.units import MIB, format_size, parse_size
-
-log = logging.getLogger("dualblade.hf")
+from dualblade.units import MIB, parse_size
 
 
 class DualBladeCache(WholeSteps):
@@ -133,14 +136,14 @@ class DualBladeCache(WholeSteps):
                 which `generate` would write wrong text; Unsupported, BudgetError, NotAStore,
                 NoSpace, StorageError.
         """
-        _check_kinds(model, config)
+        check_kinds(model, config)
         way, settings = Path.parse(path), config or EngineConfig()
         settings.check_path(way)
-        _check_words(attention, max_tokens)
+        check_words(attention, max_tokens)
         layers = memory_layers(model.config)
         stored = offloadable(model.config, layers)
-        _check_model(model, layers, stored)
-        _warn_of_boundary(model, max_tokens)
+        check_model(model, layers, stored)
+        warn_of_boundary(model, max_tokens)
         choice = choose(model, attention)
         if way is Path.MEMORY:
             memory = MemoryKV(model.device, settings.tile_tokens, max_tokens, settings.trace_events)
@@ -148,7 +151,7 @@ class DualBladeCache(WholeSteps):
             pipeline = memory if choice.over_tiles else None
             return cls(layers, path=way, attention=choice, model=model, pipeline=pipeline)
         budget, source = _budget(memory_budget, settings)
-        _check_budget(model, budget, settings)
+        check_budget(model, budget, settings)
         kv = KVSettings(
             path=way,
             budget_bytes=budget,
@@ -432,86 +435,3 @@ def _layer_bytes(layer: Any) -> int:
         return 0
     tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-
-def _check_kinds(model: object, config: object) -> None:
-    """What a type checker would have said."""
-    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
-        raise ConfigError(
-            f"for_model is given a loaded model, not a {type(model).__name__}",
-            hint="AutoModelForCausalLM.from_pretrained(...) makes one",
-        )
-    if config is not None and not isinstance(config, EngineConfig):
-        raise ConfigError(
-            f"config is an EngineConfig, not a {type(config).__name__}",
-            hint="such as dualblade.EngineConfig(queue_depth=4)",
-        )
-
-
-def _check_words(attention: str, max_tokens: int | None) -> None:
-    check_attention(attention)
-    if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
-        raise ConfigError(f"max_tokens must be a positive number, not {max_tokens!r}")
-
-
-def _check_model(model: PreTrainedModel, layers: list[Any], stored: list[bool]) -> None:
-    name = type(model).__name__
-    if getattr(getattr(model, "generation_config", None), "use_cache", None) is False:
-        # generate() would give it the whole text at each step, as what is new.
-        raise ConfigError(
-            f"{name} is set to use no cache",
-            hint="set model.generation_config.use_cache = True",
-        )
-    if not model.can_generate():
-        raise Unsupported(f"{name} does not generate", hint="load it as AutoModelForCausalLM")
-    if not any(stored):
-        kinds = sorted({type(layer).__name__ for layer in layers})
-        bounded = all(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers)
-        raise Unsupported(
-            f"{name} has no full-attention layers to store (its layers: {', '.join(kinds)})",
-            hint="its KV is bounded by the window; use transformers' DynamicCache"
-            if bounded
-            else "use transformers' own cache for it",
-        )
-    if model.device.type == "meta":
-        raise Unsupported(f"{name} has no weights on a device", hint="load it on one device")
-    devices = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
-    if len(devices) > 1:
-        raise Unsupported(
-            f"{name} is spread over devices {', '.join(sorted(devices))}",
-            hint="load it on one device",
-        )
-
-
-_FORGETFUL = ("phi3", "phi4_multimodal", "phimoe")
-"""Models that begin without their cache once a text passes the context of their first training, for
-their rotations change there (transformers 5.24, prepare_inputs_for_generation)."""
-
-
-def _warn_of_boundary(model: PreTrainedModel, max_tokens: int | None) -> None:
-    text = model.config.get_text_config(decoder=True)
-    boundary = getattr(text, "original_max_position_embeddings", None)
-    most = getattr(text, "max_position_embeddings", None)
-    if text.model_type not in _FORGETFUL or not boundary or not most or most <= boundary:
-        return
-    if max_tokens is None or max_tokens > boundary:
-        log.warning(
-            "%s computes a text anew, with its KV in memory, where it passes %d tokens; longer "
-            "prompts stay in the store with prefill_chunk_size=%d or less",
-            type(model).__name__,
-            boundary,
-            boundary,
-        )
-
-
-def _check_budget(model: PreTrainedModel, budget: int, config: EngineConfig) -> None:
-    """Refuse at once a budget that not even one sequence's staging and tails fit in."""
-    staging, tails = staging_and_tails(model.config, item_bytes(model.dtype), budget, config)
-    needed = staging + tails
-    if needed > budget:
-        raise BudgetError(
-            f"the memory budget of {format_size(budget)} is too small: staging alone needs "
-            f"{format_size(staging)}",
-            needed_bytes=needed,
-            hint=f"give it at least {format_size(needed)}, and more for longer contexts",
-        )

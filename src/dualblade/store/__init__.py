@@ -2,8 +2,9 @@
 
 from dualblade.store.backing import cache_directory
 from dualblade.store.doors import Door
+from dualblade.store.in_place import InPlace
 from dualblade.store.members import Place, as_places, member_count
-from dualblade.store.store import Extent, InPlace, Store
+from dualblade.store.store import Extent, Store
 
 __all__ = [
     "Door",

@@ -6,7 +6,7 @@ import errno
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from dualblade.errors import Closed, NoSpace, StorageError
 from dualblade.host.mapped import FileMemory
@@ -15,6 +15,7 @@ from dualblade.io import Engine, Op, Ticket, Transfer
 from dualblade.store.doors import LEGAL_MOVES, Door
 from dualblade.store.extents import ExtentAllocator, Range
 from dualblade.store.format import DATA_OFFSET
+from dualblade.store.in_place import DoorCounters, InPlace
 from dualblade.store.members import Members, Place, open_members
 from dualblade.store.place import Location, storage_error
 from dualblade.units import BLOCK_BYTES, EXTENT_ALIGN_BYTES
@@ -38,52 +39,6 @@ class Extent:
     def size_bytes(self) -> int:
         """Bytes it can hold."""
         return self.range.size_bytes
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class InPlace:
-    """A part of an extent where the page cache has it; see Store.in_place."""
-
-    memory: FileMemory
-    offset: int
-    size_bytes: int
-    counters: DoorCounters
-
-    def hold(self) -> memoryview | None:
-        """Its bytes, at hand; None when they cannot be had so any more: `read` them."""
-        if not self.memory.hold(self.offset, self.size_bytes):
-            return None
-        return self.memory.buffer[self.offset : self.offset + self.size_bytes]
-
-    def count(self) -> None:
-        """It was read."""
-        self.counters.page_cache_read_bytes += self.size_bytes
-        self.counters.in_place_read_bytes += self.size_bytes
-
-    def joined(self, after: InPlace) -> InPlace:
-        """This and what begins where it ends, as one."""
-        assert self.memory is after.memory
-        assert self.offset + self.size_bytes == after.offset
-        return replace(self, size_bytes=self.size_bytes + after.size_bytes)
-
-    @property
-    def address(self) -> int:
-        """Of its first byte."""
-        return self.memory.address + self.offset
-
-
-@dataclass(slots=True)
-class DoorCounters:
-    """What went through each door since the store was opened; bytes. `in_place_read_bytes` of the
-    reads through the page cache were not copied: see Store.in_place."""
-
-    direct_read_bytes: int = 0
-    direct_write_bytes: int = 0
-    page_cache_read_bytes: int = 0
-    page_cache_write_bytes: int = 0
-    in_place_read_bytes: int = 0
-    promotions: int = 0
-    demotions: int = 0
 
 
 class Store:

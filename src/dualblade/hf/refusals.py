@@ -1,0 +1,101 @@
+"""What `for_model` refuses before it opens anything, and what it warns of."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from dualblade.config import EngineConfig, check_attention
+from dualblade.errors import BudgetError, ConfigError, Unsupported
+from dualblade.hf.footprint import staging_and_tails
+from dualblade.hf.geometry import item_bytes
+from dualblade.units import format_size
+
+log = logging.getLogger("dualblade.hf")
+
+
+def check_kinds(model: object, config: object) -> None:
+    """What a type checker would have said."""
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
+        raise ConfigError(
+            f"for_model is given a loaded model, not a {type(model).__name__}",
+            hint="AutoModelForCausalLM.from_pretrained(...) makes one",
+        )
+    if config is not None and not isinstance(config, EngineConfig):
+        raise ConfigError(
+            f"config is an EngineConfig, not a {type(config).__name__}",
+            hint="such as dualblade.EngineConfig(queue_depth=4)",
+        )
+
+
+def check_words(attention: str, max_tokens: int | None) -> None:
+    check_attention(attention)
+    if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
+        raise ConfigError(f"max_tokens must be a positive number, not {max_tokens!r}")
+
+
+def check_model(model: PreTrainedModel, layers: list[Any], stored: list[bool]) -> None:
+    name = type(model).__name__
+    if getattr(getattr(model, "generation_config", None), "use_cache", None) is False:
+        # generate() would give it the whole text at each step, as what is new.
+        raise ConfigError(
+            f"{name} is set to use no cache",
+            hint="set model.generation_config.use_cache = True",
+        )
+    if not model.can_generate():
+        raise Unsupported(f"{name} does not generate", hint="load it as AutoModelForCausalLM")
+    if not any(stored):
+        kinds = sorted({type(layer).__name__ for layer in layers})
+        bounded = all(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers)
+        raise Unsupported(
+            f"{name} has no full-attention layers to store (its layers: {', '.join(kinds)})",
+            hint="its KV is bounded by the window; use transformers' DynamicCache"
+            if bounded
+            else "use transformers' own cache for it",
+        )
+    if model.device.type == "meta":
+        raise Unsupported(f"{name} has no weights on a device", hint="load it on one device")
+    devices = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    if len(devices) > 1:
+        raise Unsupported(
+            f"{name} is spread over devices {', '.join(sorted(devices))}",
+            hint="load it on one device",
+        )
+
+
+_FORGETFUL = ("phi3", "phi4_multimodal", "phimoe")
+"""Models that begin without their cache once a text passes the context of their first training, for
+their rotations change there (transformers 5.24, prepare_inputs_for_generation)."""
+
+
+def warn_of_boundary(model: PreTrainedModel, max_tokens: int | None) -> None:
+    text = model.config.get_text_config(decoder=True)
+    boundary = getattr(text, "original_max_position_embeddings", None)
+    most = getattr(text, "max_position_embeddings", None)
+    if text.model_type not in _FORGETFUL or not boundary or not most or most <= boundary:
+        return
+    if max_tokens is None or max_tokens > boundary:
+        log.warning(
+            "%s computes a text anew, with its KV in memory, where it passes %d tokens; longer "
+            "prompts stay in the store with prefill_chunk_size=%d or less",
+            type(model).__name__,
+            boundary,
+            boundary,
+        )
+
+
+def check_budget(model: PreTrainedModel, budget: int, config: EngineConfig) -> None:
+    """Refuse at once a budget that not even one sequence's staging and tails fit in."""
+    staging, tails = staging_and_tails(model.config, item_bytes(model.dtype), budget, config)
+    needed = staging + tails
+    if needed > budget:
+        raise BudgetError(
+            f"the memory budget of {format_size(budget)} is too small: staging alone needs "
+            f"{format_size(staging)}",
+            needed_bytes=needed,
+            hint=f"give it at least {format_size(needed)}, and more for longer contexts",
+        )
