@@ -716,6 +716,12 @@ def paired_ratios(runs: list[dict[str, Any]], mode: str, other: str) -> list[flo
     ]
 
 
+OF_PAIRS = (
+    "Ratios are medians of those within a round, with their spread; the best of the others is the "
+    "mode with the least median."
+)
+
+
 def paired_cell(data: dict[str, Any], limit: str | None, other: str | None) -> str:
     """dual's time by another mode's under one limit: the median of the pairs, and their spread."""
     runs = [run for run in data["runs"] if run["memory_limit"] == limit]
@@ -735,7 +741,8 @@ def budgets() -> str:
     pairs = sorted(paired_ratios(fits["runs"], "dual", "memory"))
     return (
         f"{table(head, rows)}\n\nMilliseconds a step; medians of {data['options']['repeats']} "
-        f"runs. Memory: of the KV's {kv_bytes(data) / GIB:.2f} GiB. Reads: of the drive, over the "
+        f"runs. {OF_PAIRS} Memory: of the KV's {kv_bytes(data) / GIB:.2f} GiB. Reads: of the "
+        "drive, over the "
         f"whole step. Without a limit: memory {1000 * memory:.0f} ms, dual {1000 * dual:.0f} "
         f"(in {len(pairs)} pairs {statistics.median(pairs):.2f} times, {pairs[0]:.2f}-"
         f"{pairs[-1]:.2f}). At 150 % after 18 steps, medians of "
@@ -764,7 +771,8 @@ def paper() -> str:
         )
     return (
         f"{table(['shape', *head], rows)}\n\nMilliseconds a step; medians of runs in turn, "
-        f"bfloat16, attention tiles. Memory: left for the cache beside weights and activations. "
+        f"bfloat16, attention tiles. {OF_PAIRS} Memory: left for the cache beside weights and "
+        "activations. "
         f"{'. '.join(of)}. `dualblade bench paper paper-24gib --output results/paper-24gib` on "
         f"{' and '.join(sorted(machines))}; files: `results/paper-24gib/`."
     )

@@ -61,7 +61,7 @@ def result(script: ModuleType) -> dict[str, Any]:
 
 def test_tokens_and_longest_steps_are_of_each_phase(script: ModuleType) -> None:
     head, rows, about = changing_memory_table(result(script))
-    assert head[:3] == ["mode", "tokens/s", "at 75%"]
+    assert head[:3] == ["mode", "tokens/s", "first 75%"]
     cells = {row[0]: row[1:] for row in rows}
     assert cells["dual"] == ["8.0", "10.0", "4.0", "10.0", "100", "500", "100"]
     assert cells["direct"] == ["2.0", "2.0", "2.0", "2.0", "500", "500", "500"]

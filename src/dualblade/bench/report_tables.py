@@ -237,8 +237,8 @@ def changing_memory_table(
                 *(f"{1000 * phase['step_seconds_max']:.0f}" for phase in entry["phases"]),
             ]
         )
-    head = ["mode", "tokens/s"]
-    head += [f"at {part}" for part in parts] + [f"longest step at {part}, ms" for part in parts]
+    words = [f"{when} {part}" for when, part in zip(("first", "then", "again"), parts, strict=True)]
+    head = ["mode", "tokens/s", *words, *(f"longest step, ms, {word}" for word in words)]
     seconds = ", ".join(f"{phase['seconds']:.0f}" for phase in result["phases"])
     about = (
         f"The part of the KV's {result['kv_bytes'] / GIB:.2f} GiB that a memory cgroup leaves the "
