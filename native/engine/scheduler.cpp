@@ -16,10 +16,11 @@ constexpr std::uint32_t kBackoffDoublingsMax = 7;
 // drive was reset since: once.
 constexpr std::uint32_t kNvmeRetriesMax = 3;
 
-std::uint32_t retries_max(int error_number) {
-    if (error_number == EINTR || error_number == EAGAIN || error_number == ENOMEM) {
-        return kRetriesMax;
-    }
+std::uint32_t retries_max(Op op, int error_number) {
+    if (error_number == EINTR || error_number == EAGAIN) return kRetriesMax;
+    // Of a sync it is what a writeback ended with, and told once: the next would say that all is
+    // well.
+    if (error_number == ENOMEM && moves_bytes(op)) return kRetriesMax;
     if (error_number == ETIMEDOUT) return 1;
     const bool nvme = error_number >= kNvmeStatus;
     return nvme && !((error_number - kNvmeStatus) & kNvmeDoNotRetry) ? kNvmeRetriesMax : 0;
@@ -120,7 +121,7 @@ Scheduler::Verdict Scheduler::finish(Lock&, Request& request, std::int64_t resul
 }
 
 Scheduler::Verdict Scheduler::retry_or_fail(Request& request, int error_number) {
-    if (request.retries < retries_max(error_number)) {
+    if (request.retries < retries_max(request.rest.op, error_number)) {
         ++request.retries;
         ++counters_.retries;
         return error_number == EINTR ? Verdict::Again : Verdict::AgainLater;

@@ -617,6 +617,24 @@ def test_a_model_that_was_moved_or_is_nowhere_is_told() -> None:
         DualBladeCache.for_model(model.to("meta"))
 
 
+def test_an_extent_whose_discard_failed_is_free_and_no_segments_any_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = Store.free
+
+    def free(store: Store, extent: Extent) -> None:
+        plain(store, extent)
+        raise StorageError("cannot discard", operation="discard")
+
+    with a_step_old(path="direct") as cache:
+        unit = cache._pipeline._layers[0].keys.unit
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "free", free)
+            with pytest.raises(StorageError):
+                unit.free()
+        assert unit.segments == []
+
+
 @pytest.mark.parametrize("use", ["keys", "values", "copy"])
 def test_code_that_looks_into_a_layer_is_told(use: str) -> None:
     with a_step_old(path="direct") as cache:

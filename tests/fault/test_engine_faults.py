@@ -6,6 +6,7 @@ call, and the program says what the engine made of it.
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import shutil
@@ -85,6 +86,17 @@ def test_interrupted_reads_are_tried_again(path: Path, error: str) -> None:
     assert result["error"] is None
     assert result["retries"] == 3
     assert (result["landed"], result["wrong"]) == (SIZE_BYTES, [])
+
+
+@pytest.mark.parametrize(
+    ("op", "call"), [("SYNC_RANGE", "sync_file_range"), ("DATASYNC", "fdatasync")]
+)
+def test_a_writeback_that_failed_is_not_asked_again(path: Path, op: str, call: str) -> None:
+    """The kernel tells of it once: the second sync would say that all is well."""
+    result = run(inject(path, call, "error=ENOMEM:when=1"), "posix", op, path)
+    assert result["error"] is not None
+    assert result["error"][0] == errno.ENOMEM
+    assert result["retries"] == 0
 
 
 def test_tries_are_bounded(path: Path) -> None:

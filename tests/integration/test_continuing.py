@@ -9,8 +9,8 @@ import torch
 from transformers import DynamicCache
 
 from dualblade import DualBladeCache
-from dualblade.errors import ConfigError
-from dualblade.hf.choice import decoder_of
+from dualblade.errors import Closed, ConfigError
+from dualblade.hf.choice import texts_come_to
 from tests.integration.tiny_models import prompt, tiny_model
 
 WAYS = [("memory", "exact"), ("memory", "tiles"), ("direct", "exact"), ("direct", "tiles")]
@@ -60,13 +60,14 @@ def test_candidates_on_a_cache_that_has_text_are_refused(
 
 
 @pytest.mark.parametrize("tokens", [1, 40, 83, 84])
-@pytest.mark.parametrize(("path", "attention"), WAYS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])  # OPT's head passes by its base model
 @pytest.mark.parametrize("chunk", [None, 16])
+@pytest.mark.parametrize(("path", "attention"), WAYS)
 def test_a_text_that_is_not_longer_than_what_is_cached_is_refused(
-    path: str, attention: str, tokens: int, chunk: int | None
+    path: str, attention: str, family: str, tokens: int, chunk: int | None
 ) -> None:
     """transformers slices by the difference of the counts, from the wrong end."""
-    model = tiny_model()
+    model = tiny_model(family)
     options = {} if chunk is None else {"prefill_chunk_size": chunk}
     with cache_for(model, path, attention) as cache:
         generate(model, cache, prompt(tokens=80))
@@ -126,17 +127,69 @@ def test_new_tokens_alone_with_a_mask_of_all() -> None:
         assert cache.get_seq_length() == 84 + 6 + 4
 
 
-@pytest.mark.parametrize("is_dropped", [False, True])
-def test_a_model_is_watched_no_longer_than_its_cache_lives(*, is_dropped: bool) -> None:
+def test_a_mask_of_the_whole_text_from_the_beginning() -> None:
+    """A loop of one's own, with columns for tokens that are yet to come."""
+    model, ids = tiny_model(), prompt(tokens=90)["input_ids"]
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits[:, -1]
+    mask = torch.ones((1, 120), dtype=torch.int64)
+    with cache_for(model, attention="tiles") as cache, torch.no_grad():
+        for part in ids.split([40, 30, 20], dim=1):
+            logits = model(input_ids=part, attention_mask=mask, cache=cache).logits
+    assert torch.allclose(logits[:, -1], whole, atol=1e-4)
+
+
+def test_positions_of_ones_own_are_let_through() -> None:
+    """Compacted ones; those that begin the text anew, or end within what is cached, are not."""
+    model, ids = tiny_model(), prompt(tokens=90)["input_ids"]
+    with cache_for(model) as cache, torch.no_grad():
+        model(input_ids=ids, cache=cache)
+        model(input_ids=ids[:, :4], position_ids=torch.tensor([[88, 89, 90, 91]]), cache=cache)
+        model(input_ids=ids[:, :1], position_ids=torch.tensor([[3]]), cache=cache)
+        for positions in ([0, 1, 2, 95], [5, 6, 7, 8]):
+            with pytest.raises(ConfigError, match="do not go on from there"):
+                model(input_ids=ids[:, :4], position_ids=torch.tensor([positions]), cache=cache)
+        assert cache.get_seq_length() == 95
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_cache_that_lost_its_content_says_that_first(family: str) -> None:
+    """Else the hint would be a reset, which does not help it."""
+    model = tiny_model(family)
+    with cache_for(model) as cache:
+        text_so_far = generate(model, cache, prompt(tokens=80))
+        assert cache._pipeline is not None
+        layer = cache._pipeline._layers[0]
+        layer.tail_rows += 1  # as a step leaves it that ended in the second layer
+        for given in (text(text_so_far), longer(text_so_far, 1)):
+            with pytest.raises(Closed, match="ended between two layers"):
+                generate(model, cache, given)
+        cache._pipeline.fail(OSError("the drive is gone"))
+        with pytest.raises(Closed, match="the drive is gone"):
+            generate(model, cache, text(text_so_far))
+
+
+def test_images_of_git_are_beside_its_masks() -> None:
     model = tiny_model()
-    hooks = decoder_of(model)._forward_pre_hooks
+    model.config.model_type = "git"
+    assert texts_come_to(model) == set()
+
+
+@pytest.mark.parametrize("is_dropped", [False, True])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_model_is_watched_no_longer_than_its_cache_lives(
+    family: str, *, is_dropped: bool
+) -> None:
+    model = tiny_model(family)
     cache = cache_for(model, "memory")
-    assert len(hooks) == 1
+    modules = texts_come_to(model)
+    assert model in modules
+    assert {len(module._forward_pre_hooks) for module in modules} == {1}
     if is_dropped:
         del cache
     else:
         cache.close()
-    assert len(hooks) == 0
+    assert not any(module._forward_pre_hooks for module in modules)
 
 
 @pytest.mark.parametrize(("path", "attention"), WAYS)

@@ -87,7 +87,7 @@ class Planned(NamedTuple):
 
 
 def plan_decode(options: DecodeBenchOptions) -> list[Planned]:
-    """All runs in their order: repeats are interleaved, and each begins with another mode."""
+    """All runs in their order: repeats are interleaved, and modes take turns at going first."""
     limits = [
         None if parse_limit(limit) is None else limit
         for limit in options.memory_limits or ("none",)

@@ -114,7 +114,7 @@ class Planned(NamedTuple):
 
 
 def plan_prefill(options: PrefillBenchOptions) -> list[Planned]:
-    """All runs in their order: repeats are interleaved, and each begins with another mode; what
+    """All runs in their order: repeats are interleaved, and modes take turns at going first; what
     stores nothing has no state."""
     states = (FRESH, WRITTEN) if options.store_state == "both" else (options.store_state,)
     limits = [

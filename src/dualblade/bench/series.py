@@ -55,10 +55,11 @@ def opened_log(
 
 
 def in_turn(modes: Sequence[str], repeat: int) -> tuple[str, ...]:
-    """The modes in the order of one repeat: each begins with another, so that none has the place
-    after the same one, or the last, in all."""
-    first = repeat % len(modes)
-    return (*modes[first:], *modes[:first])
+    """The modes in the order of one repeat: forwards and backwards in turn, each pair of repeats
+    from another mode on. So none comes after the same one, or last, in all."""
+    first = repeat // 2 % len(modes)
+    order = (*modes[first:], *modes[:first])
+    return order[::-1] if repeat % 2 else order
 
 
 def run_all(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from dualblade.config import EngineConfig, Path
 from dualblade.errors import Closed, ConfigError, Unsupported
 from dualblade.hf.beside import WholeSteps
-from dualblade.hf.choice import AttentionChoice, choose, decoder_of, give_back, lend
+from dualblade.hf.choice import AttentionChoice, choose, decoder_of, give_back, lend, texts_come_to
 from dualblade.hf.continues import watch_texts
 from dualblade.hf.footprint import weights_per_token
 from dualblade.hf.geometry import (
@@ -93,9 +93,9 @@ class DualBladeCache(WholeSteps):
         self._end_watch: Callable[[], object] = lambda: None
         if model is None:
             return
-        decoder = decoder_of(model)
-        self._beside.watch(decoder, self)
-        self._end_watch = watch_texts(decoder, self)
+        usable = (lambda: None) if pipeline is None else pipeline.check_usable
+        self._end_watch = watch_texts(texts_come_to(model), self, usable)
+        self._beside.watch(decoder_of(model), self)
         if attention.over_tiles:  # last: what fails above leaves the model as it was
             lend(model)
             self._give_back = weakref.finalize(self, give_back, model)

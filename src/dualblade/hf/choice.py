@@ -133,6 +133,14 @@ def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
     return decoder
 
 
+def texts_come_to(model: PreTrainedModel) -> set[torch.nn.Module]:
+    """Modules to whose passes texts are given: some heads (OPT's) pass by their `base_model`. None
+    for GIT, whose masks leave its image's tokens out."""
+    if model.config.model_type == "git":
+        return set()
+    return {_innermost(model), decoder_of(model)}
+
+
 def lend(model: PreTrainedModel) -> None:
     """Give `model` the attention over tiles until `give_back` was called as often."""
     key = _innermost(model)

@@ -84,6 +84,9 @@ def measure_at_first_use(
                 rates = measure_rates(
                     store, arena, FIRST_USE_BYTES, _REPEATS, fill_seconds_max=_FILL_SECONDS_MAX
                 )
+            except DualBladeError:
+                engine.drain()
+                raise
             except BaseException:
                 engine.keep(arena.buffer)  # Ctrl-C ends waits for what is still on its way there
                 raise

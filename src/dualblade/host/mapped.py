@@ -95,4 +95,5 @@ class FileMemory:
                 return
             self._is_open = False
             self.held_bytes = 0
-            weakref.finalize(self.buffer.obj, unmap_pages, self.address, self.size_bytes)
+            end = weakref.finalize(self.buffer.obj, unmap_pages, self.address, self.size_bytes)
+            end.atexit = False  # a thread may still look

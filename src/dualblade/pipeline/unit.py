@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from dualblade.errors import NoSpace
+from dualblade.errors import NoSpace, StorageError
 from dualblade.geometry import TileGeometry, UnitId
 from dualblade.store import Door, Extent
 from dualblade.units import EXTENT_ALIGN_BYTES, MIB
@@ -284,7 +284,11 @@ class Unit:
             self._free_last()
 
     def _free_last(self) -> None:
-        self._space.free(self.segments[-1].extent)  # first: Ctrl-C in it must not lose the extent
+        try:
+            self._space.free(self.segments[-1].extent)  # first: Ctrl-C must not lose the extent
+        except StorageError:  # it is free all the same
+            self.segments.pop()
+            raise
         self.segments.pop()
 
 
