@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from dualblade.bench import decode, decode_run
 from dualblade.bench.decode import DecodeBenchOptions, run_decode_bench
 from dualblade.bench.run_log import RunLog
-from dualblade.bench.series import Watch
+from dualblade.bench.series import Watch, in_turn
 from dualblade.bench.workload import Limit
 from dualblade.cli.app import app
 from dualblade.errors import ConfigError, DualBladeError, Unsupported
@@ -61,12 +61,12 @@ def test_runs_that_ended_with_an_error_are_taken_again_in_their_places(
     watch = Watch(log_path=tmp_path / "log.jsonl")
     children(failing=("direct",))
     before = run_decode_bench(OPTIONS, watch)
-    assert [run["error"] for run in before["runs"]] == [FULL, None, FULL, None]
+    assert [run["error"] for run in before["runs"]] == [FULL, None, None, FULL]
     again = children()
     result = run_decode_bench(OPTIONS, watch)
     assert again == ["direct", "direct"]
     places = [(run["repeat"], run["mode"], run["error"]) for run in result["runs"]]
-    assert places == [(n, mode, None) for n in (0, 1) for mode in OPTIONS.modes]
+    assert places == [(n, mode, None) for n in (0, 1) for mode in in_turn(OPTIONS.modes, n)]
     nothing = children()
     assert run_decode_bench(OPTIONS, watch)["summary"] == result["summary"]
     assert nothing == []
@@ -89,8 +89,8 @@ def test_a_run_that_its_limit_killed_is_a_result(children: Install, tmp_path: Pa
     run_decode_bench(OPTIONS, watch)
     again = children()
     more = run_decode_bench(replace(OPTIONS, repeats=3), watch)
-    assert again == ["direct", "memory"], "the third repeat alone"
-    assert [run["oom_killed"] for run in more["runs"]] == [False, True, False, True, False, False]
+    assert again == ["memory", "direct"], "the third repeat alone"
+    assert [run["oom_killed"] for run in more["runs"]] == [False, True, True, False, False, False]
 
 
 def test_a_mode_that_is_named_twice_runs_twice(children: Install, tmp_path: Path) -> None:
