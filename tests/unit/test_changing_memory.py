@@ -74,7 +74,7 @@ def test_the_report_draws_it(script: ModuleType) -> None:
     section, cards = changing_memory_section([("r.json", result(script))])
     assert cards == [("4.00 x", "the tokens of the best other where memory changes")]
     (figure,) = section.figures
-    assert "25% of the KV in memory" in figure
+    assert "25% in memory" in figure
     assert "dual" in figure
     without = {**result(script), "runs": [], "summary": script.summary([])}
     assert changing_memory_section([("r.json", without)])[1] == []

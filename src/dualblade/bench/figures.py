@@ -263,7 +263,7 @@ def changing_memory_figure(result: Mapping[str, Any]) -> Figure:
         for phase in result["phases"]:
             axes.axvline(at, color="#B8BEC3", lw=0.8, ls=":")
             where = (at, 1.01)
-            text = f" {phase['fraction']:.0%} of the KV in memory"
+            text = f" {phase['fraction']:.0%} in memory"
             axes.annotate(text, where, xycoords=("data", "axes fraction"), fontsize=_NAME_POINTS)
             at += phase["seconds"]
         axes.set_yscale("log")
