@@ -33,12 +33,15 @@ def check_kinds(model: object, config: object) -> None:
 
 
 def check_words(attention: str, max_tokens: int | None) -> None:
+    """Raises: ConfigError for another word, or a maximum of tokens that is none."""
     check_attention(attention)
     if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
         raise ConfigError(f"max_tokens must be a positive number, not {max_tokens!r}")
 
 
 def check_model(model: PreTrainedModel, layers: list[Any], stored: list[bool]) -> None:
+    """Whether `model`, of whose cache's `layers` some are `stored`, can have its KV in a store.
+    Raises: ConfigError where it is set to use no cache; Unsupported."""
     name = type(model).__name__
     if getattr(getattr(model, "generation_config", None), "use_cache", None) is False:
         # generate() would give it the whole text at each step, as what is new.
@@ -73,6 +76,7 @@ their rotations change there (transformers 5.24, prepare_inputs_for_generation).
 
 
 def warn_of_boundary(model: PreTrainedModel, max_tokens: int | None) -> None:
+    """Log where `model` drops any cache, if a text of `max_tokens` (None: no end) gets there."""
     text = model.config.get_text_config(decoder=True)
     boundary = getattr(text, "original_max_position_embeddings", None)
     most = getattr(text, "max_position_embeddings", None)
@@ -89,7 +93,8 @@ def warn_of_boundary(model: PreTrainedModel, max_tokens: int | None) -> None:
 
 
 def check_budget(model: PreTrainedModel, budget: int, config: EngineConfig) -> None:
-    """Refuse at once a budget that not even one sequence's staging and tails fit in."""
+    """Refuse at once a budget that not even one sequence's staging and tails fit in. Raises:
+    BudgetError, with the bytes needed."""
     staging, tails = staging_and_tails(model.config, item_bytes(model.dtype), budget, config)
     needed = staging + tails
     if needed > budget:

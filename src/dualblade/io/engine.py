@@ -43,7 +43,7 @@ class Counters:
 
     `backlog_*` are over the time in which a piece was waiting for a free place in the queue. With
     io_uring each door has a queue of its own; the seconds of both are added up, and may be more
-    than went by. `direct_busy_seconds` are the direct door's alone.
+    than went by. `direct_busy_seconds` are the direct door's alone (posix: all).
     """
 
     read_ops: int
