@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dualblade.config import EngineConfig
-from dualblade.pipeline.budget import fitting_staging, staging_room
+from dualblade.pipeline.division import fitting_staging, staging_room
 from dualblade.pipeline.staging import StagingShape, staging_shape
 from dualblade.residency import BudgetShares, DoorSpeeds
 from dualblade.units import GIB, KIB, MIB

@@ -9,21 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PretrainedConfig
 
-from dualblade.attention import group_tokens
 from dualblade.config import EngineConfig, Path
 from dualblade.errors import ConfigError
 from dualblade.geometry import Part, TileGeometry, UnitId, choose_tile_rows
 from dualblade.hf.geometry import LayerShape, are_alike, layer_shapes
 from dualblade.host.profile import ComputeSpeeds
 from dualblade.metrics import UnitPlacement
-from dualblade.pipeline.budget import (
-    CAPACITY_STEP_TOKENS,
-    TABLE_ITEM_BYTES,
-    fitting_staging,
-    staging_room,
-)
 from dualblade.pipeline.copies import shares_host_memory
-from dualblade.pipeline.gather import GatherBuffers
+from dualblade.pipeline.division import CAPACITY_STEP_TOKENS, Division, LayerSizes
 from dualblade.pipeline.residence import describe
 from dualblade.pipeline.staging import staging_shape
 from dualblade.pipeline.tails import TailLimit
@@ -126,9 +119,10 @@ def plan_cache(config: PretrainedConfig, request: PlanRequest) -> CachePlan:
         return _plan([*whole, *kept], None, [], token_bytes, request)
     rows = _tile_rows(stored, request)
     turns = min(request.batch, request.rows_in_turn) if request.path is Path.DIRECT else 1
-    shares = _shares(stored, rows, request, request.weights_bytes // len(shapes) * turns)
+    division = _division(stored, rows, request)
+    shares = _shares(division, request, request.weights_bytes // len(shapes) * turns)
     shares.require()
-    placed = _residency(stored, rows, shares, request)
+    placed = _residency(stored, division, shares, request)
     made = _plan([*map(describe, placed.placements), *kept], shares, rows, token_bytes, request)
     return replace(made, step=_step(placed, shares, made.kv_bytes, len(shapes), request))
 
@@ -174,100 +168,42 @@ def _tile_rows(stored: Sequence[LayerShape], request: PlanRequest) -> list[int]:
     ]
 
 
-def _geometries(
-    shape: LayerShape, rows: int, request: PlanRequest
-) -> tuple[TileGeometry, TileGeometry]:
+def _division(stored: Sequence[LayerShape], rows: Sequence[int], request: PlanRequest) -> Division:
+    return Division(
+        budget_bytes=request.budget_bytes,
+        layers=[_sizes(shape, tile, request) for shape, tile in zip(stored, rows, strict=True)],
+        layer_count=len(stored),
+        are_alike=are_alike(stored),
+        over_tiles=request.over_tiles,
+        gather_on_host=request.gather_on_host,
+    )
+
+
+def _sizes(shape: LayerShape, rows: int, request: PlanRequest) -> LayerSizes:
     keys, values = (
         TileGeometry(kv_heads=shape.kv_heads, rows=rows, dim=dim, item_bytes=request.item_bytes)
         for dim in (shape.key_dim, shape.value_dim)
     )
-    return keys, values
+    return LayerSizes(batch=request.batch, keys=keys, values=values, tail_rows=rows)
 
 
-def _shares(
-    stored: Sequence[LayerShape],
-    rows: Sequence[int],
-    request: PlanRequest,
-    layer_weights_bytes: int,
-) -> BudgetShares:
-    slabs = [geometry.slab_bytes for geometry in _geometries(stored[0], rows[0], request)]
-    claimed = _claimed(stored, rows, request, round_up(request.tokens, CAPACITY_STEP_TOKENS))
+def _shares(division: Division, request: PlanRequest, layer_weights_bytes: int) -> BudgetShares:
     staging = staging_shape(
         request.engine,
         request.budget_bytes,
-        max(slabs),
-        room_bytes=_staging_room(stored, rows, request),
+        max(half.slab_bytes for half in division.layers[0].halves),
+        room_bytes=division.staging_room(),
         layer_weights_bytes=layer_weights_bytes,
-        fitting_bytes=_fitting_staging(claimed, stored, rows, request),
+        fitting_bytes=division.fitting_staging(request.tokens, request.speeds)
+        if request.engine.has_choice(request.path)
+        else 0,
     )
-    return replace(claimed, staging_bytes=staging.total_bytes)
-
-
-def _staging_room(stored: Sequence[LayerShape], rows: Sequence[int], request: PlanRequest) -> int:
-    """As `MemoryBudget.staging_room`."""
-    if not request.over_tiles or not are_alike(stored):
-        return 0
-    group = max(
-        group_tokens(request.batch * _elements(shape), tile)
-        for shape, tile in zip(stored, rows, strict=True)
-    )
-    return staging_room(_claimed(stored, rows, request, group))
-
-
-def _fitting_staging(
-    claimed: BudgetShares,
-    stored: Sequence[LayerShape],
-    rows: Sequence[int],
-    request: PlanRequest,
-) -> int:
-    """As `MemoryBudget.fitting_staging`; 0 on a path that has no choice."""
-    if not request.engine.has_choice(request.path) or not are_alike(stored):
-        return 0
-    kv_bytes = sum(
-        geometry.planned_bytes(request.batch, request.tokens)
-        for shape, tile in zip(stored, rows, strict=True)
-        for geometry in _geometries(shape, tile, request)
-    )
-    return fitting_staging(claimed, kv_bytes, request.speeds)
-
-
-def _claimed(
-    stored: Sequence[LayerShape], rows: Sequence[int], request: PlanRequest, capacity: int
-) -> BudgetShares:
-    """What all but staging take of the budget, for `capacity` tokens."""
-    batch, item = request.batch, request.item_bytes
-    gathered = [
-        _gathered_bytes(shape, tile, capacity, request)
-        for shape, tile in zip(stored, rows, strict=True)
-    ]
-    gather = sum(GatherBuffers.allocated_bytes(max(part)) for part in zip(*gathered, strict=True))
-    return BudgetShares(
-        budget_bytes=request.budget_bytes,
-        staging_bytes=0,
-        gather_bytes=gather if request.gather_on_host else 0,
-        tail_bytes=sum(
-            batch * tile * _row_bytes(shape, item) for shape, tile in zip(stored, rows, strict=True)
-        ),
-        table_bytes=sum(capacity // tile * batch * TABLE_ITEM_BYTES for tile in rows),
-    )
-
-
-def _gathered_bytes(
-    shape: LayerShape, tile_rows: int, capacity: int, request: PlanRequest
-) -> tuple[int, int]:
-    """What is gathered of a layer's keys and of its values, as `pipeline.budget.gather_bytes`."""
-    heads, item = request.batch * shape.kv_heads, request.item_bytes
-    if request.over_tiles:
-        elements = heads * (shape.key_dim + shape.value_dim)
-        capacity, item = min(capacity, group_tokens(elements, tile_rows)), 4
-    return capacity * heads * shape.key_dim * item, capacity * heads * shape.value_dim * item
+    capacity = round_up(request.tokens, CAPACITY_STEP_TOKENS)
+    return division.shares(capacity, staging_bytes=staging.total_bytes)
 
 
 def _residency(
-    stored: Sequence[LayerShape],
-    rows: Sequence[int],
-    shares: BudgetShares,
-    request: PlanRequest,
+    stored: Sequence[LayerShape], division: Division, shares: BudgetShares, request: PlanRequest
 ) -> ResidencyPlan:
     demands = tuple(
         UnitDemand(
@@ -275,8 +211,8 @@ def _residency(
             size_bytes=geometry.planned_bytes(request.batch, request.tokens),
             grain_bytes=geometry.grain_bytes(request.batch),
         )
-        for shape, tile in zip(stored, rows, strict=True)
-        for part, geometry in zip(Part, _geometries(shape, tile, request), strict=True)
+        for shape, layer in zip(stored, division.layers, strict=True)
+        for part, geometry in zip(Part, layer.halves, strict=True)
     )
     if request.path is not Path.DUAL:
         return plan_fixed(demands, request.path)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from dualblade.attention import group_tokens
 from dualblade.errors import BudgetError, ConfigError
 from dualblade.geometry import Part, TileGeometry, UnitId, choose_tile_rows
+from dualblade.pipeline.division import LayerSizes, group_tiles
 from dualblade.pipeline.order import SequenceTable
 from dualblade.pipeline.staging import SLOTS_MIN
 from dualblade.pipeline.tails import TailLimit
@@ -86,10 +86,7 @@ class Layer:
     @property
     def group_tiles(self) -> int:
         """Tiles that attention of many rows takes at a time."""
-        elements = sum(
-            self.batch * h.unit.geometry.kv_heads * h.unit.geometry.dim for h in self.halves
-        )
-        return group_tokens(elements, self.rows) // self.rows
+        return group_tiles(self.batch, self.keys.unit.geometry, self.values.unit.geometry)
 
     @property
     def tail_capacity(self) -> int:
@@ -114,9 +111,15 @@ class Layer:
             for h in self.halves
         )
 
-    def planned_bytes(self, tokens: int) -> int:
-        """Bytes of both units when there are `tokens`, as a plan counts them."""
-        return sum(half.unit.geometry.planned_bytes(self.batch, tokens) for half in self.halves)
+    @property
+    def sizes(self) -> LayerSizes:
+        """What a budget's division knows of it."""
+        return LayerSizes(
+            batch=self.batch,
+            keys=self.keys.unit.geometry,
+            values=self.values.unit.geometry,
+            tail_rows=self.keys.tail.shape[2],
+        )
 
     def full_tiles(self, new_rows: int) -> int:
         """Tiles to store once `new_rows` rows are appended."""
