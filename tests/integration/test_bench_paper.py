@@ -21,7 +21,7 @@ from dualblade.bench.series import Watch
 from dualblade.cli.app import app
 from dualblade.errors import BudgetError, ConfigError, DualBladeError, NoSpace, Unsupported
 from dualblade.host import throttle
-from dualblade.host.memory import MemoryBudget
+from dualblade.host.memory import MemoryReading
 from dualblade.host.profile import profiles_file
 from dualblade.units import GIB, MIB
 
@@ -212,7 +212,7 @@ def keep(path: Path, result: dict[str, Any]) -> None:
 def test_a_machine_that_is_too_small_is_told_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = MemoryBudget(
+    small = MemoryReading(
         available_bytes=GIB, source="a test", machine_available_bytes=GIB, limits=()
     )
     monkeypatch.setattr(paper, "available_memory", lambda: small)

@@ -14,7 +14,7 @@ from dualblade.errors import BudgetError
 from dualblade.hf.footprint import Footprint, _row_bytes, footprint, skeleton, weights_per_token
 from dualblade.hf.models import config_of, load_model
 from dualblade.host.cgroup import MemoryCgroup
-from dualblade.host.memory import MemoryBudget
+from dualblade.host.memory import MemoryReading
 from dualblade.units import GIB, MIB
 
 REASON = MemoryCgroup.available()
@@ -22,8 +22,8 @@ TINY = "random:llama?layers=3,hidden=64,heads=4,kv_heads=2,vocab=300"
 _LIMIT_BYTES = 1 * GIB
 
 
-def there(size_bytes: int) -> MemoryBudget:
-    return MemoryBudget(
+def there(size_bytes: int) -> MemoryReading:
+    return MemoryReading(
         available_bytes=size_bytes, source="test", machine_available_bytes=size_bytes, limits=()
     )
 

@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dualblade.attention import AttentionQuery
 from dualblade.config import ChecksumMode, EngineConfig, Path, PipelineMode
-from dualblade.host.memory import MemoryBudget, OwnMemory
+from dualblade.host.memory import MemoryReading, OwnMemory
 from dualblade.io import Op, open_engine
 from dualblade.pipeline import KVPipeline, KVSettings, MemoryKV
 from dualblade.pipeline.copies import copies_for
@@ -42,9 +42,9 @@ class KVMachine(RuleBasedStateMachine):
         self.there_bytes = self.roomy_bytes = 0
         self.seconds = 0.0
 
-    def memory(self, own: OwnMemory) -> MemoryBudget:
+    def memory(self, own: OwnMemory) -> MemoryReading:
         """What the probe would say, the clock a second further at each reading."""
-        return MemoryBudget(
+        return MemoryReading(
             available_bytes=max(0, self.there_bytes - own.fixed_bytes),
             source="test",
             machine_available_bytes=self.there_bytes,

@@ -13,8 +13,8 @@ from dualblade.errors import Unsupported
 from dualblade.host import groups
 from dualblade.host.memory import (
     AUTO_RESERVE_BYTES,
-    MemoryBudget,
     MemoryProbe,
+    MemoryReading,
     OwnMemory,
     auto_budget_bytes,
     available_memory,
@@ -106,7 +106,7 @@ class Tree:
             f"active_file {active}\ninactive_file {inactive}\n",
         )
 
-    def probe(self) -> MemoryBudget:
+    def probe(self) -> MemoryReading:
         return available_memory(self.root)
 
 

@@ -16,7 +16,7 @@ from dualblade.geometry import TILE_ROWS_DEFAULT
 from dualblade.hf.geometry import layer_shapes
 from dualblade.hf.linear import widening_bytes
 from dualblade.hf.random_models import share_layers
-from dualblade.host.memory import MemoryBudget
+from dualblade.host.memory import MemoryReading
 from dualblade.pipeline.staging import staging_shape
 from dualblade.units import format_size
 
@@ -45,7 +45,7 @@ class Footprint:
         """The most that is needed at once."""
         return max(self.running_bytes, self.weights_bytes + self.loading_bytes)
 
-    def require(self, name: str, there: MemoryBudget) -> None:
+    def require(self, name: str, there: MemoryReading) -> None:
         """Raises: BudgetError with the numbers when it does not fit the memory there is."""
         if self.needed_bytes <= there.available_bytes:
             return

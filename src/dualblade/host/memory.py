@@ -31,8 +31,8 @@ from dualblade.units import KIB, MIB, format_size
 __all__ = [
     "AUTO_RESERVE_BYTES",
     "ROOT",
-    "MemoryBudget",
     "MemoryProbe",
+    "MemoryReading",
     "OwnMemory",
     "ProcessMemory",
     "auto_budget_bytes",
@@ -63,7 +63,7 @@ class OwnMemory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryBudget:
+class MemoryReading:
     """What may be used now, which limit said so (`binding`; None: the machine), and all limits.
 
     `source` is the same in words. `warnings` names what could not be read and was left out.
@@ -123,7 +123,7 @@ class MemoryProbe:
         self._groups: tuple[MemoryGroup, ...] = ()
         self._found_in: str | None = None
 
-    def read(self, own: OwnMemory | None = None) -> MemoryBudget:
+    def read(self, own: OwnMemory | None = None) -> MemoryReading:
         """What may be used now; `own` is what the cache holds of it.
 
         Raises:  Unsupported when there is no readable /proc/meminfo.
@@ -148,7 +148,7 @@ class MemoryProbe:
         if least is not None and least.available_bytes >= machine:
             least = None
         available = machine if least is None else least.available_bytes
-        return MemoryBudget(
+        return MemoryReading(
             available_bytes=available,
             source=_source(least),
             machine_available_bytes=machine,
@@ -191,12 +191,12 @@ class MemoryProbe:
         return None
 
 
-def available_memory(root: Path = ROOT) -> MemoryBudget:
+def available_memory(root: Path = ROOT) -> MemoryReading:
     """Memory that this process may still use, now. Raises: as `MemoryProbe.read`."""
     return MemoryProbe(root).read()
 
 
-def auto_budget_bytes(memory: MemoryBudget | None = None) -> int:
+def auto_budget_bytes(memory: MemoryReading | None = None) -> int:
     """The budget that `memory_budget="auto"` begins with: what there is less the reserve. It
     follows the memory from then on, so nothing need be left for what changes later.
 

@@ -16,8 +16,7 @@ from typing import NamedTuple
 
 from dualblade.config import Path
 from dualblade.geometry import Part, UnitId
-from dualblade.host.memory import MemoryBudget as MemoryReading
-from dualblade.host.memory import OwnMemory
+from dualblade.host.memory import MemoryReading, OwnMemory
 from dualblade.metrics import ResidencyEvent, UnitPlacement
 from dualblade.pipeline.budget import tokens_ahead
 from dualblade.pipeline.layer import Layer

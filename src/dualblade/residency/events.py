@@ -87,7 +87,7 @@ class Event:
 
 
 def after(plan: ResidencyPlan, event: Event) -> ResidencyPlan:
-    """The plan in force once the event's units have moved. Its predictions are void."""
+    """The plan in force once the event's units have moved."""
     moved = {move.unit: move.to_bytes for move in event.moves}
     return replace(
         plan,
@@ -102,6 +102,4 @@ def after(plan: ResidencyPlan, event: Event) -> ResidencyPlan:
             for p in plan.placements
         ),
         level=event.level,
-        now=None,
-        expected=None,
     )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dualblade.config import Path
 from dualblade.errors import BudgetError, ConfigError
 from dualblade.geometry import UnitId
 from dualblade.residency.ladder import NOTHING, Ladder, Level, UnitDemand
-from dualblade.residency.speeds import DoorSpeeds, StepTime, predict, worth_caching
+from dualblade.residency.speeds import DoorSpeeds, worth_caching
 from dualblade.units import MIB, format_size
 
 MARGIN_FRACTION = 0.05
@@ -91,16 +91,12 @@ class Placement:
 class ResidencyPlan:
     """The path of every unit, in the order of the sweep.
 
-    `level` is how far the page cache reaches; a plan for one fixed path has none. `now` and
-    `expected` predict a step with the bytes stored now and with those planned for; None where
-    speeds are not known.
+    `level` is how far the page cache reaches; a plan for one fixed path has none.
     """
 
     placements: tuple[Placement, ...]
     page_cache_bytes_max: int
     level: Level = NOTHING
-    now: StepTime | None = None
-    expected: StepTime | None = None
 
     @property
     def cached_bytes(self) -> int:
@@ -169,8 +165,6 @@ def decide(inputs: PlanInputs) -> ResidencyPlan:
         ),
         page_cache_bytes_max=room,
         level=level,
-        now=_predicted([(d.unit, d.now_bytes) for d in inputs.demands], shares, inputs),
-        expected=_predicted([(d.unit, d.size_bytes) for d in inputs.demands], shares, inputs),
     )
 
 
@@ -187,13 +181,3 @@ def plan_fixed(demands: Sequence[UnitDemand], path: Path) -> ResidencyPlan:
         for demand in demands
     )
     return ResidencyPlan(placements=placements, page_cache_bytes_max=0)
-
-
-def _predicted(
-    sizes: Sequence[tuple[UnitId, int]], shares: Mapping[UnitId, int], inputs: PlanInputs
-) -> StepTime | None:
-    if inputs.speeds is None:
-        return None
-    through_cache = sum(min(size, shares.get(unit, 0)) for unit, size in sizes)
-    total = sum(size for _, size in sizes)
-    return predict(total, through_cache, inputs.page_cache_bytes, inputs.speeds)
