@@ -3,6 +3,7 @@
 #   make demo           a real model answers with its KV cache beyond its memory budget
 #   make test           all tests
 #   make check          formatting, lints, types, fast tests (six minutes)
+#   make lint           the first three
 #   make check-native   the native engine's tests under sanitizers
 #   make lab            device tests in a guest with emulated NVMe drives, two guests at once
 
@@ -10,9 +11,12 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install -q -c constraints.txt
 NATIVE := CMakeLists.txt $(shell find native -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
 
-.PHONY: demo test check check-native lab test-packages venv clean
+.PHONY: demo test check lint check-native lab test-packages venv clean
+.NOTPARALLEL:  # two of them install Debian packages
+export PYTHON
 
 demo: venv
 	$(BIN)/dualblade demo
@@ -20,12 +24,14 @@ demo: venv
 test: venv test-packages
 	$(BIN)/python -m pytest
 
-check: venv test-packages
+check: lint test-packages
+	$(BIN)/python -m pytest -q tests/test_tidy.py tests/unit tests/property tests/contract
+
+lint: venv
 	$(BIN)/ruff format --check src tests scripts examples
 	$(BIN)/ruff check src tests scripts examples
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find native -name '*.cpp' -o -name '*.hpp')
-	$(BIN)/python -m pytest -q tests/test_tidy.py tests/unit tests/property tests/contract
 
 check-native: venv
 	bash native/check.sh
@@ -39,14 +45,15 @@ test-packages:
 venv: $(VENV)/.installed
 
 # torch comes first and by number: on a machine with a CPU build at hand it is taken, and nothing
-# later asks for another. Rebuilt when the build files or the native sources change.
-$(VENV)/.installed: pyproject.toml $(NATIVE) scripts/system_packages
+# later asks for another. The rest has the versions that the tests were run with, whatever is new.
+# Rebuilt when the build files or the native sources change.
+$(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) scripts/system_packages
 	bash scripts/system_packages
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q torch==2.13.0
-	$(BIN)/pip install -q 'scikit-build-core>=0.10' 'nanobind>=2.4' cmake ninja
-	$(BIN)/pip install -q --no-build-isolation -e '.[dev,gguf,report]'
+	$(INSTALL) scikit-build-core nanobind cmake ninja
+	$(INSTALL) --no-build-isolation -e '.[dev,gguf,report]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-gpu build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -28,6 +28,8 @@ arena = Arena(8 << 20)
 engine.register_arena(arena)
 ticket = engine.submit([Transfer(fd, Op.READ, arena.address, 8 << 20, 0)])
 """
+# Python 3.12 warns of forking with threads.
+PYTHON = (sys.executable, "-X", "faulthandler", "-W", "ignore::DeprecationWarning")
 # One program each: what it does with 2048 pieces under way, and what it must print.
 ENDINGS = {
     "end with everything in globals": ("pass", ""),
@@ -68,7 +70,7 @@ def target(path: Path) -> Target:
 def test_programs_end(path: Path, engine: str, ending: str) -> None:
     code, expected = ENDINGS[ending]
     done = subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-c", HEAD + code, engine, str(path)],
+        [*PYTHON, "-c", HEAD + code, engine, str(path)],
         capture_output=True,
         text=True,
         check=False,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -32,9 +33,12 @@ _GUEST_SECONDS_MAX = 900
 
 
 def missing() -> list[str]:
-    """What the lab needs and this machine lacks: programs, and root to share its root."""
-    root = [] if os.geteuid() == 0 else ["root"]
-    return root + [name for name in NEEDED if shutil.which(name) is None]
+    """What the lab needs and this machine lacks: its architecture, programs, and root to share its
+    root."""
+    machine = [] if os.geteuid() == 0 else ["root"]
+    if platform.machine() != "x86_64":
+        machine.append("an x86_64 processor")
+    return machine + [name for name in NEEDED if shutil.which(name) is None]
 
 
 def prepare() -> None:
