@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BloomConfig,
+    DynamicCache,
+    Qwen2_5_VLConfig,
+)
 
 from dualblade import DualBladeCache
 from dualblade.errors import Closed, ConfigError
@@ -59,10 +66,19 @@ def test_candidates_on_a_cache_that_has_text_are_refused(
         assert torch.equal(with_candidates, ours)
 
 
-@pytest.mark.parametrize("tokens", [1, 40, 83, 84])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])  # OPT's head passes by its base model
+# OPT's head passes by its base model. Where the KV is, and how it is attended to, comes later.
+NOT_LONGER = [
+    *(
+        (tokens, family, *WAYS[2])
+        for tokens in (1, 40, 83, 84)
+        for family in ("llama", "gpt2", "opt")
+    ),
+    *((40, "llama", *way) for way in WAYS if way != WAYS[2]),
+]
+
+
 @pytest.mark.parametrize("chunk", [None, 16])
-@pytest.mark.parametrize(("path", "attention"), WAYS)
+@pytest.mark.parametrize(("tokens", "family", "path", "attention"), NOT_LONGER)
 def test_a_text_that_is_not_longer_than_what_is_cached_is_refused(
     path: str, attention: str, family: str, tokens: int, chunk: int | None
 ) -> None:
@@ -80,6 +96,144 @@ def test_a_text_that_is_not_longer_than_what_is_cached_is_refused(
         theirs = DynamicCache(config=model.config)
         expected = generate(model, theirs, other, **options)
         assert torch.equal(generate(model, cache, other, **options), expected)
+
+
+@pytest.mark.parametrize(("path", "attention"), WAYS)
+def test_a_text_of_which_one_token_would_be_left_is_refused(path: str, attention: str) -> None:
+    """Of 9 cached tokens and a text of 5 transformers leaves the last one, at position 4."""
+    model = tiny_model()
+    with cache_for(model, path, attention) as cache:
+        model.generate(**prompt(tokens=6), cache=cache, max_new_tokens=4, do_sample=False)
+        assert cache.get_seq_length() == 9
+        with pytest.raises(ConfigError, match="5 tokens are given to a cache that holds 9"):
+            generate(model, cache, text(prompt(tokens=5, seed=5)["input_ids"]))
+        assert cache.get_seq_length() == 9
+
+
+def test_a_model_without_positions_is_checked() -> None:
+    """Neither mask nor positions come to Bloom's passes."""
+    torch.manual_seed(0)
+    config = BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=128)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with cache_for(model) as cache:
+        first = generate(model, cache, prompt(tokens=80))
+        for options in ({}, {"prompt_lookup_num_tokens": 4}):
+            with pytest.raises(ConfigError, match="a cache that holds 84"):
+                generate(model, cache, text(prompt(tokens=60, seed=5)["input_ids"]), **options)
+        with pytest.raises(ConfigError, match="a cache that holds 84"):
+            generate(model, cache, longer(first, 9), prompt_lookup_num_tokens=4)
+        theirs = DynamicCache(config=model.config)
+        generate(model, theirs, prompt(tokens=80))
+        ours = generate(model, cache, longer(first, 9))
+        assert torch.equal(ours, generate(model, theirs, longer(first, 9)))
+
+
+def test_a_model_whose_positions_have_three_dimensions_is_checked() -> None:
+    """As those of Qwen-VL."""
+    torch.manual_seed(0)
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 200,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+        },
+        vision_config={"hidden_size": 32, "depth": 1, "num_heads": 2, "out_hidden_size": 32},
+        image_token_id=190,
+        video_token_id=191,
+        vision_start_token_id=192,
+        vision_end_token_id=193,
+    )
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    with cache_for(model) as cache:
+        first = generate(model, cache, prompt(tokens=80))
+        held = cache.get_seq_length()
+        for other in (60, held):
+            with pytest.raises(ConfigError, match=f"a cache that holds {held}"):
+                generate(model, cache, text(prompt(tokens=other, seed=5)["input_ids"]))
+        with pytest.raises(ConfigError, match=f"a cache that holds {held}"):
+            generate(model, cache, longer(first, 9), prompt_lookup_num_tokens=4)
+        generate(model, cache, longer(first, 9))
+
+
+def test_a_model_in_the_model_that_generates_is_checked() -> None:
+    """BLIP-2 has its language model generate, from embeddings."""
+
+    class Wrapper(type(tiny_model())):  # type: ignore[misc]
+        def generate(self, inputs_embeds: torch.Tensor, **options: Any) -> Any:
+            return self.language_model.generate(inputs_embeds=inputs_embeds, **options)
+
+    inner = tiny_model()
+    model = Wrapper(inner.config).eval()
+    model.language_model = inner
+    rows = inner.get_input_embeddings()(prompt(tokens=90)["input_ids"]).detach()
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
+    with cache_for(model) as cache:
+        model.generate(rows[:, :80], cache=cache, **options)
+        held = cache.get_seq_length()
+        for other in (1, 50, held):
+            with pytest.raises(ConfigError, match=f"a cache that holds {held}"):
+                model.generate(rows[:, :other], cache=cache, **options)
+        assert cache.get_seq_length() == held
+        assert vars(inner).keys() >= {"_prefill"}
+    assert "_prefill" not in vars(inner)
+
+
+@pytest.mark.parametrize("is_filled", [False, True])
+def test_a_cache_that_is_not_to_be_used_is_refused(*, is_filled: bool) -> None:
+    model = tiny_model()
+    with cache_for(model) as cache:
+        ids = prompt(tokens=80)["input_ids"]
+        if is_filled:
+            ids = generate(model, cache, text(ids))
+        held = cache.get_seq_length()
+        with pytest.raises(ConfigError, match="use_cache=False"):
+            generate(model, cache, longer(ids, 9), use_cache=False)
+        assert cache.get_seq_length() == held
+
+
+def test_a_copy_of_a_watched_model_generates_by_itself() -> None:
+    model = tiny_model()
+    with cache_for(model):
+        other = copy.deepcopy(model)
+    with torch.no_grad():
+        for weights in other.parameters():
+            weights.mul_(1.5)
+    inputs = prompt(tokens=30)
+    plain = tiny_model()
+    plain.load_state_dict(other.state_dict())
+    ours = generate(other, DynamicCache(config=other.config), inputs)
+    assert torch.equal(ours, generate(plain, DynamicCache(config=plain.config), inputs))
+
+
+def test_models_are_watched_while_any_of_their_caches_lives() -> None:
+    model = tiny_model()
+    one, other = cache_for(model), cache_for(model)
+    one.close()
+    generate(model, other, prompt(tokens=80))
+    with pytest.raises(ConfigError, match="a cache that holds 84"):
+        generate(model, other, text(prompt(tokens=43, seed=5)["input_ids"]))
+    other.close()
+    assert not {"_prefill", "_get_candidate_generator"} & vars(model).keys()
+
+
+def test_half_a_step_in_memory_is_noticed() -> None:
+    """A pass that ended between two layers, in a loop of one's own."""
+    model, ids = tiny_model(), prompt(tokens=40)["input_ids"]
+    with cache_for(model, "memory") as cache, torch.no_grad():
+        model(input_ids=ids, cache=cache)
+        layer = model.model.layers[1]
+        hook = layer.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError()))
+        with pytest.raises(MemoryError):
+            model(input_ids=ids[:, :1], cache=cache)
+        hook.remove()
+        with pytest.raises(Closed, match="between two layers"):
+            model(input_ids=ids[:, :1], cache=cache)
+        cache.reset()
+        model(input_ids=ids, cache=cache)
 
 
 def test_a_mask_of_the_new_tokens_alone_is_refused() -> None:

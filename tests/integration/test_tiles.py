@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Gemma4TextConfig, P
 import dualblade
 from dualblade import DualBladeCache, EngineConfig
 from dualblade.attention import GroupedAttention
-from dualblade.errors import DualBladeError
+from dualblade.errors import ConfigError, DualBladeError, Unsupported
 from dualblade.hf import choice
 from dualblade.hf.lazy import made_real
 from dualblade.hf.tile_attention import tile_attention
@@ -36,9 +36,10 @@ def generate(model: PreTrainedModel, cache: Any, inputs: dict[str, Any], **optio
 
 
 def tiles(model: PreTrainedModel, path: str = "direct", **settings: Any) -> DualBladeCache:
-    return DualBladeCache.for_model(
-        model, **{"memory_budget": "16MiB", "path": path, "attention": "tiles", **settings}
-    )
+    # Half of it each way: so little KV would all fit the page cache.
+    config = EngineConfig(cache_percent=50) if path == "dual" else None
+    usual = {"memory_budget": "16MiB", "path": path, "attention": "tiles", "config": config}
+    return DualBladeCache.for_model(model, **{**usual, **settings})
 
 
 def run(model: PreTrainedModel, path: str, inputs: dict[str, Any], **options: Any) -> Any:
@@ -167,6 +168,9 @@ def test_bits_do_not_depend_on_how_tiles_come(settings: dict[str, Any]) -> None:
     first = run(model, "direct", inputs, prefill_chunk_size=128)
     with tiles(model, **settings) as cache:
         other = generate(model, cache, inputs, prefill_chunk_size=128)
+        if "max_tokens" in settings:
+            layers = cache._pipeline._layers.values()
+            assert {len(half.unit.segments) for la in layers for half in la.halves} == {1}
     for ours, theirs in zip(other.logits, first.logits, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -407,3 +411,35 @@ def test_rows_that_see_ahead_do_so_with_capped_scores_too() -> None:
     scores = 3.0 * torch.tanh(query @ key.transpose(-1, -2) / 3.0)
     expected = scores.softmax(dim=-1) @ value
     assert torch.allclose(out.transpose(1, 2), expected, atol=1e-5)
+
+
+def test_a_mask_that_covers_what_is_to_come_is_none() -> None:
+    """As loops that were written for transformers' StaticCache have."""
+    model, ids = tiny_model(), prompt(tokens=90)["input_ids"]
+    with tiles(model) as cache, torch.no_grad():
+        theirs = DynamicCache(config=model.config)
+        for first, last in ((0, 80), (80, 81), (81, 90)):
+            mask = torch.zeros((1, 128), dtype=torch.int64)
+            mask[:, :last] = 1
+            part = {"input_ids": ids[:, first:last], "attention_mask": mask}
+            ours = model(**part, cache=cache).logits
+            expected = model(input_ids=ids[:, first:last], cache=theirs).logits
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mask_of_integers_is_refused() -> None:
+    """Ones and zeros would be added to the scores."""
+    model, ids = tiny_model(), prompt(tokens=90)["input_ids"]
+    with tiles(model) as cache, torch.no_grad():
+        model(input_ids=ids, cache=cache)
+        mask = torch.ones((1, 1, 2, 92), dtype=torch.int64).tril(90)
+        with pytest.raises(ConfigError, match="tells neither what is seen nor what to add"):
+            model(input_ids=ids[:, :2], attention_mask=mask, cache=cache)
+
+
+def test_tiles_of_git_are_refused() -> None:
+    """Its text's attention is its own, and adds the mask to the scores."""
+    model = tiny_model()
+    model.config.model_type = "git"
+    with pytest.raises(Unsupported, match="attention code of its own"):
+        tiles(model)

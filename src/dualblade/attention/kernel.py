@@ -14,6 +14,7 @@ import torch
 
 from dualblade.attention import _attention
 from dualblade.attention.query import AttentionQuery, Rows
+from dualblade.errors import ConfigError
 
 ROWS_MAX = 32
 """Query rows of one KV head, at most. The kernel's time grows with the rows; from about here on
@@ -102,7 +103,14 @@ class KernelAttention:
 def _native(process: int, caller: int, threads: int) -> _attention.Attention:  # noqa: ARG001
     """The kernel, its scratch memory and its threads: one for each calling thread, for two models
     may generate at a time; and another after a fork, which takes no threads along."""
-    return _attention.Attention(threads, os.environ.get("DUALBLADE_KERNEL", ""))
+    name = os.environ.get("DUALBLADE_KERNEL", "")
+    try:
+        return _attention.Attention(threads, name)
+    except ValueError as exc:
+        raise ConfigError(
+            f"DUALBLADE_KERNEL names no kernel of this machine: {name}",
+            hint="plain, avx2, avx512, amx, as far as the processor has them; unset: the best",
+        ) from exc
 
 
 def _run(rows: Rows) -> _attention.Run:

@@ -21,7 +21,8 @@ from dualblade.hf.layer import MemoryLayer, StoredLayer
 class Beside:
     """Of one cache, `layers`; `first` is the number of the first one that is ours.
 
-    Layers with rows (windows, and full attention that others read again) are compared with ours.
+    Layers with rows (windows, full attention that others read again, ours in memory) are compared
+    with the first of ours.
     States (linear attention, convolutions) do not tell how many tokens they have seen: of models
     with those it is watched whether a pass that touched something came to its end.
     """
@@ -31,6 +32,8 @@ class Beside:
         self.first = ours.index(True) if any(ours) else len(layers)
         others = [(i, layer) for i, layer in enumerate(layers) if not ours[i]]
         self._rows = [(i, layer) for i, layer in others if isinstance(layer, DynamicLayer)]
+        later = enumerate(layers[self.first + 1 :], self.first + 1)
+        self._in_memory = [layer for _, layer in later if isinstance(layer, MemoryLayer)]
         self._states = [la for _, la in others if isinstance(la, LinearAttentionCacheLayerMixin)]
         self._hooks: list[Callable[[], object]] = []
         self._is_passing = self._is_touched = self._is_broken = False
@@ -71,6 +74,8 @@ class Beside:
             layer.get_seq_length() == past + (new if index < self.first else 0)
             for index, layer in self._rows
         )
+        # Of those that have none a model may have no use (Gemma 3n).
+        is_whole &= all(layer.get_seq_length() in (0, past) for layer in self._in_memory)
         if not is_whole:
             raise Closed(
                 "a step was refused or ended between two layers, and the content is lost",

@@ -15,8 +15,16 @@ from transformers import PreTrainedModel
 from dualblade.config import EngineConfig, Path
 from dualblade.errors import Closed, ConfigError, Unsupported
 from dualblade.hf.beside import WholeSteps
-from dualblade.hf.choice import AttentionChoice, choose, decoder_of, give_back, lend, texts_come_to
-from dualblade.hf.continues import watch_texts
+from dualblade.hf.choice import (
+    AttentionChoice,
+    choose,
+    decoder_of,
+    generating,
+    give_back,
+    lend,
+    texts_come_to,
+)
+from dualblade.hf.continues import watch_generate, watch_texts
 from dualblade.hf.footprint import weights_per_token
 from dualblade.hf.geometry import (
     are_alike,
@@ -33,6 +41,7 @@ from dualblade.hf.refusals import (
     check_model,
     check_words,
     warn_of_boundary,
+    warn_of_version,
 )
 from dualblade.hf.speeds import (
     FIRST_USE_KV_BYTES_MIN,
@@ -90,11 +99,12 @@ class DualBladeCache(WholeSteps):
         # its attention.
         self._end = None if pipeline is None else weakref.finalize(self, pipeline.close)
         self._give_back: Callable[[], object] = lambda: None
-        self._end_watch: Callable[[], object] = lambda: None
+        self._end_watches: list[Callable[[], object]] = []
         if model is None:
             return
         usable = (lambda: None) if pipeline is None else pipeline.check_usable
-        self._end_watch = watch_texts(texts_come_to(model), self, usable)
+        self._end_watches.append(watch_texts(texts_come_to(model), self, usable))
+        self._end_watches.append(watch_generate(generating(model), self, usable))
         self._beside.watch(decoder_of(model), self)
         if attention.over_tiles:  # last: what fails above leaves the model as it was
             lend(model)
@@ -137,6 +147,7 @@ class DualBladeCache(WholeSteps):
                 NoSpace, StorageError.
         """
         check_kinds(model, config)
+        warn_of_version()
         way, settings = Path.parse(path), config or EngineConfig()
         settings.check_path(way)
         check_words(attention, max_tokens)
@@ -212,7 +223,8 @@ class DualBladeCache(WholeSteps):
         """End all transfers, discard the KV, free memory, give the model its attention back. Twice
         is once; after Ctrl-C it goes on where it was."""
         self._give_back()  # once
-        self._end_watch()
+        for end_watch in self._end_watches:
+            end_watch()
         self._beside.end_watch()
         self._is_closed = True
         for layer in self.layers:

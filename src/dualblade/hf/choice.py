@@ -11,7 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from dualblade.attention import kernel_name
 from dualblade.config import check_attention
@@ -64,7 +64,7 @@ def choose(model: PreTrainedModel, word: str, device: str | None = None) -> Atte
 def _unlendable(model: PreTrainedModel) -> str | None:
     """Why `model` must keep its own attention; None: it may have another."""
     name = type(model).__name__
-    if not model._can_set_attn_implementation():
+    if not model._can_set_attn_implementation() or model.config.model_type == "git":
         return f"{name} has attention code of its own that cannot be exchanged"
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     if any(_asks_for_sdpa(type(part).__module__) for part in parts) and _heeds_it(model.config):
@@ -131,6 +131,12 @@ def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
     """What passes go through however they are begun: by a wrapper, with a head or without."""
     decoder: torch.nn.Module = getattr(_innermost(model), "base_model", model)
     return decoder
+
+
+def generating(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """Models in it that may be asked to generate: BLIP-2 has its language model do it."""
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    return [part for part in parts if part.can_generate() and isinstance(part, GenerationMixin)]
 
 
 def texts_come_to(model: PreTrainedModel) -> set[torch.nn.Module]:

@@ -2,20 +2,106 @@
 
 `generate` is given the whole text so far and slices off what is cached, by count alone. A text that
 is no longer than that, or one whose candidates begin anew (transformers 5.24 then passes all of it
-on), would be attended to behind another text's tokens without an error.
+on), would be attended to behind another text's tokens without an error. Where `generate` slices,
+the text is at hand, and it is checked there; passes of a loop of one's own tell less.
 """
 
 from __future__ import annotations
 
+import types
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from dualblade.errors import ConfigError
 from dualblade.hf.layer import StoredLayer
+
+
+def watch_generate(
+    models: Iterable[PreTrainedModel], cache: Cache, check_usable: Callable[[], object]
+) -> Callable[[], object]:
+    """Check texts where `generate` of `models` slices them for `cache`, for as long as
+    `watch_texts` does, and like it."""
+    _USABLE[cache] = check_usable
+    ends = []
+    for model in models:
+        _WATCHED[model] = _WATCHED.get(model, 0) + 1
+        for method in (_prefill, _get_candidate_generator):
+            # A copy of the model has its own: a bound method is copied with what it is bound to.
+            vars(model).setdefault(method.__name__, types.MethodType(method, model))
+        ends.append(weakref.finalize(cache, _end_watch, weakref.ref(model)))
+    return lambda: [end() for end in ends]
+
+
+_USABLE: weakref.WeakKeyDictionary[Cache, Callable[[], object]] = weakref.WeakKeyDictionary()
+"""Of each cache whose texts are checked, what raises when its content is lost."""
+
+_WATCHED: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
+"""For how many caches each model is watched."""
+
+
+def _end_watch(model: weakref.ref[PreTrainedModel]) -> None:
+    watched = model()
+    if watched is None:
+        return
+    _WATCHED[watched] -= 1
+    if _WATCHED[watched]:
+        return
+    del _WATCHED[watched]
+    for method in (_prefill, _get_candidate_generator):
+        held = vars(watched).get(method.__name__)
+        if getattr(held, "__func__", None) is method:
+            del vars(watched)[method.__name__]
+
+
+def _prefill(
+    self: Any, input_ids: torch.Tensor, generation_config: Any, model_kwargs: Any, **more: Any
+) -> Any:
+    """In place of a model's own, which it goes on with: transformers 5.24 slices there."""
+    cache = _checked_cache(model_kwargs)
+    if cache is not None:
+        past, embeds = cache.get_seq_length(), model_kwargs.get("inputs_embeds")
+        mask = model_kwargs.get("attention_mask")
+        if embeds is not None and more.get("is_first_iteration", True):
+            given = columns = embeds.shape[1]
+        else:
+            given = input_ids.shape[1]
+            # What was all ones was dropped.
+            dropped = getattr(generation_config, "_mask_length", past + given)
+            columns = dropped if mask is None else mask.shape[1]
+        # Of as many columns it is the whole text, of more the new tokens.
+        if columns < past + (1 if columns == given else given):
+            raise _does_not_go_on(given, past)
+    return type(self)._prefill(self, input_ids, generation_config, model_kwargs, **more)
+
+
+def _get_candidate_generator(self: Any, *args: Any, **given: Any) -> Any:
+    """Likewise: decoding with candidates passes all of the text on, unless the model was given a
+    slicing of its own, as `dualblade generate` does."""
+    cache = _checked_cache(given["model_kwargs"])
+    if cache is not None and "prepare_inputs_for_generation" not in vars(self):
+        raise _does_not_go_on(given["input_ids"].shape[1], cache.get_seq_length())
+    return type(self)._get_candidate_generator(self, *args, **given)
+
+
+def _checked_cache(model_kwargs: dict[str, Any]) -> Cache | None:
+    """The cache that is given, where it is watched and holds a text."""
+    cache = model_kwargs.get("cache")
+    usable = _USABLE.get(cache) if isinstance(cache, Cache) else None
+    if cache is None or usable is None:
+        return None
+    usable()
+    if model_kwargs.get("use_cache") is False:
+        raise ConfigError(
+            "a cache is given, and use_cache=False: each pass would bring it the whole text",
+            hint="leave one of them out",
+        )
+    # Half a step is told of by the layers, which know more.
+    return cache if cache.get_seq_length() and _is_whole(cache) else None
 
 
 def watch_texts(
@@ -34,11 +120,7 @@ def watch_texts(
         past, new = ours.get_seq_length(), _new_tokens(args, kwargs)
         # Half a step is told of by the layers, which know more.
         if new is not None and not goes_on(past, new, kwargs) and _is_whole(ours):
-            raise ConfigError(
-                f"{new} tokens are given to a cache that holds {past}, and do not go on from there",
-                hint="reset() it for another text; candidates (prompt lookup, an assistant) begin "
-                "with an empty one; an attention_mask covers what is cached too",
-            )
+            raise _does_not_go_on(new, past)
 
     hooks = [module.register_forward_pre_hook(check, with_kwargs=True) for module in modules]
     ends = [weakref.finalize(cache, hook.remove) for hook in hooks]
@@ -48,6 +130,14 @@ def watch_texts(
             one()
 
     return end
+
+
+def _does_not_go_on(new: int, past: int) -> ConfigError:
+    return ConfigError(
+        f"{new} tokens are given to a cache that holds {past}, and do not go on from there",
+        hint="reset() it for another text; candidates (prompt lookup, an assistant) begin with an "
+        "empty one; an attention_mask covers what is cached too",
+    )
 
 
 def goes_on(past: int, new: int, given: dict[str, Any]) -> bool:

@@ -9,7 +9,6 @@ load_model("random:llama-3-8b?layers=4")     that shape, seeded random weights
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import socket
 import urllib.parse
@@ -357,7 +356,7 @@ def _causes(exc: BaseException | None) -> Iterator[BaseException]:
 
 def _hub_reachable() -> bool:
     """Whether something answers where the hub should be; with a proxy, taken to be so."""
-    if os.environ.get("HF_HUB_OFFLINE") or hub.HF_HUB_OFFLINE:
+    if hub.HF_HUB_OFFLINE:
         return False
     place = urllib.parse.urlsplit(hub.ENDPOINT)
     if place.hostname is None or place.scheme in urllib.request.getproxies():

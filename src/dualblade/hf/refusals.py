@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
@@ -16,6 +18,9 @@ from dualblade.hf.geometry import item_bytes
 from dualblade.units import format_size
 
 log = logging.getLogger("dualblade.hf")
+
+TESTED_TRANSFORMERS = (5, 24)
+"""The newest that the tests were run with. Caches lean on much that it does not promise."""
 
 
 def check_kinds(model: object, config: object) -> None:
@@ -67,6 +72,18 @@ def check_model(model: PreTrainedModel, layers: list[Any], stored: list[bool]) -
         raise Unsupported(
             f"{name} is spread over devices {', '.join(sorted(devices))}",
             hint="load it on one device",
+        )
+
+
+@functools.cache  # once is enough
+def warn_of_version(installed: str = transformers.__version__) -> None:
+    """Log that a newer transformers than the tested one is in use."""
+    if tuple(map(int, installed.split(".")[:2])) > TESTED_TRANSFORMERS:
+        log.warning(
+            "dualblade was tested with transformers up to %d.%d, and this is %s: compare some "
+            "answers with path='memory' or transformers' own cache before you rely on them",
+            *TESTED_TRANSFORMERS,
+            installed,
         )
 
 

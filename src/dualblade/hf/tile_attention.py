@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
 from dualblade.attention import AttentionQuery, attend_whole
-from dualblade.errors import Unsupported
+from dualblade.errors import ConfigError, Unsupported
 from dualblade.hf.lazy import CausalMask, LazyTensor, OfferedTensor, made_real
 from dualblade.pipeline import Offer
 
@@ -107,6 +107,11 @@ def _question(
     first_visible = None
     if isinstance(mask, CausalMask):
         first_visible, mask = mask.first_visible, None
+    if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ConfigError(
+            f"an attention mask of {mask.dtype} tells neither what is seen nor what to add",
+            hint="make it bool (True is seen), or of the model's floating type",
+        )
     return AttentionQuery(
         query=query,
         past=tokens - query.shape[2],
@@ -147,8 +152,11 @@ def tile_mask(
         return dense()
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     starts = None
+    padding = (
+        None if padding is None else padding[:, :kv_length].bool()
+    )  # may cover what is to come
     if padding is not None and not padding.all():
-        starts = _left_padding(padding[:, :kv_length].bool())
+        starts = _left_padding(padding)
         if starts is None:
             return dense()
     if starts is None and (q_length == 1 or q_length == kv_length):
