@@ -16,11 +16,14 @@ constexpr std::uint32_t kBackoffDoublingsMax = 7;
 // drive was reset since: once.
 constexpr std::uint32_t kNvmeRetriesMax = 3;
 
+// ECANCELED: the kernel made no worker for the piece (pids.max), or its process was frozen.
 std::uint32_t retries_max(Op op, int error_number) {
-    if (error_number == EINTR || error_number == EAGAIN) return kRetriesMax;
-    // Of a sync it is what a writeback ended with, and told once: the next would say that all is
-    // well.
-    if (error_number == ENOMEM && moves_bytes(op)) return kRetriesMax;
+    if (error_number == ECANCELED) return kRetriesMax;  // it never ran
+    // What a writeback ended with is told by one sync: the next would say that all is well.
+    if (!moves_bytes(op) && error_number < kNvmeStatus) return 0;
+    if (error_number == EINTR || error_number == EAGAIN || error_number == ENOMEM) {
+        return kRetriesMax;
+    }
     if (error_number == ETIMEDOUT) return 1;
     const bool nvme = error_number >= kNvmeStatus;
     return nvme && !((error_number - kNvmeStatus) & kNvmeDoNotRetry) ? kNvmeRetriesMax : 0;
@@ -35,6 +38,7 @@ Scheduler::Submitted Scheduler::submit(const std::shared_ptr<Ticket>& ticket) {
     Lock guard(mutex_);
     if (closed_) return Submitted::Closed;
     if (ticket->settle()) return Submitted::Awake;  // a batch of nothing has ended already
+    ticket->epoch = failed_syncs_;
     account();
     ++live_tickets_;
     ready_.push_back(ticket);
@@ -96,6 +100,11 @@ Scheduler::Verdict Scheduler::finish(Lock&, Request& request, std::int64_t resul
     Transfer& rest = request.rest;
     if (result < 0) return retry_or_fail(request, static_cast<int>(-result));
     if (!moves_bytes(rest.op)) {
+        // The writeback that failed meanwhile may have been this ticket's, told to another's sync.
+        const auto failed = last_failed_sync_.find(rest.fd);
+        if (failed != last_failed_sync_.end() && failed->second.epoch > request.ticket->epoch) {
+            return fail(request, failed->second.error_number);
+        }
         ++counters_.sync_ops;
         end_piece(request);
         return Verdict::Ended;
@@ -126,6 +135,13 @@ Scheduler::Verdict Scheduler::retry_or_fail(Request& request, int error_number) 
         ++counters_.retries;
         return error_number == EINTR ? Verdict::Again : Verdict::AgainLater;
     }
+    if (!moves_bytes(request.rest.op)) {
+        last_failed_sync_[request.rest.fd] = {++failed_syncs_, error_number};
+    }
+    return fail(request, error_number);
+}
+
+Scheduler::Verdict Scheduler::fail(Request& request, int error_number) {
     ++counters_.errors;
     request.ticket->fail(request, error_number);
     end_piece(request);

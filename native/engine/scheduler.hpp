@@ -5,6 +5,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <unordered_map>
 #include <unordered_set>
 
 #include "ticket.hpp"
@@ -51,6 +52,7 @@ class Scheduler {
     void account();
     void drop_finished_heads();
     Verdict retry_or_fail(Request& request, int error_number);
+    Verdict fail(Request& request, int error_number);
     void end_piece(Request& request);
 
     const std::uint32_t queue_depth_;
@@ -60,6 +62,14 @@ class Scheduler {
     std::unordered_set<std::shared_ptr<Ticket>> parked_;  // at a barrier, with pieces in flight
     std::uint32_t in_flight_ = 0;
     std::uint64_t live_tickets_ = 0;
+    // A descriptor tells of a failed writeback once, whoever asks, and not whose bytes it was: all
+    // tickets of before that wait for a sync of it have failed.
+    struct FailedSync {
+        std::uint64_t epoch;
+        int error_number;
+    };
+    std::unordered_map<int, FailedSync> last_failed_sync_;
+    std::uint64_t failed_syncs_ = 0;
     bool closed_ = false;
     bool asleep_ = false;
     Counters counters_;

@@ -48,6 +48,7 @@ class Ticket {
     Outcome wait_until(std::uint64_t bytes, Clock::time_point deadline);
 
     // Scheduler's side.
+    std::uint64_t epoch = 0;  // syncs that had failed when it was submitted
     Next next() const;
     Request issue(const std::shared_ptr<Ticket>& self);
     void land(std::uint64_t piece, std::uint64_t bytes);

@@ -63,11 +63,18 @@ int prove_ring(io_uring& ring) {
     }
     io_uring_free_probe(probe);
     if (!all) return ENOSYS;
-    io_uring_prep_nop(io_uring_get_sqe(&ring));
+    io_uring_sqe* sqe = io_uring_get_sqe(&ring);
+    io_uring_prep_nop(sqe);
+    // By a kernel worker, which syncs need: where none may be made they would be cancelled. A ring
+    // that polls has no syncs.
+    if (!(ring.flags & IORING_SETUP_IOPOLL)) io_uring_sqe_set_flags(sqe, IOSQE_ASYNC);
     const int submitted = io_uring_submit_and_wait(&ring, 1);
     if (submitted < 0) return -submitted;
-    io_uring_cq_advance(&ring, io_uring_cq_ready(&ring));
-    return 0;
+    io_uring_cqe* cqe = nullptr;
+    if (const int error = io_uring_peek_cqe(&ring, &cqe)) return -error;
+    const int result = cqe->res;
+    io_uring_cqe_seen(&ring, cqe);
+    return result < 0 ? -result : 0;
 }
 
 Event::Event() : fd_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {

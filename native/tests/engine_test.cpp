@@ -132,8 +132,8 @@ void short_transfers_are_resumed() {
 void refusals_are_tried_again_within_bounds() {
     constexpr int kUnrecovered = kNvmeStatus + 0x281;
     const std::pair<int, std::uint64_t> bounds[] = {
-        {EINTR, 16}, {EAGAIN, 16},      {ETIMEDOUT, 1},
-        {EIO, 0},    {kUnrecovered, 3}, {kUnrecovered + kNvmeDoNotRetry, 0},
+        {EINTR, 16},    {EAGAIN, 16}, {ENOMEM, 16},      {ECANCELED, 16},
+        {ETIMEDOUT, 1}, {EIO, 0},     {kUnrecovered, 3}, {kUnrecovered + kNvmeDoNotRetry, 0},
     };
     for (const auto& [error, most] : bounds) {
         Bench bench(1);
@@ -149,6 +149,50 @@ void refusals_are_tried_again_within_bounds() {
         CHECK(tries == most && bench.scheduler.counters().retries == tries);
         CHECK(ticket->done() && ticket->failure()->error_number == error);
     }
+}
+
+// A sync is not asked twice what a writeback ended with; but one that never ran is.
+void failed_syncs_stay_failed() {
+    for (const int error : {EINTR, EAGAIN, ENOMEM, ETIMEDOUT, EIO}) {
+        Bench bench(1);
+        auto ticket = bench.submit({{3, Op::SyncRange, 0, kBlock, 0}});
+        auto pieces = bench.take_all();
+        CHECK(bench.finish(pieces[0], -error) == Scheduler::Verdict::Ended);
+        CHECK(ticket->failure()->error_number == error);
+    }
+    Bench bench(1);
+    auto ticket = bench.submit({{3, Op::SyncRange, 0, kBlock, 0}});
+    auto pieces = bench.take_all();
+    CHECK(bench.finish(pieces[0], -ECANCELED) == Scheduler::Verdict::AgainLater);
+    bench.finish_whole(pieces[0]);
+    CHECK(ticket->done() && !ticket->failure());
+}
+
+// The kernel says once that a writeback failed, to the first that syncs the descriptor.
+void a_failed_writeback_is_told_to_all_whom_it_may_be_of() {
+    Bench bench(8);
+    const auto written = [&](int fd, std::uint64_t offset) {
+        return bench.submit(
+            {{fd, Op::Write, 0, kBlock, offset}, {fd, Op::SyncRange, 0, kBlock, offset}});
+    };
+    auto mine = written(3, 0), yours = written(3, kBlock), elsewhere = written(4, 0);
+    for (Request& write : bench.take_all()) bench.finish_whole(write);
+    auto syncs = bench.take_all();
+    CHECK(syncs.size() == 3);
+    const auto sync_of = [&](const std::shared_ptr<Ticket>& ticket) -> Request& {
+        return *std::find_if(syncs.begin(), syncs.end(),
+                             [&](const Request& sync) { return sync.ticket == ticket; });
+    };
+    CHECK(bench.finish(sync_of(mine), -EIO) == Scheduler::Verdict::Ended);
+    auto later = written(3, 2 * kBlock);
+    CHECK(bench.finish(sync_of(yours), 0) == Scheduler::Verdict::Ended);
+    bench.finish_whole(sync_of(elsewhere));
+    CHECK(yours->failure() && yours->failure()->error_number == EIO);
+    CHECK(elsewhere->done() && !elsewhere->failure());
+    for (int part = 0; part < 2; ++part) {
+        for (Request& request : bench.take_all()) bench.finish_whole(request);
+    }
+    CHECK(later->done() && !later->failure());
 }
 
 // Not done while pieces are in flight; the lowest failed piece is told; the rest never starts.
@@ -503,6 +547,8 @@ int main() {
     landing_in_any_order();
     short_transfers_are_resumed();
     refusals_are_tried_again_within_bounds();
+    failed_syncs_stay_failed();
+    a_failed_writeback_is_told_to_all_whom_it_may_be_of();
     failure_waits_for_what_is_in_flight();
     syncs_are_barriers_and_let_others_pass();
     failed_write_keeps_its_sync_from_running();

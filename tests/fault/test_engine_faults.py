@@ -80,9 +80,10 @@ def inject(path: Path, call: str, what: str, *, only_device: bool = True) -> lis
     return ["strace", "-f", "-o", trace, *place, "-e", f"inject={call}:{what}"]
 
 
+@pytest.mark.parametrize(("op", "call"), [("READ", "pread64"), ("WRITE", "pwrite64")])
 @pytest.mark.parametrize("error", ["EINTR", "EAGAIN", "ENOMEM"])
-def test_interrupted_reads_are_tried_again(path: Path, error: str) -> None:
-    result = run(inject(path, "pread64", f"error={error}:when=2..4"), "posix", "READ", path)
+def test_interrupted_calls_are_tried_again(path: Path, error: str, op: str, call: str) -> None:
+    result = run(inject(path, call, f"error={error}:when=2..4"), "posix", op, path)
     assert result["error"] is None
     assert result["retries"] == 3
     assert (result["landed"], result["wrong"]) == (SIZE_BYTES, [])

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,12 +24,14 @@ from dualblade.errors import (
     StorageError,
     Unsupported,
 )
+from dualblade.host import devices
 from dualblade.io import Arena, Engine, Op, open_engine
 from dualblade.store import Door, Store
 from dualblade.store.format import DATA_OFFSET, SUPERBLOCK_BYTES
 from dualblade.store.formatting import carry_out_wipe, plan_wipe
 from dualblade.store.members import Members
 from dualblade.testing import Fault, FaultyEngine
+from dualblade.testing.contract import fork
 from dualblade.units import MIB
 from tests.fault.disks import disk_with_failing_writeback, ext4_disk, needs_root
 
@@ -110,6 +113,40 @@ def test_a_private_store_has_no_name(own_cache_directory: Path, engine: Engine) 
         store.allocate(2 * MIB, Door.DIRECT)
         assert list(own_cache_directory.iterdir()) == []
         assert "private" in store.path
+
+
+def test_a_private_store_has_no_name_where_files_cannot_be_made_without(
+    own_cache_directory: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS and FUSE: it has one for a moment."""
+    real_open, real_unlink, unlinked = os.open, os.unlink, list[str]()
+
+    def refuse(path: Any, flags: int, *mode: int, **options: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        return real_open(path, flags, *mode, **options)
+
+    def unlink(path: str, **options: Any) -> None:
+        unlinked.extend([path] if "dualblade-" in path else [])
+        real_unlink(path, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "unlink", unlink)
+    with open_store(None, engine) as store:
+        store.allocate(2 * MIB, Door.DIRECT)
+        assert len(unlinked) == 1
+        assert list(own_cache_directory.iterdir()) == []
+        assert os.fstat(store._members.backings[0].buffered_fd).st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(("free", "left"), [(1000 * MIB, 50 * MIB), (100 << 30, 2 << 30)])
+def test_a_twentieth_of_the_free_space_is_left_to_others(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch, free: int, left: int
+) -> None:
+    system = SimpleNamespace(f_bavail=free // MIB, f_frsize=MIB)
+    monkeypatch.setattr(os, "fstatvfs", lambda _: system)
+    with Store.open(tmp_path / "kv.store", engine) as store:
+        assert free - left - 4 * MIB <= store.capacity_bytes <= free - left
 
 
 def test_a_folder_takes_a_private_store(
@@ -271,6 +308,69 @@ def test_a_full_disk_at_format_leaves_nothing(small_disk: Path, engine: Engine) 
     with pytest.raises(NoSpace):
         Store.open(small_disk / "kv.store", engine)
     assert not (small_disk / "kv.store").exists()
+
+
+@needs_root
+def test_a_member_whose_disk_is_full_leaves_the_others_as_they_were(
+    small_disk: Path, tmp_path: Path, engine: Engine
+) -> None:
+    roomy = tmp_path / "roomy"
+    with Store.open([roomy, small_disk / "kv.store"], engine, capacity_bytes=128 * MIB) as store:
+        store.allocate(8 * MIB, Door.DIRECT)
+        before = roomy.stat()
+        with pytest.raises(NoSpace, match="cannot grow"):
+            store.allocate(80 * MIB, Door.DIRECT)
+        after = roomy.stat()
+        assert (after.st_size, after.st_blocks) == (before.st_size, before.st_blocks)
+        store.allocate(4 * MIB, Door.DIRECT)
+
+
+def test_a_forked_child_keeps_neither_blocks_nor_lock(tmp_path: Path, engine: Engine) -> None:
+    """Of the parent's store, when that is closed: as a worker does that never looks at it."""
+    named = tmp_path / "kv.store"
+    private, store = open_store(tmp_path, engine), open_store(named, engine)
+    private.allocate(4 * MIB, Door.DIRECT)
+    backing = private._members.backings[0]
+    blocks = os.dup(backing.buffered_fd)
+    come, go = os.pipe(), os.pipe()
+    child = fork()
+    if child == 0:
+        os.write(come[1], b"x")
+        os.read(go[0], 1)
+        os._exit(0)
+    os.read(come[0], 1)
+    try:
+        private.close()
+        store.close()
+        assert os.fstat(blocks).st_blocks == 0
+        open_store(named, engine).close()
+    finally:
+        os.write(go[1], b"x")
+        os.waitpid(child, 0)
+        for fd in (*come, *go, blocks):
+            os.close(fd)
+
+
+def test_a_file_system_of_larger_blocks_is_refused_before_a_prompt(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "_statx_alignment", lambda _fd: (4096, 16384))
+    with pytest.raises(Unsupported, match="in blocks of 16384 bytes"):
+        Store.open(tmp_path / "kv.store", engine)
+    assert not (tmp_path / "kv.store").exists()
+    Store.open(tmp_path / "kv.store", engine, direct=False, capacity_bytes=16 * MIB).close()
+
+
+@pytest.mark.parametrize("left", [0, DATA_OFFSET])
+def test_a_store_whose_making_was_cut_short_can_be_told(
+    tmp_path: Path, engine: Engine, left: int
+) -> None:
+    path = tmp_path / "kv.store"
+    path.write_bytes(bytes(left))
+    with pytest.raises(NotAStore, match="nothing at its beginning") as caught:
+        open_store(path, engine)
+    assert "delete it" in (caught.value.hint or "")
+    assert path.stat().st_size == left
 
 
 @needs_root

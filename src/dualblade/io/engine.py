@@ -340,9 +340,10 @@ def open_engine(
         except OSError as error:
             reason = _why_no_uring(error)
             if name != "auto" or io_poll:
-                raise Unsupported(
-                    reason, hint="take --io-engine auto or posix, or allow io_uring"
-                ) from error
+                hint = "take --io-engine auto or posix"
+                if _native.HAVE_URING:
+                    hint += ", or allow io_uring"
+                raise Unsupported(reason, hint=hint) from error
         else:
             engine = Engine(native, "io_uring", None, queue_depth, chunk_bytes)
             engine.choice, engine.io_poll = name, io_poll
@@ -352,9 +353,10 @@ def open_engine(
     try:
         native = _native.Engine("posix", queue_depth, chunk_bytes, False)
     except OSError as error:
+        because = "" if reason is None else f" ({reason})"
         raise Unsupported(
-            f"cannot start an engine of {queue_depth} threads: {error.strerror}",
-            hint="lower the queue depth",
+            f"cannot start an engine of {queue_depth} threads: {error.strerror}{because}",
+            hint="lower the queue depth, or allow more threads (ulimit -u, pids.max)",
         ) from error
     engine = Engine(native, "posix", reason, queue_depth, chunk_bytes)
     engine.choice = name
@@ -363,12 +365,14 @@ def open_engine(
 
 def _why_no_uring(error: OSError) -> str:
     if not _native.HAVE_URING:
-        return "built without liburing"
+        return "built without liburing 2.3 or newer: install liburing-dev and build dualblade again"
     code = errno.errorcode.get(error.errno or 0, str(error.errno))
     if error.errno == errno.EPERM:
         cause = "seccomp or kernel.io_uring_disabled"
     elif error.errno == errno.ENOSYS:
         cause = "a kernel without it, or seccomp"
+    elif error.errno == errno.ECANCELED:
+        cause = "no kernel worker may be made: pids.max, RLIMIT_NPROC"
     else:
         cause = os.strerror(error.errno or 0)
     return f"io_uring is forbidden here: {code} at io_uring_setup ({cause})"

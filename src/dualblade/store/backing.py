@@ -31,7 +31,7 @@ from dualblade.store.place import (
     storage_error,
     write_superblock,
 )
-from dualblade.units import GIB, KIB
+from dualblade.units import BLOCK_BYTES, GIB, KIB
 
 log = logging.getLogger("dualblade.store")
 
@@ -56,13 +56,14 @@ class FileBacking:
         return True
 
     def allocate(self, offset: int, size_bytes: int) -> None:
-        before = os.fstat(self.buffered_fd).st_size
-        try:
-            os.posix_fallocate(self.buffered_fd, offset, size_bytes)
-        except BaseException:
-            # What there was room for is allocated by now: the file system would stay full.
-            os.ftruncate(self.buffered_fd, before)
-            raise
+        os.posix_fallocate(self.buffered_fd, offset, size_bytes)
+
+    @property
+    def end(self) -> int:
+        return os.fstat(self.buffered_fd).st_size
+
+    def cut(self, end: int) -> None:
+        os.ftruncate(self.buffered_fd, end)
 
     def locate(self, offset: int) -> Location:
         return Location(self.path, offset, None)
@@ -79,14 +80,17 @@ class FileBacking:
 
     def close(self, *, keep_blocks: bool, end: int) -> None:  # noqa: ARG002 - the file knows its end
         try:
-            if not self.private:
+            if self.private:
+                # It is gone with its descriptors, and a forked child may have them for long.
+                os.ftruncate(self.buffered_fd, 0)
+            else:
                 if not keep_blocks:
                     os.ftruncate(self.buffered_fd, DATA_OFFSET)
                 write_superblock(self.buffered_fd, replace(self.superblock, in_use=False))
+            fcntl.flock(self.buffered_fd, fcntl.LOCK_UN)  # it is the child's as well
         except OSError as exc:
             raise storage_error("close", self.path, exc) from exc
         finally:
-            # A private file is gone with its descriptors.
             self.let_go()
 
     def let_go(self) -> None:
@@ -329,5 +333,12 @@ def _open_direct(fd: int, name: str) -> int:
             f"{name} cannot be accessed directly: {facts.direct.reason}",
             hint="put the store on a drive's file system (ext4, xfs), or use path page-cache",
         )
+    for align_bytes in (facts.direct.memory_align_bytes, facts.direct.offset_align_bytes):
+        if align_bytes is not None and align_bytes > BLOCK_BYTES:
+            raise Unsupported(
+                f"{name} can only be accessed directly in blocks of {align_bytes} bytes, and a "
+                f"store's are of {BLOCK_BYTES}",
+                hint="put the store on another file system, or use path page-cache",
+            )
     # The same file whether it still has a name or not.
     return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_DIRECT)

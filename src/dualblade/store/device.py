@@ -59,6 +59,13 @@ class DeviceBacking:
     def allocate(self, offset: int, size_bytes: int) -> None:
         """A device has all its blocks."""
 
+    @property
+    def end(self) -> int:
+        return self.drive.size_bytes
+
+    def cut(self, end: int) -> None:
+        """It keeps them."""
+
     def locate(self, offset: int) -> Location:
         return Location(self.path, offset, offset // self.drive.block_bytes)
 

@@ -41,11 +41,13 @@ _STATES = (_STATE_CLEAN, _STATE_IN_USE)
 # What to do about a place that is refused, by what is wrong with it.
 _FILE_HINTS = {
     "foreign": "name a file that does not exist yet, to make one",
+    "empty": "delete it: a store whose making was cut short, or no store; or name another file",
     "version": "delete it, or use the dualblade that made it",
     "damaged": "delete it; KV in it is of no use",
 }
 _DEVICE_HINTS = {
     "foreign": "if nothing on it is wanted: dualblade store format {path}",
+    "empty": "dualblade store format {path}",
     "version": "wipe it with the dualblade that made it",
     "damaged": "see dualblade store inspect {path}",
 }
@@ -199,6 +201,8 @@ class Superblock:
                 f"{path} {why}", operation="open", path=path, hint=hints[hint].format(path=path)
             )
 
+        if not any(raw):
+            raise refuse("is not a dualblade store: there is nothing at its beginning", "empty")
         if raw[: len(MAGIC)] != MAGIC:
             raise refuse("is not a dualblade store", "foreign")
         if len(raw) < SUPERBLOCK_BYTES or file_bytes < DATA_OFFSET:

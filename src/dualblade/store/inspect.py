@@ -114,7 +114,8 @@ def unreadable_ranges(report: Report, tell: Callable[[float], None]) -> list[tup
     bad: list[tuple[int, int]] = []
     try:
         end = os.lseek(fd, 0, os.SEEK_END) // BLOCK_BYTES * BLOCK_BYTES
-        with open_engine() as engine, Arena(_READ_BYTES) as arena:
+        # The engine ends first: after Ctrl-C a read may be under way.
+        with Arena(_READ_BYTES) as arena, open_engine() as engine:
 
             def readable(offset: int, size_bytes: int) -> bool:
                 read = Transfer(fd, Op.READ, arena.address, size_bytes, offset)

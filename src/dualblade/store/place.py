@@ -80,7 +80,17 @@ class Backing(Protocol):
     def coherent(self) -> bool: ...
 
     def allocate(self, offset: int, size_bytes: int) -> None:
-        """Have blocks for a range before its first write. Raises: OSError."""
+        """Have blocks for a range before its first write; where that fails some may be there: see
+        `cut`. Raises: OSError."""
+        ...
+
+    @property
+    def end(self) -> int:
+        """Where the blocks that it has end."""
+        ...
+
+    def cut(self, end: int) -> None:
+        """Give back what lies beyond `end`, which was asked for before. Raises: OSError."""
         ...
 
     def locate(self, offset: int) -> Location:

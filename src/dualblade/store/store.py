@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -17,7 +18,7 @@ from dualblade.store.extents import ExtentAllocator, Range
 from dualblade.store.format import DATA_OFFSET
 from dualblade.store.in_place import DoorCounters, InPlace
 from dualblade.store.members import Members, Place, open_members
-from dualblade.store.place import Location, storage_error
+from dualblade.store.place import Backing, Location, storage_error
 from dualblade.units import BLOCK_BYTES, EXTENT_ALIGN_BYTES
 
 log = logging.getLogger("dualblade.store")
@@ -155,10 +156,14 @@ class Store:
         """
         self.check_open()
         taken = self._allocator.allocate(size_bytes)
+        ends: list[tuple[Backing, int]] = []
         try:
             for backing, offset, size in self._members.ranges(taken.offset, taken.size_bytes):
+                ends.append((backing, backing.end))
                 backing.allocate(offset, size)
         except BaseException as exc:  # Ctrl-C too: blocks may take seconds to come
+            for grown, end in ends:  # what there was room for: the file system would stay full
+                grown.cut(end)
             self._allocator.free(taken)
             if not isinstance(exc, OSError):
                 raise
@@ -173,9 +178,9 @@ class Store:
             ) from exc
         self._end = max(self._end, taken.end)
         extent = Extent(range=taken)
-        if door is Door.PAGE_CACHE:
+        if door is Door.PAGE_CACHE or not self._coherent:
             try:
-                self._drop_stale(extent)
+                self._clear(extent)
             except BaseException:
                 self._allocator.free(taken)
                 raise
@@ -420,6 +425,15 @@ class Store:
                 return
         # Clean pages that another reader holds: O_DIRECT on a file stays coherent with them.
         log.warning("%d bytes at %d of %s stay cached after demotion", left, at, self.path)
+
+    def _clear(self, extent: Extent) -> None:
+        """No page of who had these blocks before is left: a dirty one, whose write failed and whom
+        nobody waited for, would be written over NVMe commands. Raises: StorageError."""
+        if not self._coherent:
+            with contextlib.suppress(StorageError):  # told to who wrote it, or of no use to anybody
+                syncs = self._syncs(extent.range.offset, extent.range.size_bytes)
+                self._engine.submit(syncs, path=self._paths).wait()
+        self._drop_stale(extent)
 
     def _drop_stale(self, extent: Extent) -> None:
         """No page from before may be cached when the page-cache door opens: a stray reader's, or
