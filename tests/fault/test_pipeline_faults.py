@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
 
 from dualblade import Closed, DeviceError, DualBladeCache, EngineConfig
 from dualblade.io import Op, open_engine
@@ -136,31 +137,53 @@ def test_a_write_that_failed_does_not_hinder_another_prompt(
     cache.close()
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    seed=st.integers(0, 2**16),
-    rate=st.sampled_from([0.002, 0.02]),
-    path=st.sampled_from(["direct", "page-cache", "dual"]),
-)
-def test_random_faults_give_an_error_or_the_right_rows(seed: int, rate: float, path: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "dualblade.hf.cache.open_engine",
-            lambda *a, **k: FaultyEngine(open_engine(*a, **k), seed=seed, rate=rate),
-        )
-        cache = cache_on(path)
-    want = {layer: rows(0, 0) for layer in range(LAYERS)}
-    try:
-        for step, tokens in enumerate([300, 1, 64, 1, 200, 1, 1, 1]):
-            for layer in range(LAYERS):
-                new = rows(tokens, 10 * step + layer)
-                pairs = zip(want[layer], new, strict=True)
-                want[layer] = tuple(torch.cat(pair, dim=2) for pair in pairs)
-                got = cache.update(*new, layer)
-                assert torch.equal(got[0], want[layer][0])
-                assert torch.equal(got[1], want[layer][1])
-    except DeviceError:
-        with pytest.raises(Closed):
-            take_turn(cache, *rows(1, 0), 0)
-    finally:
-        cache.close()
+def test_random_faults_give_an_error_or_the_right_output() -> None:
+    """Under attention to what there is, with both doors on the path `dual`."""
+    struck = 0
+
+    @settings(max_examples=40, deadline=None)
+    @given(
+        seed=st.integers(0, 2**16),
+        rate=st.sampled_from([0.002, 0.02]),
+        path=st.sampled_from(["direct", "page-cache", "dual"]),
+    )
+    def check(seed: int, rate: float, path: str) -> None:
+        nonlocal struck
+        engines: list[FaultyEngine] = []
+
+        def open_faulty(*arguments: Any, **options: Any) -> FaultyEngine:
+            engines.append(FaultyEngine(open_engine(*arguments, **options), seed=seed, rate=rate))
+            return engines[-1]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dualblade.hf.cache.open_engine", open_faulty)
+            if path == "dual":
+                halves = EngineConfig(staging_bytes=512 * KIB, cache_percent=50)
+                patch.setitem(SETTINGS, "config", halves)
+            cache = cache_on(path)
+        held = {layer: rows(0, 0) for layer in range(LAYERS)}
+        try:
+            for step, tokens in enumerate([300, 1, 64, 1, 200, 1, 1, 1]):
+                for layer in range(LAYERS):
+                    new = rows(tokens, 10 * step + layer)
+                    pairs = zip(held[layer], new, strict=True)
+                    keys, values = held[layer] = tuple(torch.cat(pair, dim=2) for pair in pairs)
+                    if SETTINGS["attention"] == "exact":
+                        got = cache.update(*new, layer)
+                        assert torch.equal(got[0], keys)
+                        assert torch.equal(got[1], values)
+                        continue
+                    seen = torch.ones(tokens, keys.shape[2]).tril(keys.shape[2] - tokens).bool()
+                    expected = scaled_dot_product_attention(new[0], keys, values, attn_mask=seen)
+                    out = take_turn(cache, *new, layer)
+                    torch.testing.assert_close(out.transpose(1, 2), expected, rtol=1e-4, atol=1e-4)
+            assert cache.stats().attention == SETTINGS["attention"]
+        except DeviceError:
+            with pytest.raises(Closed):
+                take_turn(cache, *rows(1, 0), 0)
+        finally:
+            cache.close()
+        struck += sum(len(engine.struck) for engine in engines)
+
+    check()
+    assert struck > 10

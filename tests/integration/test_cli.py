@@ -14,6 +14,10 @@ from typing import Any
 
 import pytest
 
+from dualblade.io import open_engine
+from dualblade.store import Door, Store
+from dualblade.units import MIB
+
 TINY = "random:llama?layers=6,hidden=128,heads=4,vocab=300,positions=4096"
 # Slow enough to be interrupted: about 20 ms a token, 10 s of prefill in small chunks.
 SLOW = "random:llama?layers=12,hidden=1024,heads=8,vocab=300,positions=8192"
@@ -262,6 +266,9 @@ def test_a_full_disk_in_mid_generation(tmp_path: Path) -> None:
     error = done.stderr[done.stderr.index("error:") :]
     assert "2.00 MiB" in error
     assert len(error.strip().splitlines()) <= 2
+    with open_engine() as engine, Store.open(tmp_path / "kv.store", engine) as store:
+        assert not store._members.was_unclean
+        store.allocate(MIB, Door.DIRECT)
 
 
 def test_bench_io_prints_what_the_issue_names(tmp_path: Path) -> None:

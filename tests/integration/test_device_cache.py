@@ -56,12 +56,15 @@ def check_tokens(store: Any, path: str) -> None:
         store=store,
         path=path,
         memory_budget="16MiB",
-        config=EngineConfig(disk_capacity_bytes=32 * MIB),
+        config=EngineConfig(
+            disk_capacity_bytes=32 * MIB, cache_percent=50 if path == "dual" else None
+        ),
     ) as cache:
         assert torch.equal(model.generate(**inputs, **options, cache=cache), expected)
         stats = cache.stats()
         assert stats.stored_bytes > 0
-        assert (stats.io.direct_write_bytes > 0) == (path == "direct")
+        assert (stats.io.direct_write_bytes > 0) == (path != "page-cache")
+        assert (stats.io.page_cache_write_bytes > 0) == (path != "direct")
         count = len(store) if isinstance(store, list) else 1
         assert stats.engine is not None
         assert stats.engine.queue_depth == 8 * count

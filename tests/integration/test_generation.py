@@ -155,3 +155,24 @@ def test_a_float32_model_under_autocast(attention: str, path: str) -> None:
     assert got.shape == expected.shape
     if attention == "exact":
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("path", ["memory", "direct"])
+def test_logits_over_tiles_under_autocast(path: str) -> None:
+    """As near as bfloat16 is; tokens may differ where two are as likely."""
+    model, inputs = tiny_model(), prompt(tokens=150)
+    last = inputs["input_ids"][:, -1:]
+
+    def logits(cache: Any) -> torch.Tensor:
+        model(**inputs, cache=cache)
+        out: torch.Tensor = model(input_ids=last, cache=cache).logits
+        return out.float()
+
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = logits(DynamicCache(config=model.config))
+        with dualblade.DualBladeCache.for_model(
+            model, memory_budget="16MiB", path=path, attention="tiles"
+        ) as cache:
+            got = logits(cache)
+            assert cache.stats().attention == "tiles"
+    torch.testing.assert_close(got, expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))

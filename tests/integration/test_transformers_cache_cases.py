@@ -18,7 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from dualblade import DualBladeCache
+from dualblade import DualBladeCache, EngineConfig
 from dualblade.hf.geometry import layer_shapes
 from tests.integration.tiny_models import prompt, tiny_model
 
@@ -59,6 +59,7 @@ def pair(request: pytest.FixtureRequest, length: int | None) -> Iterator[Pair]:
         attention="exact",
         memory_budget="16MiB",
         max_tokens=length,
+        config=EngineConfig(cache_percent=50) if request.param == "dual" else None,
     ) as ours:
         yield Pair(ours, DynamicCache(config=model.config))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from transformers import GptOssConfig
 from typer.testing import CliRunner, Result
 
@@ -48,27 +50,56 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        *(["generate"], ["demo"], ["doctor"], ["plan"], ["bench"], ["bench", "io"]),
-        *(
-            ["bench", "decode"],
-            ["bench", "envelope"],
-            ["store"],
-            ["store", "format"],
-            ["store", "inspect"],
-        ),
-        *(["store", "verify"], ["store", "wipe"]),
-    ],
-)
-def test_every_command_has_help(command: list[str]) -> None:
+def commands(group: Any, name: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """All that can be called, by their words."""
+    for word, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*name, word))
+        else:
+            yield (*name, word)
+
+
+COMMANDS = list(commands(typer.main.get_command(app)))
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_help(command: tuple[str, ...]) -> None:
     result = invoke(*command, "--help")
     assert result.exit_code == 0
     assert "Usage:" in result.stdout
-    if command not in (["bench"], ["store"]):
-        assert "Examples:" in result.stdout
-        assert "--json" in result.stdout
+    assert "Examples:" in result.stdout
+    assert "--json" in result.stdout
+
+
+@pytest.mark.parametrize("group", ["bench", "store"])
+def test_a_group_tells_of_its_commands(group: str) -> None:
+    result = invoke(group, "--help")
+    assert result.exit_code == 0
+    names = [command[1] for command in COMMANDS if command[0] == group]
+    assert len(names) > 3
+    assert all(name in result.stdout for name in names)
+
+
+@pytest.mark.parametrize("name", ["--store", "--offload-dir"])
+def test_the_store_has_two_names(name: str, tmp_path: Path) -> None:
+    missing = tmp_path / "no" / "kv.store"
+    result = invoke("generate", "-m", TINY, "-p", "hello", name, str(missing))
+    assert result.exit_code == 1
+    assert str(missing.parent) in result.stderr
+
+
+@pytest.mark.parametrize("bench", ["decode", "prefill", "envelope", "paper"])
+def test_a_benchmark_of_several_stores_is_refused(bench: str, tmp_path: Path) -> None:
+    """Not run on the last of them."""
+    stores = [part for name in "ab" for part in ("--store", str(tmp_path / name))]
+    needed = {"decode": ["-m", TINY], "prefill": ["-m", TINY]}.get(
+        bench, ["--output", str(tmp_path / "out")]
+    )
+    modes = ["--mode", "direct"] if bench in ("decode", "prefill") else []
+    result = invoke("bench", bench, *needed, *modes, *stores)
+    assert result.exit_code == 2
+    assert "--store more than once" in result.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_fixed_split_is_planned_as_asked() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -29,3 +31,17 @@ def test_too_late_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match="before torch is imported"):
         assert wait_briefly({}), "children heed it"
     assert not wait_briefly({"OMP_WAIT_POLICY": "his"}), "nothing to tell"
+
+
+def test_the_command_lets_them_spin_for_as_long_as_waking_takes() -> None:
+    program = """
+import os
+from dualblade.cli import app as command
+command.app = lambda **_: print(os.environ["GOMP_SPINCOUNT"], os.environ["OMP_WAIT_POLICY"])
+command.main()
+"""
+    free = {name: value for name, value in os.environ.items() if "OMP_" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=free, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "1000 passive\n"

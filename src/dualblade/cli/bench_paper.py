@@ -63,7 +63,7 @@ def bench_paper(
         raise ConfigError("--output is missing", hint="name a folder for the results")
     whole = find_scenario(scenario)
     with Reporter() as reporter:
-        chosen = (whole.only(runs) if runs else whole).on(store, reporter.tell)
+        chosen = (whole.only(runs) if runs else whole).on(options.one_store(store), reporter.tell)
         share = chosen.run_count / whole.run_count
         reporter.tell(
             f"{chosen.name}: {chosen.run_count} runs, about {share * chosen.minutes:.0f} minutes "

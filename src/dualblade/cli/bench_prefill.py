@@ -90,7 +90,7 @@ def bench_prefill(
         memory_budget=memory_budget,
         dtype=dtype,
         attention=attention,
-        store=store,
+        store=options.one_store(store),
         repeats=repeats,
         seed=seed,
         compare_fio=compare_fio,

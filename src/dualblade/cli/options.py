@@ -40,9 +40,21 @@ Store = Annotated[
     ),
 ]
 OneStore = Annotated[
-    Path | None,
+    list[Path] | None,
     typer.Option("--store", "--offload-dir", metavar="STORE", help=_STORE_HELP.format("")),
 ]
+
+
+def one_store(stores: list[Path] | None) -> Path | None:
+    """The one that was named. Raises: ConfigError for several: no benchmark stripes."""
+    if stores is not None and len(stores) > 1:
+        raise ConfigError(
+            "--store more than once: this command measures one store",
+            hint="generate and plan take several",
+        )
+    return stores[0] if stores else None
+
+
 MemoryBudget = Annotated[
     str,
     typer.Option(

@@ -166,10 +166,12 @@ while True:
     tickets = [store.write(extent, at << 20, arena.address, 4 << 20) for at in range(0, 32, 4)]
     for ticket in tickets:
         ticket.wait()
+    print("written", flush=True)
 """
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     assert child.stdout is not None
     assert child.stdout.readline() == b"uring-cmd\n"
+    assert child.stdout.readline() == b"written\n"  # and goes on
     child.send_signal(signal.SIGKILL)
     child.communicate()
     block = inspect_store(path).superblock
