@@ -81,6 +81,10 @@ bool Scheduler::take(Lock&, Request& slot) {
     account();
     slot = ready_.front()->issue(ready_.front());
     ++in_flight_;
+    if (!moves_bytes(slot.rest.op)) {
+        slot.sync = ++syncs_started_;
+        syncs_[slot.rest.fd].running.insert(slot.sync);
+    }
     drop_finished_heads();
     return true;
 }
@@ -100,13 +104,8 @@ Scheduler::Verdict Scheduler::finish(Lock&, Request& request, std::int64_t resul
     Transfer& rest = request.rest;
     if (result < 0) return retry_or_fail(request, static_cast<int>(-result));
     if (!moves_bytes(rest.op)) {
-        // The writeback that failed meanwhile may have been this ticket's, told to another's sync.
-        const auto failed = last_failed_sync_.find(rest.fd);
-        if (failed != last_failed_sync_.end() && failed->second.epoch > request.ticket->epoch) {
-            return fail(request, failed->second.error_number);
-        }
         ++counters_.sync_ops;
-        end_piece(request);
+        end_sync(request, 0);
         return Verdict::Ended;
     }
     if (result == 0) {
@@ -126,6 +125,7 @@ Scheduler::Verdict Scheduler::finish(Lock&, Request& request, std::int64_t resul
         return Verdict::Again;
     }
     end_piece(request);
+    --in_flight_;
     return Verdict::Ended;
 }
 
@@ -135,21 +135,48 @@ Scheduler::Verdict Scheduler::retry_or_fail(Request& request, int error_number) 
         ++counters_.retries;
         return error_number == EINTR ? Verdict::Again : Verdict::AgainLater;
     }
-    if (!moves_bytes(request.rest.op)) {
-        last_failed_sync_[request.rest.fd] = {++failed_syncs_, error_number};
+    if (moves_bytes(request.rest.op)) {
+        fail(request, error_number);
+        --in_flight_;
+    } else {
+        end_sync(request, error_number);
     }
-    return fail(request, error_number);
-}
-
-Scheduler::Verdict Scheduler::fail(Request& request, int error_number) {
-    ++counters_.errors;
-    request.ticket->fail(request, error_number);
-    end_piece(request);
     return Verdict::Ended;
 }
 
-void Scheduler::end_piece(Request& request) {
+void Scheduler::fail(Request& request, int error_number) {
+    ++counters_.errors;
+    request.ticket->fail(request, error_number);
+    end_piece(request);
+}
+
+// A sync that ended well is believed once no other is under way that may have been told of the
+// failure of its bytes.
+void Scheduler::end_sync(Request& request, int error_number) {
     --in_flight_;
+    Syncs& syncs = syncs_[request.rest.fd];
+    syncs.running.erase(request.sync);
+    if (error_number != 0) {
+        syncs.epoch = ++failed_syncs_;
+        syncs.error_number = error_number;
+        fail(request, error_number);
+    } else {
+        const std::uint64_t last = syncs.running.empty() ? 0 : *syncs.running.rbegin();
+        syncs.held.emplace_back(std::move(request), last);
+    }
+    std::erase_if(syncs.held, [&](auto& held) {
+        auto& [sync, last] = held;
+        if (!syncs.running.empty() && *syncs.running.begin() <= last) return false;
+        if (syncs.epoch > sync.ticket->epoch) {
+            fail(sync, syncs.error_number);
+        } else {
+            end_piece(sync);
+        }
+        return true;
+    });
+}
+
+void Scheduler::end_piece(Request& request) {
     // Moved, not copied: a slot that kept the ticket would keep it alive until its next use.
     const std::shared_ptr<Ticket> ticket = std::move(request.ticket);
     ticket->retire();

@@ -5,8 +5,11 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <unordered_map>
 #include <unordered_set>
+#include <utility>
+#include <vector>
 
 #include "ticket.hpp"
 #include "types.hpp"
@@ -52,7 +55,8 @@ class Scheduler {
     void account();
     void drop_finished_heads();
     Verdict retry_or_fail(Request& request, int error_number);
-    Verdict fail(Request& request, int error_number);
+    void fail(Request& request, int error_number);
+    void end_sync(Request& request, int error_number);
     void end_piece(Request& request);
 
     const std::uint32_t queue_depth_;
@@ -62,13 +66,16 @@ class Scheduler {
     std::unordered_set<std::shared_ptr<Ticket>> parked_;  // at a barrier, with pieces in flight
     std::uint32_t in_flight_ = 0;
     std::uint64_t live_tickets_ = 0;
-    // A descriptor tells of a failed writeback once, whoever asks, and not whose bytes it was: all
-    // tickets of before that wait for a sync of it have failed.
-    struct FailedSync {
-        std::uint64_t epoch;
-        int error_number;
+    // Of one descriptor, which tells of a failed writeback once, to whichever sync comes first, and
+    // not whose bytes it was: all that it may be of fail.
+    struct Syncs {
+        std::set<std::uint64_t> running;                      // by number
+        std::vector<std::pair<Request, std::uint64_t>> held;  // until that one has ended, too
+        std::uint64_t epoch = 0;                              // the last that failed
+        int error_number = 0;
     };
-    std::unordered_map<int, FailedSync> last_failed_sync_;
+    std::unordered_map<int, Syncs> syncs_;
+    std::uint64_t syncs_started_ = 0;
     std::uint64_t failed_syncs_ = 0;
     bool closed_ = false;
     bool asleep_ = false;

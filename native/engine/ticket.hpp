@@ -21,6 +21,7 @@ struct Request {
     std::uint64_t piece = 0;
     Transfer rest{};
     std::uint32_t retries = 0;
+    std::uint64_t sync = 0;  // the scheduler's number of it, where it is one
 };
 
 // Two sides share a ticket. The scheduler's side (next, issue, land, fail, drop_rest, settle) is

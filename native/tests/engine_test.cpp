@@ -168,31 +168,39 @@ void failed_syncs_stay_failed() {
     CHECK(ticket->done() && !ticket->failure());
 }
 
-// The kernel says once that a writeback failed, to the first that syncs the descriptor.
+// The kernel says once that a writeback failed, to the first that syncs the descriptor; and which
+// of two is heard of first says nothing.
 void a_failed_writeback_is_told_to_all_whom_it_may_be_of() {
-    Bench bench(8);
-    const auto written = [&](int fd, std::uint64_t offset) {
-        return bench.submit(
-            {{fd, Op::Write, 0, kBlock, offset}, {fd, Op::SyncRange, 0, kBlock, offset}});
-    };
-    auto mine = written(3, 0), yours = written(3, kBlock), elsewhere = written(4, 0);
-    for (Request& write : bench.take_all()) bench.finish_whole(write);
-    auto syncs = bench.take_all();
-    CHECK(syncs.size() == 3);
-    const auto sync_of = [&](const std::shared_ptr<Ticket>& ticket) -> Request& {
-        return *std::find_if(syncs.begin(), syncs.end(),
-                             [&](const Request& sync) { return sync.ticket == ticket; });
-    };
-    CHECK(bench.finish(sync_of(mine), -EIO) == Scheduler::Verdict::Ended);
-    auto later = written(3, 2 * kBlock);
-    CHECK(bench.finish(sync_of(yours), 0) == Scheduler::Verdict::Ended);
-    bench.finish_whole(sync_of(elsewhere));
-    CHECK(yours->failure() && yours->failure()->error_number == EIO);
-    CHECK(elsewhere->done() && !elsewhere->failure());
-    for (int part = 0; part < 2; ++part) {
-        for (Request& request : bench.take_all()) bench.finish_whole(request);
+    for (const bool failure_first : {true, false}) {
+        Bench bench(8);
+        const auto written = [&](int fd, std::uint64_t offset) {
+            return bench.submit(
+                {{fd, Op::Write, 0, kBlock, offset}, {fd, Op::SyncRange, 0, kBlock, offset}});
+        };
+        auto mine = written(3, 0), yours = written(3, kBlock), elsewhere = written(4, 0);
+        for (Request& write : bench.take_all()) bench.finish_whole(write);
+        auto syncs = bench.take_all();
+        CHECK(syncs.size() == 3);
+        const auto sync_of = [&](const std::shared_ptr<Ticket>& ticket) -> Request& {
+            return *std::find_if(syncs.begin(), syncs.end(),
+                                 [&](const Request& sync) { return sync.ticket == ticket; });
+        };
+        if (failure_first) bench.finish(sync_of(mine), -EIO);
+        auto later = written(3, 2 * kBlock);
+        bench.finish_whole(sync_of(yours));
+        CHECK(yours->done() == failure_first);
+        bench.finish_whole(sync_of(elsewhere));
+        CHECK(elsewhere->done() && !elsewhere->failure());
+        if (!failure_first) bench.finish(sync_of(mine), -EIO);
+        CHECK(mine->failure()->error_number == EIO && yours->failure()->error_number == EIO);
+        CHECK(bench.scheduler.counters().errors == 2);
+        for (int part = 0; part < 2; ++part) {
+            for (Request& request : bench.take_all()) bench.finish_whole(request);
+        }
+        // What was under way when it failed may be of it as well.
+        CHECK(later->done() && later->failure().has_value() == !failure_first);
+        CHECK(bench.scheduler.wait_idle(kNow));
     }
-    CHECK(later->done() && !later->failure());
 }
 
 // Not done while pieces are in flight; the lowest failed piece is told; the rest never starts.

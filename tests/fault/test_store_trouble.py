@@ -310,6 +310,36 @@ def test_a_full_disk_at_format_leaves_nothing(small_disk: Path, engine: Engine) 
     assert not (small_disk / "kv.store").exists()
 
 
+def test_a_dead_file_system_is_told_in_our_words_and_takes_nothing(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    store = open_store(tmp_path, engine)
+    free = store.free_bytes
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    monkeypatch.setattr(os, "ftruncate", fail)
+    with pytest.raises(StorageError, match="cannot grow"):
+        store.allocate(2 * MIB, Door.DIRECT)
+    assert store.free_bytes == free
+    store.close()  # of a private one nothing is lost
+
+
+def test_no_dirty_page_is_left_where_commands_will_write(tmp_path: Path, engine: Engine) -> None:
+    """It would be written back after them, over another prompt's bytes."""
+    with open_store(tmp_path / "kv.store", engine) as store:
+        store._coherent = False  # as on an NVMe namespace
+        extent = store.allocate(2 * MIB, Door.PAGE_CACHE)
+        buffered = store._members.backings[0].buffered_fd
+        os.pwrite(buffered, b"x" * MIB, extent.range.offset)  # and its sync never came
+        store.free(extent)
+        os.pwrite(buffered, b"x" * MIB, extent.range.offset)
+        again = store.allocate(2 * MIB, Door.DIRECT)
+        assert again.range == extent.range
+        assert store.cached_bytes(again) == 0
+
+
 @needs_root
 def test_a_member_whose_disk_is_full_leaves_the_others_as_they_were(
     small_disk: Path, tmp_path: Path, engine: Engine

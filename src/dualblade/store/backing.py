@@ -82,7 +82,8 @@ class FileBacking:
         try:
             if self.private:
                 # It is gone with its descriptors, and a forked child may have them for long.
-                os.ftruncate(self.buffered_fd, 0)
+                with contextlib.suppress(OSError):  # what went wrong with it was told before
+                    os.ftruncate(self.buffered_fd, 0)
             else:
                 if not keep_blocks:
                     os.ftruncate(self.buffered_fd, DATA_OFFSET)

@@ -41,13 +41,12 @@ _STATES = (_STATE_CLEAN, _STATE_IN_USE)
 # What to do about a place that is refused, by what is wrong with it.
 _FILE_HINTS = {
     "foreign": "name a file that does not exist yet, to make one",
-    "empty": "delete it: a store whose making was cut short, or no store; or name another file",
+    "empty": "delete it, if it is a store whose making was cut short; or name another file",
     "version": "delete it, or use the dualblade that made it",
     "damaged": "delete it; KV in it is of no use",
 }
 _DEVICE_HINTS = {
     "foreign": "if nothing on it is wanted: dualblade store format {path}",
-    "empty": "dualblade store format {path}",
     "version": "wipe it with the dualblade that made it",
     "damaged": "see dualblade store inspect {path}",
 }
@@ -201,7 +200,7 @@ class Superblock:
                 f"{path} {why}", operation="open", path=path, hint=hints[hint].format(path=path)
             )
 
-        if not any(raw):
+        if not any(raw) and version == FILE_VERSION and file_bytes in (0, DATA_OFFSET):
             raise refuse("is not a dualblade store: there is nothing at its beginning", "empty")
         if raw[: len(MAGIC)] != MAGIC:
             raise refuse("is not a dualblade store", "foreign")

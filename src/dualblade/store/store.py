@@ -162,9 +162,10 @@ class Store:
                 ends.append((backing, backing.end))
                 backing.allocate(offset, size)
         except BaseException as exc:  # Ctrl-C too: blocks may take seconds to come
-            for grown, end in ends:  # what there was room for: the file system would stay full
-                grown.cut(end)
             self._allocator.free(taken)
+            for grown, end in ends:  # what there was room for: the file system would stay full
+                with contextlib.suppress(OSError):
+                    grown.cut(end)
             if not isinstance(exc, OSError):
                 raise
             kind = NoSpace if exc.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
@@ -178,9 +179,11 @@ class Store:
             ) from exc
         self._end = max(self._end, taken.end)
         extent = Extent(range=taken)
-        if door is Door.PAGE_CACHE or not self._coherent:
+        if not self._coherent:
+            self._write_back_what_is_left(extent)
+        if door is Door.PAGE_CACHE:
             try:
-                self._clear(extent)
+                self._drop_stale(extent)
             except BaseException:
                 self._allocator.free(taken)
                 raise
@@ -426,14 +429,13 @@ class Store:
         # Clean pages that another reader holds: O_DIRECT on a file stays coherent with them.
         log.warning("%d bytes at %d of %s stay cached after demotion", left, at, self.path)
 
-    def _clear(self, extent: Extent) -> None:
-        """No page of who had these blocks before is left: a dirty one, whose write failed and whom
-        nobody waited for, would be written over NVMe commands. Raises: StorageError."""
-        if not self._coherent:
-            with contextlib.suppress(StorageError):  # told to who wrote it, or of no use to anybody
-                syncs = self._syncs(extent.range.offset, extent.range.size_bytes)
-                self._engine.submit(syncs, path=self._paths).wait()
-        self._drop_stale(extent)
+    def _write_back_what_is_left(self, extent: Extent) -> None:
+        """Of who had these blocks before: a dirty page, whose write failed and whom nobody waited
+        for, would be written over NVMe commands."""
+        with contextlib.suppress(StorageError):  # told to who wrote it, or of no use to anybody
+            syncs = self._syncs(extent.range.offset, extent.range.size_bytes)
+            self._engine.submit(syncs, path=self._paths).wait()
+        self._drop(extent)
 
     def _drop_stale(self, extent: Extent) -> None:
         """No page from before may be cached when the page-cache door opens: a stray reader's, or
