@@ -26,7 +26,8 @@ for _number in (signal.SIGINT, signal.SIGHUP):
 # it needs, and nobody would see.
 _SKIPPED_IN_CI = re.compile(
     "no CUDA GPU|no lmcache here|names no checkout|names none|has no (amx|avx2|avx512)|"
-    "one queue for both doors|the model's own tensors in memory"
+    "one queue for both doors|the model's own tensors in memory|there is a GPU|"
+    "cannot be throttled"
 )
 
 

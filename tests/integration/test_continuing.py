@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import (
 
 from dualblade import DualBladeCache
 from dualblade.errors import Closed, ConfigError
-from dualblade.hf.choice import texts_come_to
+from dualblade.hf.choice import generating, texts_come_to
 from tests.integration.tiny_models import prompt, tiny_model
 
 WAYS = [("memory", "exact"), ("memory", "tiles"), ("direct", "exact"), ("direct", "tiles")]
@@ -182,6 +183,31 @@ def test_a_model_in_the_model_that_generates_is_checked() -> None:
     assert "_prefill" not in vars(inner)
 
 
+def test_new_tokens_alone_may_have_candidates() -> None:
+    model = tiny_model()
+    new = torch.cat([torch.full((1, 6), 9), torch.full((1, 6), 8)], dim=1)
+    given = {"input_ids": new, "attention_mask": torch.ones((1, 96), dtype=torch.int64)}
+    with cache_for(model) as cache:
+        theirs = DynamicCache(config=model.config)
+        for one in (cache, theirs):
+            generate(model, one, prompt(tokens=80))
+        ours = generate(model, cache, given, prompt_lookup_num_tokens=4)
+        assert torch.equal(ours, generate(model, theirs, given))
+
+
+def test_a_model_that_was_saved_while_it_was_watched_is_watched_again() -> None:
+    model = tiny_model()
+    with cache_for(model):
+        assert "_prefill" in vars(model)
+        saved = tiny_model()
+        # As unpickling makes it of a bound method: by its name.
+        vars(saved)["_prefill"] = types.MethodType(type(saved)._prefill, saved)
+    with cache_for(saved) as cache:
+        generate(saved, cache, prompt(tokens=80))
+        with pytest.raises(ConfigError, match="a cache that holds 84"):
+            generate(saved, cache, text(prompt(tokens=43, seed=5)["input_ids"]))
+
+
 @pytest.mark.parametrize("is_filled", [False, True])
 def test_a_cache_that_is_not_to_be_used_is_refused(*, is_filled: bool) -> None:
     model = tiny_model()
@@ -327,6 +353,7 @@ def test_images_of_git_are_beside_its_masks() -> None:
     model = tiny_model()
     model.config.model_type = "git"
     assert texts_come_to(model) == set()
+    assert generating(model) == []
 
 
 @pytest.mark.parametrize("is_dropped", [False, True])

@@ -31,6 +31,7 @@ def test_a_newer_transformers_than_the_tested_one_is_told_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     major, minor = TESTED_TRANSFORMERS
+    warn_of_version.cache_clear()
     with caplog.at_level(logging.WARNING, logger="dualblade.hf"):
         for fine in (f"{major}.{minor}.9", f"{major}.{minor - 1}.0"):
             warn_of_version(fine)

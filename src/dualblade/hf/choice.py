@@ -133,16 +133,21 @@ def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
     return decoder
 
 
+_HOLD_MORE_THAN_TEXT = ("git", "cpmant")
+"""Their caches hold tokens of an image, or of a task, that masks and texts leave out."""
+
+
 def generating(model: PreTrainedModel) -> list[PreTrainedModel]:
     """Models in it that may be asked to generate: BLIP-2 has its language model do it."""
+    if model.config.model_type in _HOLD_MORE_THAN_TEXT:
+        return []
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     return [part for part in parts if part.can_generate() and isinstance(part, GenerationMixin)]
 
 
 def texts_come_to(model: PreTrainedModel) -> set[torch.nn.Module]:
-    """Modules to whose passes texts are given: some heads (OPT's) pass by their `base_model`. None
-    for GIT, whose masks leave its image's tokens out."""
-    if model.config.model_type == "git":
+    """Modules to whose passes texts are given: some heads (OPT's) pass by their `base_model`."""
+    if model.config.model_type in _HOLD_MORE_THAN_TEXT:
         return set()
     return {_innermost(model), decoder_of(model)}
 

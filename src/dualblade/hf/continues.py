@@ -8,6 +8,7 @@ the text is at hand, and it is checked there; passes of a loop of one's own tell
 
 from __future__ import annotations
 
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable
@@ -29,10 +30,15 @@ def watch_generate(
     _USABLE[cache] = check_usable
     ends = []
     for model in models:
-        _WATCHED[model] = _WATCHED.get(model, 0) + 1
-        for method in (_prefill, _get_candidate_generator):
-            # A copy of the model has its own: a bound method is copied with what it is bound to.
-            vars(model).setdefault(method.__name__, types.MethodType(method, model))
+        with _LOCK:
+            _WATCHED[model] = _WATCHED.get(model, 0) + 1
+            for method in (_prefill, _get_candidate_generator):
+                # A deep copy has its own: a bound method is copied with what it is bound to. One of
+                # somebody else's stays; what unpickling left of ours is the class's.
+                held = vars(model).get(method.__name__)
+                own = getattr(type(model), method.__name__)
+                if held is None or getattr(held, "__func__", None) in (method, own):
+                    vars(model)[method.__name__] = types.MethodType(method, model)
         ends.append(weakref.finalize(cache, _end_watch, weakref.ref(model)))
     return lambda: [end() for end in ends]
 
@@ -43,19 +49,23 @@ _USABLE: weakref.WeakKeyDictionary[Cache, Callable[[], object]] = weakref.WeakKe
 _WATCHED: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
 """For how many caches each model is watched."""
 
+_LOCK = threading.RLock()
+"""Caches of one model may be made and closed by several threads; a finalizer may come between."""
+
 
 def _end_watch(model: weakref.ref[PreTrainedModel]) -> None:
     watched = model()
     if watched is None:
         return
-    _WATCHED[watched] -= 1
-    if _WATCHED[watched]:
-        return
-    del _WATCHED[watched]
-    for method in (_prefill, _get_candidate_generator):
-        held = vars(watched).get(method.__name__)
-        if getattr(held, "__func__", None) is method:
-            del vars(watched)[method.__name__]
+    with _LOCK:
+        _WATCHED[watched] -= 1
+        if _WATCHED[watched]:
+            return
+        del _WATCHED[watched]
+        for method in (_prefill, _get_candidate_generator):
+            held = vars(watched).get(method.__name__)
+            if getattr(held, "__func__", None) is method:
+                del vars(watched)[method.__name__]
 
 
 def _prefill(
@@ -80,11 +90,15 @@ def _prefill(
 
 
 def _get_candidate_generator(self: Any, *args: Any, **given: Any) -> Any:
-    """Likewise: decoding with candidates passes all of the text on, unless the model was given a
-    slicing of its own, as `dualblade generate` does."""
-    cache = _checked_cache(given["model_kwargs"])
+    """Likewise: decoding with candidates passes on all that it is given. That may be the new tokens
+    under a mask of ones; or the model has a slicing of its own, as in `dualblade generate`."""
+    model_kwargs = given.get("model_kwargs", {})
+    cache = _checked_cache(model_kwargs)
     if cache is not None and "prepare_inputs_for_generation" not in vars(self):
-        raise _does_not_go_on(given["input_ids"].shape[1], cache.get_seq_length())
+        past, new = cache.get_seq_length(), given["input_ids"].shape[1]
+        columns = getattr(given["generation_config"], "_mask_length", new)
+        if model_kwargs.get("attention_mask") is not None or columns < past + new:
+            raise _does_not_go_on(new, past)
     return type(self)._get_candidate_generator(self, *args, **given)
 
 
