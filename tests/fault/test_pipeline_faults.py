@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dualblade import Closed, DeviceError, DualBladeCache, EngineConfig
 from dualblade.io import Op, open_engine
+from dualblade.pipeline.write_behind import WriteBehind
 from dualblade.testing import Fault, FaultyEngine
 from dualblade.units import KIB
 from tests.integration.tiny_models import tiny_model
@@ -134,6 +135,32 @@ def test_a_write_that_failed_does_not_hinder_another_prompt(
     fill(cache)
     for layer in range(LAYERS):
         take_turn(cache, *rows(1, layer), layer)
+    cache.close()
+
+
+def test_a_reset_that_is_interrupted_keeps_a_failed_write_in_mind(
+    faulty: list[FaultyEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was told to the log and forgotten, and its bytes are not there."""
+    cache = cache_on("direct")
+    fill(cache, 10)
+    faulty[0].inject(Fault(op=Op.WRITE, errno=errno.EIO))
+    fill(cache, 54)
+    pipeline = cache._pipeline
+    forget = WriteBehind.forget
+
+    def interrupted(writes: WriteBehind) -> None:
+        forget(writes)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(WriteBehind, "forget", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.reset()
+    monkeypatch.undo()
+    with pytest.raises(Closed, match="did not come to an end"):
+        pipeline.update(0, *rows(1, 0))
+    pipeline.reset()
+    assert pipeline.tokens(0) == 0
     cache.close()
 
 

@@ -108,6 +108,21 @@ def test_what_is_not_cached_is_read(store: Store) -> None:
     assert store.in_place(direct, 0, 2 * MIB) is None
 
 
+def test_what_is_mapped_behind_a_missing_page_still_counts(store: Store) -> None:
+    """Else it would be taken for others' memory, and units would give way to it."""
+    extent, data = filled(store)
+    there = store.in_place(extent, 0, SIZE)
+    assert there is not None
+    assert there.hold() == data
+    assert extent.memory is not None
+    extent.memory._there_bytes = 0  # as when the kernel took its beginning
+    assert store.mapped_bytes == SIZE
+    part = store.in_place(extent, *PART)
+    assert part is not None
+    assert part.hold() == data[MIB : 3 * MIB]
+    assert store.mapped_bytes == SIZE
+
+
 def test_an_extent_that_moves_takes_its_memory_along(store: Store) -> None:
     """A mapped page would outlive the demotion, and show direct writes too late on a namespace."""
     extent, data = filled(store)

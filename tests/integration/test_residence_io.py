@@ -190,6 +190,20 @@ def test_a_store_grows_to_three_times_the_kv_at_most(tmp_path: Path) -> None:
     cache.close()
 
 
+def test_a_plan_is_for_little_more_than_there_is(tmp_path: Path) -> None:
+    """What is planned for and not there yet is memory that waits."""
+    cache = Growing(tmp_path / "kv.store")
+    tokens = 0
+    for count in (TOKENS // 4, 1, TOKENS // 4, TOKENS):
+        cache.step(count)
+        tokens += count
+        rows = cache.pipeline._layers[0].rows
+        planned = sum(unit.bytes for unit in cache.pipeline.placements())
+        ahead = planned // (2 * LAYERS * HEADS * DIM * 4) - tokens
+        assert -rows < ahead <= max(rows, tokens // 32)
+    cache.close()
+
+
 def test_demotion_writes_back_what_is_dirty(tmp_path: Path) -> None:
     """Dirty pages exist only while a write is on its way; put some there behind its back."""
     with open_engine("auto") as engine, Store.open(tmp_path / "kv.store", engine) as store:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualblade.residency import Cause, after
+from dualblade.residency import Cause, Controller, Observation, after
 from dualblade.units import MIB
 from tests.property.simulated_machine import Cache, Machine, by_size, fresh, units
 
@@ -85,6 +85,26 @@ def test_small_changes_of_the_budget_do_not_move_units_to_and_fro(noise: list[in
         machine.hog = 8 * MIB + change
         machine.step(0.1)
     assert cache.events == []
+
+
+@pytest.mark.parametrize("cause", [Cause.EVICTED, Cause.PRESSURE])
+def test_a_text_that_grows_at_each_step_hears_of_others(cause: Cause) -> None:
+    """As in a prompt in chunks: each outgrows the plan, and others may be short meanwhile."""
+    controller = Controller(by_size(DEMANDS, 400 * MIB).level)
+    causes = set()
+    for step in range(40):
+        size = UNIT + step * GRAIN
+        seen = Observation(
+            time_seconds=float(step),
+            demands=units([size] * 48, GRAIN),
+            page_cache_bytes=400 * MIB,
+            hit_fraction=0.2 if cause is Cause.EVICTED else None,
+            stall_seconds=0.5 * step if cause is Cause.PRESSURE else None,
+        )
+        event = controller.decide(seen)
+        assert controller.planned_bytes <= 400 * MIB
+        causes |= {event.cause} if event else set()
+    assert causes >= {Cause.KV_GREW, cause}
 
 
 def test_a_plan_falls_only_when_the_slack_is_passed() -> None:

@@ -170,6 +170,24 @@ def test_other_work_is_noticed() -> None:
     assert other.step(tuner.setting.slots) <= 1.02 * other.best(40)
 
 
+def test_another_text_begins_no_try_of_the_last_one() -> None:
+    """Six slots were being tried when it ended: its steps say nothing of the next one's."""
+    machine = Machine(compute=0.5, drive=1.0)
+    tuner, events = tuned(20, first=10)
+    run(tuner, machine, 7)
+    assert tuner.setting.slots == 6
+    tuner.restart()
+    assert tuner.setting.slots == 10
+    assert "text ended" in events[-1][2]
+    for _ in range(8):  # of a text half as long
+        tuner.step(Machine(compute=0.25, drive=0.5).times(tuner.setting.slots))
+    assert events[-1][:2] == (10, 6), "compared with steps of its own"
+    run(tuner, Machine(compute=0.25, drive=0.5), 60)
+    settled, found = tuner.setting, len(events)
+    tuner.restart()
+    assert (tuner.setting, len(events)) == (settled, found), "what was found stays"
+
+
 def test_a_prompt_teaches_nothing() -> None:
     """Its steps grow with the context, by as much as a wrong setting costs."""
     tuner, events = tuned(18, first=10)

@@ -469,3 +469,9 @@ def test_process_memory_sees_what_is_touched() -> None:
     assert after.anonymous_bytes - before.anonymous_bytes >= 60 * MIB
     assert after.peak_resident_bytes >= after.resident_bytes
     assert after.resident_bytes >= after.anonymous_bytes
+
+
+def test_a_group_whose_name_is_no_text_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "cgroup"
+    file.write_bytes(b"0::/caf\xe9\n")
+    assert groups.read_file(file) == "0::/caf\udce9\n"

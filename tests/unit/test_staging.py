@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 from dualblade.config import EngineConfig
-from dualblade.pipeline.division import fitting_staging, staging_room
+from dualblade.geometry import TileGeometry
+from dualblade.pipeline.budget import MemoryBudget
+from dualblade.pipeline.division import LayerSizes, fitting_staging, staging_room
 from dualblade.pipeline.staging import StagingShape, staging_shape
 from dualblade.residency import BudgetShares, DoorSpeeds
 from dualblade.units import GIB, KIB, MIB
@@ -113,3 +117,17 @@ def test_slots_of_four_mib_or_sixteen_unless_they_would_be_small() -> None:
     assert slots(2 * MIB) == (256 * KIB, 8)
     assert slots(512 * KIB) == (64 * KIB, 8)
     assert slots(96 * MIB) == (4 * MIB, 24)
+
+
+def test_a_claim_for_tokens_to_come_keeps_to_the_memory_that_there_is_now() -> None:
+    """Gather buffers of an eighth more tokens are memory that nobody takes back; what is needed at
+    once is held to the largest budget that there was."""
+    half = TileGeometry(kv_heads=8, rows=64, dim=64, item_bytes=4)
+    sizes = LayerSizes(batch=1, keys=half, values=half, tail_rows=64)
+    layer: Any = SimpleNamespace(index=0, batch=1, tail_bytes=sizes.tail_bytes, sizes=sizes)
+    buffers: Any = SimpleNamespace(try_to_hold=lambda *_: True)
+    tokens = 40 * 1024  # 160 MiB are gathered of keys and values, of an eighth more 180
+    for in_force, capacity in ((512 * MIB, 45 * 1024), (170 * MIB, tokens), (1 * MIB, tokens)):
+        budget = MemoryBudget(512 * MIB, None)
+        budget.claim([layer], 1, 2 * MIB, tokens, buffers, in_force)
+        assert budget.capacity_tokens == capacity

@@ -149,7 +149,7 @@ def read_file(path: Path) -> str:
     probe reads a dozen at step boundaries. Raises: OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return os.read(descriptor, _FILE_BYTES_MAX).decode()
+        return os.read(descriptor, _FILE_BYTES_MAX).decode(errors="surrogateescape")
     finally:
         os.close(descriptor)
 

@@ -34,7 +34,7 @@ class FileMemory:
     pages. `buffer` are its bytes: nobody may use them, or parts of them, after `close`; they are
     zeros after `blank`.
 
-    `held_bytes` is how far parts of it were held: at most so much of it is mapped. `others_read`:
+    `held_bytes`: at most so much of it is mapped. `others_read`:
     pages come into the page cache otherwise than by reads that ended well (readahead).
     Raises: OSError; EINVAL before Linux 5.14.
     """
@@ -49,6 +49,7 @@ class FileMemory:
         self._fd, self._offset = fd, offset
         self._others_read = others_read
         self.held_bytes = 0
+        self._there_bytes = 0  # parts of this beginning were held, and not found missing since
         self.buffer = memoryview((ctypes.c_ubyte * size_bytes).from_address(address)).cast("B")
         self._is_open = True
         # No MADV_RANDOM: what is used through such a mapping is unused to the kernel's reclaim.
@@ -57,7 +58,7 @@ class FileMemory:
         """Whether all of a part is in the page cache now. Raises: DeviceError."""
         if cached_bytes(self._fd, self._offset + offset, size_bytes).cached_bytes >= size_bytes:
             return True
-        self.held_bytes = min(self.held_bytes, offset)  # what is not cached is not mapped
+        self._there_bytes = min(self._there_bytes, offset)
         return False
 
     def hold(self, offset: int, size_bytes: int) -> bool:
@@ -70,11 +71,12 @@ class FileMemory:
         """
         if not self._is_open or not self.is_cached(offset, size_bytes):
             return False
-        if offset + size_bytes <= self.held_bytes and not self._others_read:
+        if offset + size_bytes <= self._there_bytes and not self._others_read:
             return True
         if _libc.madvise(self.address + offset, size_bytes, _MADV_POPULATE_READ):
             return False
-        self.held_bytes = max(self.held_bytes, offset + size_bytes)
+        self._there_bytes = max(self._there_bytes, offset + size_bytes)
+        self.held_bytes = max(self.held_bytes, self._there_bytes)
         return True
 
     def close(self) -> None:

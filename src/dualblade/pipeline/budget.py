@@ -67,9 +67,10 @@ class MemoryBudget:
         staging_bytes: int,
         tokens: int,
         buffers: GatherBuffers,
+        in_force_bytes: int,
     ) -> None:
-        """Claim for `tokens` and a while more, or for `tokens` alone when that is all that fits,
-        here and in `buffers`, which a GPU's own memory may have no room for.
+        """Claim for `tokens` and a while more, or for `tokens` alone where `in_force_bytes`, the
+        budget in force, or `buffers`, a GPU's own memory, have no room for more.
 
         Layers not seen yet are taken to be like the ones that were.
         Raises: BudgetError with the bytes needed; the claims are then as before.
@@ -77,18 +78,22 @@ class MemoryBudget:
         division = self._division(layers, layer_count)
         wide = round_up(tokens_ahead(tokens, self._tokens_max), CAPACITY_STEP_TOKENS)
         narrow = round_up(tokens, CAPACITY_STEP_TOKENS)
-        for capacity in (max(wide, self.capacity_tokens), narrow):
+        most = self.shares.budget_bytes
+        for capacity, there in (
+            (max(wide, self.capacity_tokens), min(most, in_force_bytes)),
+            (narrow, most),
+        ):
             shares = division.shares(capacity, staging_bytes=staging_bytes)
             gathered = division.gathered_bytes(capacity)
-            fits = shares.fixed_bytes <= shares.budget_bytes
+            fits = shares.fixed_bytes <= there
             if fits and (self.over_tiles or buffers.try_to_hold(*gathered)):
                 break
         else:
             shares.require()
             raise no_room_to_gather(sum(gathered))
-        self.shares, self.capacity_tokens = shares, capacity
         self.keys_bytes, self.values_bytes = gathered
         self._claimed = {layer.index: (layer.batch, layer.tail_bytes) for layer in layers}
+        self.shares, self.capacity_tokens = shares, capacity  # last: Ctrl-C before claims anew
 
     def staging_room(self, layers: Collection[Layer], layer_count: int) -> int:
         """See `Division`."""

@@ -278,20 +278,18 @@ class KVPipeline(LayeredKV):
 
     def _claim(self, layer: Layer, tokens: int) -> None:
         count, layers = self._settings.layer_count, self._layers.values()
-        if self._shape is None:
-            shape = staging_shape(
-                self._settings.config,
-                self._settings.budget_bytes,
-                max(half.unit.geometry.slab_bytes for half in layer.halves),
-                room_bytes=self._budget.staging_room(layers, count),
-                layer_weights_bytes=self._settings.multiplied_bytes(layer.batch),
-                fitting_bytes=self._budget.fitting_staging(layers, count, self._settings.speeds)
-                if self._settings.config.has_choice(self._settings.path)
-                else 0,
-            )
-        else:
-            shape = self._shape
-        self._budget.claim(layers, count, shape.total_bytes, tokens, self._gather)
+        shape = self._shape or staging_shape(
+            self._settings.config,
+            self._settings.budget_bytes,
+            max(half.unit.geometry.slab_bytes for half in layer.halves),
+            room_bytes=self._budget.staging_room(layers, count),
+            layer_weights_bytes=self._settings.multiplied_bytes(layer.batch),
+            fitting_bytes=self._budget.fitting_staging(layers, count, self._settings.speeds)
+            if self._settings.config.has_choice(self._settings.path)
+            else 0,
+        )
+        in_force = self._placements.budget_bytes
+        self._budget.claim(layers, count, shape.total_bytes, tokens, self._gather, in_force)
         if self._machinery is None:
             self._tuner = Tuner(
                 Mode(self._settings.config.pipeline),
@@ -393,6 +391,8 @@ class KVPipeline(LayeredKV):
     def _forget(self) -> None:
         self._placements.forget()
         self._budget.forget()
+        if self._tuner is not None:
+            self._tuner.restart()
         self._maker = self._maker.beside(self._budget.shares.staging_bytes)
 
     def _quiesce(self) -> None:

@@ -216,10 +216,11 @@ class LayeredKV(ABC):
         else:
             self._offer = None
         self._settle()
+        # Until it is done there may be tokens without their tiles, and writes that failed unheard:
+        # only a reset goes on from there.
+        why = self._failure or "its reset did not come to an end"
+        self._failure, self._was_refused = why, True
         self._quiesce()
-        # Until it is done there may be tokens without their tiles: only a reset goes on from there.
-        self._was_refused = True
-        self._failure = self._failure or "its reset did not come to an end"
         for layer in self._layers.values():
             layer.free()
         self._layers.clear()

@@ -18,7 +18,6 @@ from dualblade.config import Path
 from dualblade.geometry import Part, UnitId
 from dualblade.host.memory import MemoryReading, OwnMemory
 from dualblade.metrics import ResidencyEvent, UnitPlacement
-from dualblade.pipeline.budget import tokens_ahead
 from dualblade.pipeline.layer import Layer
 from dualblade.pipeline.unit import Unit
 from dualblade.residency import (
@@ -49,13 +48,19 @@ PROBE_SECONDS = 0.5
 DECIDE_SECONDS = 0.1
 """Between two decisions that no news asks for; waits end and dwells are over by then."""
 
+_AHEAD_SHARE = 32
+"""A plan is for a 32nd more tokens than there are, a tile at least. What is planned for and not
+there yet is memory that waits, where units barely fit: of an eighth more it was a tenth of the
+speed. As the KV grows units give way when what is planned stands above the room by more than the
+slack."""
+
 HITS_SECONDS = 1.0
 """Between two measurements of hits: cachestat of 1 GiB in 4 KiB pages costs 2 ms, asking it of 48
 units 1 ms."""
 
 _EVENTS_MAX = 256
-"""Events that are kept, the newest; each was logged. Hours, where the memory is not pathological:
-a squeeze and its release are about ten."""
+"""Events that are kept, the newest; each was logged. A squeeze and its release are about ten, a KV
+that doubles beside less room than it wants some twenty."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,7 +280,7 @@ class Placements:
         """Whether what the units will need has changed; the same tuple as long as it has not."""
         horizon, _, _ = self._planned_for
         if tokens > horizon:
-            ahead = tokens_ahead(tokens, None)
+            ahead = tokens + max(like.rows, tokens // _AHEAD_SHARE)
             most = self._tokens_max
             horizon = ahead if most is None else max(tokens, min(ahead, most))
         demands = self._demands_for(horizon, like, layers)

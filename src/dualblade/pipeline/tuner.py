@@ -173,6 +173,16 @@ class Tuner:
         else:
             self._rest(took, self._reference)
 
+    def restart(self) -> None:
+        """Another text: its steps are not compared with those of the last one. A setting that was
+        found stays, one that was being tried does not."""
+        self._seen.clear()
+        if self._is_at_rest:
+            return
+        before, self._before_try, self._reference = self._before_try, None, None
+        if before is not None:
+            self._change(before, "the text ended while another number was tried")
+
     def _note_rows(self, rows: int) -> None:
         """Begin anew where steps of so many rows are other work than what was learned from."""
         fewer, more = sorted((rows, self._begun_rows))

@@ -98,8 +98,12 @@ class Controller:
         self._steps_since_move += seen.steps
         self._hear_news(seen)
         stalled = self._stalls.share(seen) > self._policy.stall_fraction_max
+        only_grew = grew and not fell
+        event = self._distress(seen, stalled) if only_grew else None
         # What the probe tells comes first: hits of the sweep before a squeeze teach nothing.
-        event = self._shortage(seen, grew and not fell) or self._distress(seen, stalled)
+        event = event or self._shortage(seen, only_grew)
+        if event is None and not only_grew:
+            event = self._distress(seen, stalled)
         if event is None and not stalled:
             event = self._promotion(seen)
         self._told_bytes = seen.page_cache_bytes
@@ -138,11 +142,12 @@ class Controller:
         hits = seen.hit_fraction
         if hits is not None and hits < self._policy.hit_fraction_min and self._settled:
             holds = self._resident_fraction(seen)
-            room = int(self._planned_bytes * holds * (1 - MARGIN_FRACTION))
+            room = min(int(self._planned_bytes * holds * (1 - MARGIN_FRACTION)), self._room(seen))
             words = f"{hits:.0%} hits; about {format_size(room)} are kept"
             return self._learn(seen, room, Cause.EVICTED, words)
         if stalled:
             room = self._planned_bytes - self._planned_bytes // _PRESSURE_SHARE - 1
+            room = min(room, self._room(seen))
             return self._learn(seen, room, Cause.PRESSURE, "tasks wait for memory")
         return None
 
@@ -239,9 +244,11 @@ class Controller:
             Move(unit=d.unit, from_bytes=old.get(d.unit, 0), to_bytes=new.get(d.unit, 0))
             for d in moving
         )
-        self._moved_at, self._steps_since_move = seen.time_seconds, 0
+        self._moved_at = seen.time_seconds
         self._room_since = None
-        self._stalls.restart()  # what was lost before says nothing of the memory there is now
+        if cause is not Cause.KV_GREW:  # a text that grows is told of all along: what stays is warm
+            self._steps_since_move = 0
+            self._stalls.restart()  # what was lost before says nothing of the memory there is now
         return Event(
             time_seconds=seen.time_seconds,
             cause=cause,
