@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import signal
 import subprocess
@@ -326,9 +327,15 @@ def test_a_dead_file_system_is_told_in_our_words_and_takes_nothing(
     store.close()  # of a private one nothing is lost
 
 
-def test_no_dirty_page_is_left_where_commands_will_write(tmp_path: Path, engine: Engine) -> None:
-    """It would be written back after them, over another prompt's bytes."""
-    with open_store(tmp_path / "kv.store", engine) as store:
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_dirty_page_is_left_where_commands_will_write(tmp_path: Path, *, fails: bool) -> None:
+    """It would be written back after them, over another prompt's bytes. A sync that fails has told
+    of an earlier writeback perhaps, and written nothing."""
+    faults = [Fault(op=Op.SYNC_RANGE, errno=errno.EIO)] if fails else []
+    with (
+        FaultyEngine(open_engine(), faults) as engine,
+        open_store(tmp_path / "kv.store", engine) as store,
+    ):
         store._coherent = False  # as on an NVMe namespace
         extent = store.allocate(2 * MIB, Door.PAGE_CACHE)
         buffered = store._members.backings[0].buffered_fd
@@ -459,6 +466,7 @@ def test_a_close_that_ctrl_c_meets_late_is_ended_by_the_next(
     paths = [tmp_path / f"kv{number}.store" for number in range(members)]
     store = open_store(paths, engine)
     store.allocate(4 * MIB, Door.DIRECT)
+    gc.collect()  # what earlier tests left would go meanwhile
     before = len(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(Members, "ends", once(Members.ends))
     with pytest.raises(KeyboardInterrupt):

@@ -123,6 +123,9 @@ def test_a_model_without_positions_is_checked() -> None:
                 generate(model, cache, text(prompt(tokens=60, seed=5)["input_ids"]), **options)
         with pytest.raises(ConfigError, match="a cache that holds 84"):
             generate(model, cache, longer(first, 9), prompt_lookup_num_tokens=4)
+        rows = model.get_input_embeddings()(longer(first, 9)["input_ids"]).detach()
+        with pytest.raises(ConfigError, match="a cache that holds 84"):
+            generate(model, cache, {"inputs_embeds": rows}, prompt_lookup_num_tokens=4)
         theirs = DynamicCache(config=model.config)
         generate(model, theirs, prompt(tokens=80))
         ours = generate(model, cache, longer(first, 9))

@@ -30,8 +30,9 @@ def watch_generate(
     _USABLE[cache] = check_usable
     ends = []
     for model in models:
+        watch = object()
         with _LOCK:
-            _WATCHED[model] = _WATCHED.get(model, 0) + 1
+            _WATCHED.setdefault(model, set()).add(watch)
             for method in (_prefill, _get_candidate_generator):
                 # A deep copy has its own: a bound method is copied with what it is bound to. One of
                 # somebody else's stays; what unpickling left of ours is the class's.
@@ -39,29 +40,30 @@ def watch_generate(
                 own = getattr(type(model), method.__name__)
                 if held is None or getattr(held, "__func__", None) in (method, own):
                     vars(model)[method.__name__] = types.MethodType(method, model)
-        ends.append(weakref.finalize(cache, _end_watch, weakref.ref(model)))
+        ends.append(weakref.finalize(cache, _end_watch, weakref.ref(model), watch))
     return lambda: [end() for end in ends]
 
 
 _USABLE: weakref.WeakKeyDictionary[Cache, Callable[[], object]] = weakref.WeakKeyDictionary()
 """Of each cache whose texts are checked, what raises when its content is lost."""
 
-_WATCHED: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
-"""For how many caches each model is watched."""
+_WATCHED: weakref.WeakKeyDictionary[torch.nn.Module, set[object]] = weakref.WeakKeyDictionary()
+"""What each model is watched for, one for each cache. No count: a finalizer of another cache may
+come between reading and writing it."""
 
 _LOCK = threading.RLock()
-"""Caches of one model may be made and closed by several threads; a finalizer may come between."""
+"""Caches of one model may be made and closed by several threads."""
 
 
-def _end_watch(model: weakref.ref[PreTrainedModel]) -> None:
+def _end_watch(model: weakref.ref[PreTrainedModel], watch: object) -> None:
     watched = model()
     if watched is None:
         return
     with _LOCK:
-        _WATCHED[watched] -= 1
-        if _WATCHED[watched]:
+        watches = _WATCHED.get(watched, set())
+        watches.discard(watch)
+        if watches:
             return
-        del _WATCHED[watched]
         for method in (_prefill, _get_candidate_generator):
             held = vars(watched).get(method.__name__)
             if getattr(held, "__func__", None) is method:
@@ -95,7 +97,9 @@ def _get_candidate_generator(self: Any, *args: Any, **given: Any) -> Any:
     model_kwargs = given.get("model_kwargs", {})
     cache = _checked_cache(model_kwargs)
     if cache is not None and "prepare_inputs_for_generation" not in vars(self):
-        past, new = cache.get_seq_length(), given["input_ids"].shape[1]
+        embeds = model_kwargs.get("inputs_embeds")  # beside them input_ids are none
+        new = (given["input_ids"] if embeds is None else embeds).shape[1]
+        past = cache.get_seq_length()
         columns = getattr(given["generation_config"], "_mask_length", new)
         if model_kwargs.get("attention_mask") is not None or columns < past + new:
             raise _does_not_go_on(new, past)

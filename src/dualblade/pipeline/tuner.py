@@ -167,7 +167,8 @@ class Tuner:
         took = statistics.median(times.seconds for times in self._seen)
         if self._reference is None:
             self._reference = took
-            self._try(is_more=self._is_starved())
+            if not self._is_at_rest:
+                self._try(is_more=self._is_starved())
         elif self._before_try is not None:
             self._judge(took, self._reference, self._before_try)
         else:
@@ -177,8 +178,6 @@ class Tuner:
         """Another text: its steps are not compared with those of the last one. A setting that was
         found stays, one that was being tried does not."""
         self._seen.clear()
-        if self._is_at_rest:
-            return
         before, self._before_try, self._reference = self._before_try, None, None
         if before is not None:
             self._change(before, "the text ended while another number was tried")

@@ -179,14 +179,14 @@ class Store:
             ) from exc
         self._end = max(self._end, taken.end)
         extent = Extent(range=taken)
-        if not self._coherent:
-            self._write_back_what_is_left(extent)
-        if door is Door.PAGE_CACHE:
-            try:
+        try:
+            if not self._coherent:
+                self._write_back_what_is_left(extent)
+            if door is Door.PAGE_CACHE:
                 self._drop_stale(extent)
-            except BaseException:
-                self._allocator.free(taken)
-                raise
+        except BaseException:
+            self._allocator.free(taken)
+            raise
         self._live.add(extent)
         self._move(extent, door)
         return extent
@@ -432,10 +432,31 @@ class Store:
     def _write_back_what_is_left(self, extent: Extent) -> None:
         """Of who had these blocks before: a dirty page, whose write failed and whom nobody waited
         for, would be written over NVMe commands."""
-        with contextlib.suppress(StorageError):  # told to who wrote it, or of no use to anybody
-            syncs = self._syncs(extent.range.offset, extent.range.size_bytes)
-            self._engine.submit(syncs, path=self._paths).wait()
-        self._drop(extent)
+        for _ in range(_DROP_TRIES):
+            with contextlib.suppress(StorageError):  # told to who wrote it, or of no use to anybody
+                syncs = self._syncs(extent.range.offset, extent.range.size_bytes)
+                self._engine.submit(syncs, path=self._paths).wait()
+            self._drop(extent)
+            if not self._dirty_bytes(extent):
+                return
+        raise StorageError(
+            f"pages of {self.path} stay dirty",
+            operation="sync",
+            path=self.path,
+            offset=extent.range.offset,
+            size_bytes=extent.range.size_bytes,
+        )
+
+    def _dirty_bytes(self, extent: Extent) -> int:
+        """Pages of the extent that are yet to be written; where the kernel does not tell, all that
+        are cached (before Linux 6.5)."""
+        found = [cached_bytes(*place) for place in self._buffered(extent)]
+        return sum(
+            use.cached_bytes
+            if use.dirty_bytes is None
+            else use.dirty_bytes + (use.writeback_bytes or 0)
+            for use in found
+        )
 
     def _drop_stale(self, extent: Extent) -> None:
         """No page from before may be cached when the page-cache door opens: a stray reader's, or
