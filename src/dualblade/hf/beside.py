@@ -32,8 +32,8 @@ class Beside:
         self.first = ours.index(True) if any(ours) else len(layers)
         others = [(i, layer) for i, layer in enumerate(layers) if not ours[i]]
         self._rows = [(i, layer) for i, layer in others if isinstance(layer, DynamicLayer)]
-        later = enumerate(layers[self.first + 1 :], self.first + 1)
-        self._in_memory = [layer for _, layer in later if isinstance(layer, MemoryLayer)]
+        later = layers[self.first + 1 :]
+        self._in_memory = [layer for layer in later if isinstance(layer, MemoryLayer)]
         self._states = [la for _, la in others if isinstance(la, LinearAttentionCacheLayerMixin)]
         self._hooks: list[Callable[[], object]] = []
         self._is_passing = self._is_touched = self._is_broken = False

@@ -103,8 +103,8 @@ class DualBladeCache(WholeSteps):
         if model is None:
             return
         usable = (lambda: None) if pipeline is None else pipeline.check_usable
-        self._end_watches.append(watch_texts(texts_come_to(model), self, usable))
-        self._end_watches.append(watch_generate(generating(model), self, usable))
+        self._end_watches += watch_texts(texts_come_to(model), self, usable)
+        self._end_watches += watch_generate(generating(model), self, usable)
         self._beside.watch(decoder_of(model), self)
         if attention.over_tiles:  # last: what fails above leaves the model as it was
             lend(model)

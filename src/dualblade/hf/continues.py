@@ -24,11 +24,11 @@ from dualblade.hf.layer import StoredLayer
 
 def watch_generate(
     models: Iterable[PreTrainedModel], cache: Cache, check_usable: Callable[[], object]
-) -> Callable[[], object]:
+) -> list[Callable[[], object]]:
     """Check texts where `generate` of `models` slices them for `cache`, for as long as
     `watch_texts` does, and like it."""
     _USABLE[cache] = check_usable
-    ends = []
+    ends: list[Callable[[], object]] = []
     for model in models:
         watch = object()
         with _LOCK:
@@ -41,7 +41,7 @@ def watch_generate(
                 if held is None or getattr(held, "__func__", None) in (method, own):
                     vars(model)[method.__name__] = types.MethodType(method, model)
         ends.append(weakref.finalize(cache, _end_watch, weakref.ref(model), watch))
-    return lambda: [end() for end in ends]
+    return ends
 
 
 _USABLE: weakref.WeakKeyDictionary[Cache, Callable[[], object]] = weakref.WeakKeyDictionary()
@@ -124,9 +124,9 @@ def _checked_cache(model_kwargs: dict[str, Any]) -> Cache | None:
 
 def watch_texts(
     modules: Iterable[torch.nn.Module], cache: Cache, check_usable: Callable[[], object]
-) -> Callable[[], object]:
+) -> list[Callable[[], object]]:
     """Check each pass of `modules` through `cache`, for as long as that lives or until the returned
-    function is called. A pass that does not go on from there raises ConfigError, and has changed
+    functions are called. A pass that does not go on from there raises ConfigError, and has changed
     nothing; of a cache that lost its content `check_usable` tells first."""
     alive = weakref.ref(cache)
 
@@ -141,13 +141,7 @@ def watch_texts(
             raise _does_not_go_on(new, past)
 
     hooks = [module.register_forward_pre_hook(check, with_kwargs=True) for module in modules]
-    ends = [weakref.finalize(cache, hook.remove) for hook in hooks]
-
-    def end() -> None:
-        for one in ends:
-            one()
-
-    return end
+    return [weakref.finalize(cache, hook.remove) for hook in hooks]
 
 
 def _does_not_go_on(new: int, past: int) -> ConfigError:

@@ -63,6 +63,13 @@ class PageCacheUse:
     dirty_bytes: int | None
     writeback_bytes: int | None
 
+    @property
+    def unwritten_bytes(self) -> int:
+        """Most that is yet to be written to the device; all, where the kernel does not tell."""
+        if self.dirty_bytes is None:
+            return self.cached_bytes
+        return self.dirty_bytes + (self.writeback_bytes or 0)
+
 
 def cached_bytes(fd: int, offset: int, size_bytes: int) -> PageCacheUse:
     """How much of [offset, offset + size_bytes) of the open file or block device is cached.

@@ -98,12 +98,10 @@ class Controller:
         self._steps_since_move += seen.steps
         self._hear_news(seen)
         stalled = self._stalls.share(seen) > self._policy.stall_fraction_max
-        only_grew = grew and not fell
-        event = self._distress(seen, stalled) if only_grew else None
-        # What the probe tells comes first: hits of the sweep before a squeeze teach nothing.
-        event = event or self._shortage(seen, only_grew)
-        if event is None and not only_grew:
-            event = self._distress(seen, stalled)
+        if grew and not fell:  # as a prompt does at each chunk: others are to be heard meanwhile
+            event = self._distress(seen, stalled) or self._shortage(seen, Cause.KV_GREW)
+        else:  # what the probe tells comes first: hits of the sweep before a squeeze teach nothing
+            event = self._shortage(seen, Cause.BUDGET_FELL) or self._distress(seen, stalled)
         if event is None and not stalled:
             event = self._promotion(seen)
         self._told_bytes = seen.page_cache_bytes
@@ -178,11 +176,10 @@ class Controller:
         pages off, which is no reason to move anything."""
         return max(0, told - used - self._ladder.step_bytes // 2)
 
-    def _shortage(self, seen: Observation, grew: bool) -> Event | None:
+    def _shortage(self, seen: Observation, cause: Cause) -> Event | None:
         room = self._room(seen)
         if self._planned_bytes <= room + seen.slack_bytes:
             return None
-        cause = Cause.KV_GREW if grew else Cause.BUDGET_FELL
         words = f"{format_size(self._planned_bytes)} planned, room for {format_size(room)}"
         return self._move(seen, cause, words, self._down_to(room))
 

@@ -419,44 +419,30 @@ class Store:
 
     def _write_back_and_drop(self, extent: Extent) -> None:
         """No page of the extent may be cached when the direct door opens."""
-        at, size = extent.range.offset, extent.range.size_bytes
         for _ in range(_DROP_TRIES):
-            self._engine.submit(self._syncs(at, size), path=self._paths).wait()
+            self._write_back(extent)
             self._drop(extent)
             left = self.cached_bytes(extent)
             if left == 0:
                 return
         # Clean pages that another reader holds: O_DIRECT on a file stays coherent with them.
+        at = extent.range.offset
         log.warning("%d bytes at %d of %s stay cached after demotion", left, at, self.path)
+
+    def _write_back(self, extent: Extent) -> None:
+        syncs = self._syncs(extent.range.offset, extent.range.size_bytes)
+        self._engine.submit(syncs, path=self._paths).wait()
 
     def _write_back_what_is_left(self, extent: Extent) -> None:
         """Of who had these blocks before: a dirty page, whose write failed and whom nobody waited
-        for, would be written over NVMe commands."""
+        for, would be written over NVMe commands. Raises: StorageError."""
         for _ in range(_DROP_TRIES):
             with contextlib.suppress(StorageError):  # told to who wrote it, or of no use to anybody
-                syncs = self._syncs(extent.range.offset, extent.range.size_bytes)
-                self._engine.submit(syncs, path=self._paths).wait()
+                self._write_back(extent)
             self._drop(extent)
-            if not self._dirty_bytes(extent):
+            if not any(cached_bytes(*place).unwritten_bytes for place in self._buffered(extent)):
                 return
-        raise StorageError(
-            f"pages of {self.path} stay dirty",
-            operation="sync",
-            path=self.path,
-            offset=extent.range.offset,
-            size_bytes=extent.range.size_bytes,
-        )
-
-    def _dirty_bytes(self, extent: Extent) -> int:
-        """Pages of the extent that are yet to be written; where the kernel does not tell, all that
-        are cached (before Linux 6.5)."""
-        found = [cached_bytes(*place) for place in self._buffered(extent)]
-        return sum(
-            use.cached_bytes
-            if use.dirty_bytes is None
-            else use.dirty_bytes + (use.writeback_bytes or 0)
-            for use in found
-        )
+        raise self._stuck(extent, "sync", "stay dirty", "see the kernel's log for the drive")
 
     def _drop_stale(self, extent: Extent) -> None:
         """No page from before may be cached when the page-cache door opens: a stray reader's, or
@@ -466,13 +452,21 @@ class Store:
             self._drop(extent)
             if self._coherent or self.cached_bytes(extent) == 0:
                 return
-        raise StorageError(
-            f"pages of {self.path} cannot be dropped: another program holds them",
-            operation="drop",
+        raise self._stuck(
+            extent,
+            "drop",
+            "cannot be dropped: another program holds them",
+            "close what maps or reads the block device, or use path direct",
+        )
+
+    def _stuck(self, extent: Extent, operation: str, what: str, hint: str) -> StorageError:
+        return StorageError(
+            f"pages of {self.path} {what}",
+            operation=operation,
             path=self.path,
             offset=extent.range.offset,
             size_bytes=extent.range.size_bytes,
-            hint="close what maps or reads the block device, or use path direct",
+            hint=hint,
         )
 
     @staticmethod
