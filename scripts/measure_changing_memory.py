@@ -6,8 +6,8 @@
 Each run is a process in a memory cgroup of its own that leaves the cache 75 % of its KV at first,
 then 25 %, then 75 % again, for some seconds each; the limit changes between two steps, and the time
 that the kernel takes for it is not a step's. What counts is how many tokens come in the same time.
-Beside `dual` run what does not adapt: the fixed splits that fit 75 % and 25 %, all direct, all
-through the page cache, and mapped files.
+Beside `dual` run what does not adapt: the fixed splits that fit 75 % and 25 % beside staging and
+tails, all direct, all through the page cache, and mapped files.
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ from dualblade.host.machine import command_line, machine_facts
 from dualblade.host.threads import wait_briefly
 from dualblade.store import cache_directory
 
-MODES = ("mmap", "page-cache", "direct", "static-60", "static-20", "dual")
+MODES = ("mmap", "page-cache", "direct", "static-60", "static-12", "dual")
 PHASES = ((0.75, 10.0), (0.25, 15.0), (0.75, 15.0))
 """Of the KV in memory, and for how many seconds."""
 
 CONTEXT = 4096
 WARM_STEPS = 3
-STEPS_MAX = 3000
+STEPS_MAX = 600
+"""Room is made for so many: more than come in that time here, not many times more, for mapped files
+pay for it in buffers."""
 FIRST_TOKENS = 40
 """All modes are to give the same ones; how many there are in all differs."""
 

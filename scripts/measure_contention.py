@@ -4,20 +4,25 @@
     python scripts/measure_contention.py [--model MODEL] [--context N] > results/contention.json
 
 In turn, and in another order each time: decode steps with all KV in memory; fio on the drive
-(O_DIRECT, 1 MiB, 8 in flight, huge pages); both at once. What fio still delivers beside the steps
-is the roof of any engine that reads while this model computes, and what a step then takes is the
-floor of such a step. On a drive that shares memory and processor with the model both are slower
-than alone.
+(O_DIRECT, 1 MiB, 8 in flight, huge pages); both at once, with steps that compute all the time, and
+with steps that pause after each layer, as those of a model do that waits for its KV. What fio still
+delivers beside steps that compute for as large a part of their time as a run's do is the roof of
+that run's engine. On a drive that shares memory and processor with the model both are slower than
+alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import os
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -31,6 +36,9 @@ from dualblade.host.machine import command_line, machine_facts
 from dualblade.host.threads import wait_briefly
 from dualblade.store import cache_directory
 from dualblade.units import GIB, MIB
+
+SHARES = (1.0, 0.5)
+"""Of a step's time in which it computes; the rest it sleeps, a part after each layer."""
 
 
 def main() -> None:
@@ -56,17 +64,31 @@ def main() -> None:
         for turn in range(asked.repeats):
             with open_cache(options, model) as cache:
                 fill(rows, options.context, cache, model.device)
-                rounds.append(one_round(Decoder(model, cache, options.batch), fio, turn, asked))
+                decoder = Decoder(model, cache, options.batch)
+                rounds.append(one_round(model, decoder, fio, turn, asked.seconds))
     write_json(
         {
             "command": command_line(),
             "model": asked.model,
             "context": asked.context,
             "kv_bytes": kv_bytes(rows.shapes, 1, asked.context),
-            "step_ratio_median": ratio(rounds, "step_seconds_beside_fio", "step_seconds_alone"),
-            "fio_ratio_median": ratio(
-                rounds, "fio_bytes_per_second_beside_steps", "fio_bytes_per_second_alone"
-            ),
+            "step_ratio_median": ratio(rounds, "step_seconds_1.0", "step_seconds_alone"),
+            "beside": [
+                {
+                    "computing_share_asked": share,
+                    "computing_share_median": statistics.median(
+                        each[f"computing_share_{share}"] for each in rounds
+                    ),
+                    "fio_ratio_median": ratio(
+                        rounds, f"fio_bytes_per_second_{share}", "fio_bytes_per_second_alone"
+                    ),
+                    "fio_ratios": [
+                        each[f"fio_bytes_per_second_{share}"] / each["fio_bytes_per_second_alone"]
+                        for each in rounds
+                    ],
+                }
+                for share in SHARES
+            ],
             "rounds": rounds,
             "machine": machine_facts(str(folder)),
         }
@@ -74,28 +96,51 @@ def main() -> None:
 
 
 def one_round(
-    decoder: Decoder, fio: FioYardstick, turn: int, asked: argparse.Namespace
+    model: Any, decoder: Decoder, fio: FioYardstick, turn: int, seconds: float
 ) -> dict[str, float]:
     """Steps, fio and both, beginning with another one each turn."""
     found: dict[str, float] = {}
+    layers = model.config.num_hidden_layers
 
     def steps() -> None:
-        found["step_seconds_alone"] = steps_until(decoder, time.perf_counter() + asked.seconds)
+        found["step_seconds_alone"] = steps_until(decoder, time.perf_counter() + seconds)
 
     def reads() -> None:
-        found["fio_bytes_per_second_alone"] = fio.measure(asked.seconds)["read_bytes_per_second"]
+        found["fio_bytes_per_second_alone"] = fio.measure(seconds)["read_bytes_per_second"]
 
-    def both() -> None:
-        step, speed = at_once(decoder, fio, asked.seconds)
-        found["step_seconds_beside_fio"] = step
-        found["fio_bytes_per_second_beside_steps"] = speed
+    def both(share: float) -> None:
+        with pausing(model, alone * (1 / share - 1) / layers) as paused:
+            step, speed = at_once(decoder, fio, seconds)
+        found[f"step_seconds_{share}"] = step
+        found[f"computing_share_{share}"] = 1 - statistics.median(paused) * layers / step
+        found[f"fio_bytes_per_second_{share}"] = speed
 
     for _ in range(5):
         decoder.step()
-    ways = (steps, reads, both)
-    for way in ways[turn % 3 :] + ways[: turn % 3]:
+    alone = steps_until(decoder, time.perf_counter() + seconds / 4)
+    ways = (steps, reads, *(functools.partial(both, share) for share in SHARES))
+    for way in ways[turn % len(ways) :] + ways[: turn % len(ways)]:
         way()
     return found
+
+
+@contextlib.contextmanager
+def pausing(model: Any, seconds: float) -> Iterator[list[float]]:
+    """Sleep after each layer of `model`; what the pauses took, as they come to an end."""
+    paused = [0.0]
+
+    def pause(*_: object) -> None:
+        began = time.perf_counter()
+        time.sleep(seconds)
+        paused.append(time.perf_counter() - began)
+
+    layers = model.model.layers if seconds else ()
+    hooks = [layer.register_forward_hook(pause) for layer in layers]
+    try:
+        yield paused
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def ratio(rounds: list[dict[str, float]], one: str, other: str) -> float:

@@ -19,7 +19,7 @@ cache on disk, copies overlapped with computing. Ours: the modes mmap, direct an
 FlexLLMGen's files may all stay in the page cache. Ours is limited once its model is loaded,
 FlexLLMGen from its start. With --storage-only it may be what is left beside each process's own
 memory: +1GiB. FlexLLMGen logs the sum of its decode steps, so that its step is a mean of all; ours
-are medians of those after two, as its are with --storage-only. A run that the limit kills is told
+are medians of those after three, as its are with --storage-only. A run that the limit kills is told
 as such. Each finished round is kept; each begins with another.
 """
 
@@ -35,13 +35,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 from dualblade.bench.fio import FioYardstick
+from dualblade.bench.workload import ALLOWANCE_BYTES
 from dualblade.errors import ConfigError
 from dualblade.host.cgroup import MemoryCgroup
 from dualblade.host.machine import machine_facts
+from dualblade.host.threads import wait_briefly
 from dualblade.store import cache_directory
 from dualblade.units import GIB, MIB, parse_size
 
@@ -52,7 +55,7 @@ WHO = ("flexllmgen", *MODES)
 Round = dict[str, dict[str, float | None]]
 _LATENCY = re.compile(r"(prefill|decode) latency: ([0-9.]+) s")
 _STORAGE = re.compile(r'^{"step_seconds".*}$', re.MULTILINE)
-WARMUP_STEPS = 2  # as ours
+WARMUP_STEPS = 3  # as ours
 
 
 def flexllmgen(
@@ -94,17 +97,20 @@ def flexllmgen(
 
 def limit_of(options: argparse.Namespace) -> int | None:
     """Of FlexLLMGen's process, bytes: what is left for the cache comes on top of its own memory,
-    which a step without a limit tells."""
+    which a step without a limit tells, and of the allowance that ours have too."""
     if not str(options.memory_limit).startswith("+"):
         return options.memory_limit and parse_size(options.memory_limit)
     own = flexllmgen(options, steps=options.steps, limit_bytes=None)["anonymous_bytes"]
-    return int(own) + parse_size(options.memory_limit[1:])
+    return int(own) + ALLOWANCE_BYTES + parse_size(options.memory_limit[1:])
 
 
 def environment(options: argparse.Namespace) -> dict[str, str]:
-    """Ours, with the checkout first among the modules."""
+    """Ours, with the checkout first among the modules; its threads wait as ours do."""
     paths = [str(options.checkout), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    with warnings.catch_warnings(action="ignore"):  # torch is imported here; its process heeds it
+        wait_briefly(found)
+    return found
 
 
 def told_by(log: str, steps: int) -> dict[str, float | None]:

@@ -11,10 +11,14 @@ given 16,000 characters of it, which are as many tokens to it.
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from dualblade.host.machine import machine_facts
+from dualblade.store import cache_directory
 
 ROOT = Path(__file__).resolve().parent.parent
 CHARACTERS_TO_COPY = 9_000
@@ -63,7 +67,8 @@ def main() -> None:
             done = subprocess.run(words, cwd=folder, stdout=subprocess.PIPE, text=True, check=False)
             if done.returncode:
                 sys.exit(f"{name}: dualblade generate ended with {done.returncode}")
-            (options.output / f"{name}.json").write_text(done.stdout)
+            told = {**json.loads(done.stdout), "machine": machine_facts(str(cache_directory()))}
+            (options.output / f"{name}.json").write_text(json.dumps(told, indent=2) + "\n")
 
 
 if __name__ == "__main__":

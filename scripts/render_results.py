@@ -25,6 +25,7 @@ from typing import Any
 from dualblade.bench.report_section import of_runs, runs_of, seconds_spread, stolen_notes
 from dualblade.bench.report_tables import (
     changing_memory_table,
+    contention_section,
     fits_section,
     flexllmgen_section,
 )
@@ -56,6 +57,7 @@ def machine_line(machine: dict[str, Any]) -> str:
     return (
         f"{machine['cpu_count']} cores ({cpu_text(machine)}), "
         f"{machine['memory_bytes'] / GIB:.0f} GiB of memory, Linux {machine['kernel']}"
+        f"{', a tree with uncommitted changes' if (machine.get('git') or {}).get('dirty') else ''}"
     )
 
 
@@ -322,24 +324,11 @@ def spinning() -> str:
 
 def contention() -> str:
     data = load("contention")
-    rounds = data["rounds"]
-
-    def of(key: str, scale: float, form: str) -> str:
-        return format(statistics.median(each[key] for each in rounds) * scale, form)
-
-    def times(one: str, other: str) -> str:
-        each = sorted(each[one] / each[other] for each in rounds)
-        return f"{statistics.median(each):.2f} times ({each[0]:.2f}-{each[-1]:.2f})"
-
-    fio = ("fio_bytes_per_second_beside_steps", "fio_bytes_per_second_alone")
-    step = ("step_seconds_beside_fio", "step_seconds_alone")
+    section, _ = contention_section([("results/contention.json", data)])
     return (
-        f"fio reads {of(fio[1], 1 / GIB, '.2f')} GiB/s alone and {of(fio[0], 1 / GIB, '.2f')} "
-        f"beside decode steps whose {data['kv_bytes'] / GIB:.2f} GiB of KV are in memory: "
-        f"{times(*fio)}. Such a step takes {of(step[1], 1000, '.0f')} ms alone and "
-        f"{of(step[0], 1000, '.0f')} beside fio: {times(*step)}. Medians of {len(rounds)} rounds, "
-        f"ratios within a round; `scripts/{data['command']}` on {machine_line(data['machine'])}; "
-        "file: `results/contention.json`."
+        f"{table(list(section.head), section.rows)}\n\n{section.about} "
+        f"`scripts/{data['command']}` on {machine_line(data['machine'])}; file: "
+        "`results/contention.json`."
     )
 
 
@@ -702,13 +691,11 @@ def kv_bytes(data: dict[str, Any]) -> int:
     return next(run["kv_bytes"] for run in data["runs"] if run["kv_bytes"])
 
 
-def paired_ratios(runs: list[dict[str, Any]], mode: str, other: str) -> list[float]:
-    """Of the step times of two modes that took turns: the machine changes speed between pairs."""
-    took = {
-        (run["mode"], run["repeat"]): run["step_seconds_median"]
-        for run in runs
-        if run["step_seconds_median"]
-    }
+def paired_ratios(
+    runs: list[dict[str, Any]], mode: str, other: str, key: str = "step_seconds_median"
+) -> list[float]:
+    """Of the times of two modes that took turns: the machine changes speed between pairs."""
+    took = {(run["mode"], run["repeat"]): run[key] for run in runs if run[key]}
     return [
         seconds / took[other, turn]
         for (name, turn), seconds in took.items()
@@ -725,10 +712,14 @@ OF_PAIRS = (
 def paired_cell(data: dict[str, Any], limit: str | None, other: str | None) -> str:
     """dual's time by another mode's under one limit: the median of the pairs, and their spread."""
     runs = [run for run in data["runs"] if run["memory_limit"] == limit]
-    ratios = sorted(paired_ratios(runs, "dual", other)) if other else []
+    return spread_text(paired_ratios(runs, "dual", other) if other else [])
+
+
+def spread_text(ratios: list[float]) -> str:
+    """The median, and the spread of more than one."""
     if len(ratios) < 2:
         return "".join(f"{one:.2f}" for one in ratios)
-    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
 
 def budgets() -> str:
@@ -860,7 +851,7 @@ def pipeline() -> str:
                     f"{setting_words(item['mode'])}: {1000 * item['step_seconds_median']:.0f}"
                     for item in (best, worst)
                 ),
-                f"{default['step_seconds_median'] / best['step_seconds_median']:.2f}",
+                spread_text(paired_ratios(data["runs"], "direct", best["mode"])),
                 f"{statistics.median(used):.2f}",
             ]
         )
@@ -899,7 +890,8 @@ def pipeline() -> str:
         f"{table(head, rows)}\n\n{table([*roof_head, 'step / longer of the two'], roofs)}\n\n"
         "Ten fixed settings, five for Llama-3.2-1B; the default tunes itself, in 14 steps before "
         "those that are timed. Direct decoding, drives held by blkio; medians, fio under the same "
-        "throttle beside each run. `dualblade bench paper pipeline --output results/pipeline` on "
+        "throttle beside each run; default / best is the median of the ratios within a round, with "
+        "their spread. `dualblade bench paper pipeline --output results/pipeline` on "
         f"{machine_line(data['machine'])}; the drive as it is on "
         f"{machine_line(load('pipeline/settings-as-is')['machine'])}; files: `results/pipeline/`."
     )
@@ -910,19 +902,14 @@ def prefill_paths() -> str:
     names = ("writes", "chunks", "chunks-fresh", "chunks-64")
     results = [load(f"prefill/prefill-{name}") for name in names]
     for name, data in zip(names, results, strict=True):
-        mmap = {
-            item["store_state"]: item["prefill_seconds"]
-            for item in data["summary"]
-            if item["mode"] == "mmap"
-        }
         for item in data["summary"]:
-            seconds, other = item["prefill_seconds"], mmap.get(item["store_state"])
-            text = seconds_spread(seconds, item["prefill_seconds_spread"])
+            state = [run for run in data["runs"] if run["store_state"] == item["store_state"]]
+            text = seconds_spread(item["prefill_seconds"], item["prefill_seconds_spread"])
             rows.append(
                 [
                     f"{name.removesuffix('-fresh')}, {item['store_state']}: {item['mode']}",
                     of_runs(text, runs_of(data, item), "prefill_seconds"),
-                    ratio(seconds, other),
+                    spread_text(paired_ratios(state, item["mode"], "mmap", "prefill_seconds")),
                     percent(item["stall_fraction"]),
                     *(
                         "" if item[key] is None else f"{item[key] / GIB:.2f}"
@@ -935,7 +922,8 @@ def prefill_paths() -> str:
         f"{table(head, rows)}\n\nWrites: 12 prompts of 512 tokens in one pass, 1.1 GiB of KV, a "
         "budget of half of it, no memory limit. Chunks: 2048 tokens in chunks of 32, or 64, half "
         "of the KV in memory, the drive held to 1 GB/s. Fresh: a new store, "
-        "as a first prompt finds it; chunks into one: two runs, by themselves. Stalled: the "
+        "as a first prompt finds it; chunks into one: two runs, by themselves. / mmap: medians of "
+        "the ratios within a round, with their spread. Stalled: the "
         "model's thread waited for reads or writes; of mapped files page faults of what it writes "
         f"are not in it. {stolen_note(*results)}"
         "`dualblade bench paper prefill --output results/prefill` on "
@@ -957,8 +945,8 @@ def ablation() -> str:
     return (
         f"{table(['part', *(f'{column}: ms' for column in columns)], rows)}\n\n"
         f"Milliseconds a step; medians of {data['options']['repeats']} runs, with half or a "
-        f"quarter of the KV's {kv_bytes(data) / GIB:.2f} GiB in memory. Fixed residency: 40 or "
-        "15 % of the KV. All before `+ pipeline` read one tile after another, but for mapped "
+        f"quarter of the KV's {kv_bytes(data) / GIB:.2f} GiB in memory. Fixed residency: 40, "
+        "30 or 15 % of the KV. All before `+ pipeline` read one tile after another, but for mapped "
         f"files, which are copied a layer ahead. {stolen_note(*results)}"
         "`dualblade bench paper ablation --output results/ablation` on "
         f"{machine_line(data['machine'])}; files: `results/ablation/`."

@@ -7,6 +7,7 @@ each time: no two tiles are alike, no drive can compress them, and making them c
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -127,6 +128,7 @@ def kv_bytes(shapes: list[LayerShape], batch: int, tokens: int) -> int:
 
 def fill(rows: RandomRows, tokens: int, cache: Any, device: torch.device) -> None:
     """Hand `tokens` tokens of all layers to a DualBladeCache, in the order of a chunked prefill.
+    All is on the drive then: no step pays for what a mode had not written yet.
 
     Layers that do not grow are transformers' own, and take their window from what they are given.
     """
@@ -135,6 +137,7 @@ def fill(rows: RandomRows, tokens: int, cache: Any, device: torch.device) -> Non
             keys, values = rows.chunk(layer, start, count)
             take_in = cache.append if shape.grows else cache.update
             take_in(keys.to(device), values.to(device), layer)
+    os.sync()
 
 
 def whole_layer(

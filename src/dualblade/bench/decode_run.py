@@ -19,7 +19,7 @@ class DecodeWorkload(Workload):
     """
 
     steps: int = 16
-    warmup_steps: int = 2
+    warmup_steps: int = 3
 
     def __post_init__(self) -> None:
         Workload.__post_init__(self)  # super() needs a cell that slots=True leaves behind

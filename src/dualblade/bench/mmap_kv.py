@@ -192,7 +192,7 @@ class MmapKV(MemoryKV):
         return together[0], together[1]
 
     def take_in(self, layer: Layer, new: NewRows, *, is_sweeping: bool) -> None:
-        """See `Taker`."""
+        """See `LayeredKV.take_in`."""
         if not is_sweeping:
             self._drop_ahead()
         super().take_in(layer, new, is_sweeping=is_sweeping)

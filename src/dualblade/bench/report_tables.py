@@ -160,28 +160,34 @@ def _speed_beside_fio(who: str, result: dict[str, Any]) -> list[str]:
 def contention_section(group: list[Named]) -> Made:
     """`scripts/measure_contention.py`: fio beside steps that read nothing."""
     ((name, result),) = group
+    rounds = result["rounds"]
 
-    def medians(*keys: str, scale: float, form: str) -> list[str]:
-        each = (statistics.median(one[key] for one in result["rounds"]) for key in keys)
-        return [format(scale * median, form) for median in each]
+    def median_of_rounds(key: str) -> float:
+        return float(statistics.median(one[key] for one in rounds))
 
-    fio = ("fio_bytes_per_second_alone", "fio_bytes_per_second_beside_steps")
-    step = ("step_seconds_alone", "step_seconds_beside_fio")
-    rows = [
-        ["fio, GiB/s", *medians(*fio, scale=1 / GIB, form=".2f")],
-        ["step, ms", *medians(*step, scale=1000, form=".0f")],
-    ]
-    for row, ratio in zip(rows, ("fio_ratio_median", "step_ratio_median"), strict=True):
-        row.append(f"{result[ratio]:.2f}")
-
+    rows = [["nothing", f"{median_of_rounds('fio_bytes_per_second_alone') / GIB:.2f}", "1.00", ""]]
+    for beside in result["beside"]:
+        asked, ratios = beside["computing_share_asked"], beside["fio_ratios"]
+        rows.append(
+            [
+                f"steps that compute {beside['computing_share_median']:.0%} of their time",
+                f"{median_of_rounds(f'fio_bytes_per_second_{asked}') / GIB:.2f}",
+                f"{beside['fio_ratio_median']:.2f}",
+                f"{min(ratios):.2f}-{max(ratios):.2f}",
+            ]
+        )
+    alone, both = (1000 * median_of_rounds(f"step_seconds_{key}") for key in ("alone", "1.0"))
     section = Section(
         title="Computing and reading at once",
         file=name,
         about=f"fio beside decode steps that have all {result['kv_bytes'] / GIB:.2f} GiB of KV in "
-        f"memory, in turn with each alone; medians of {len(result['rounds'])} rounds.",
+        "memory and compute all the time, or pause after each layer. One that computes all the "
+        f"time takes {alone:.0f} ms alone and {both:.0f} beside fio, "
+        f"{result['step_ratio_median']:.2f} times as long. Medians of {len(rounds)} rounds, each "
+        "in another order; ratios within a round.",
         command=result["command"],
         machine=machine_text(result["machine"]),
-        head=["", "alone", "beside the other", "ratio"],
+        head=["beside fio", "fio GiB/s", "of alone", "spread"],
         rows=rows,
     )
     return section, []

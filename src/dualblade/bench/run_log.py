@@ -66,7 +66,7 @@ class RunLog:
         """Raises: ConfigError when the log was begun with other code or on another machine than
         `now` (machine_facts): runs of both would stand under the facts of the first.
 
-        Changes that are not committed are not looked at: what they are nobody keeps.
+        Of changes that are not committed it is known whether there are some, not which.
         """
         if "machine" not in self.facts:
             return
@@ -148,11 +148,12 @@ class RunLog:
 
 def _identity(machine: Mapping[str, Any]) -> dict[str, Any]:
     """Of machine_facts what must not change between the runs of one result."""
-    commit = (machine.get("git") or {}).get("commit")
+    git = machine.get("git") or {}
     store = (machine.get("device") or {}).get("path")
-    same = ("cpu_model", "cpu_features", "cpu_count", "kernel")
+    same = ("cpu_model", "cpu_features", "cpu_count", "memory_bytes", "kernel")
     names = {name: machine.get(name) for name in same}
-    return {"commit": commit, "store on": store, **names, **machine.get("versions", {})}
+    code = {"commit": git.get("commit"), "uncommitted changes": git.get("dirty")}
+    return {**code, "store on": store, **names, **machine.get("versions", {})}
 
 
 def finished_count(path: Path) -> int:

@@ -36,7 +36,7 @@ def bench_decode(
     batch: Batch = 1,
     context: options.Context = "1024",
     steps: Steps = 16,
-    warmup_steps: WarmupSteps = 2,
+    warmup_steps: WarmupSteps = 3,
     memory_limit: MemoryLimits = None,
     memory_budget: MemoryBudget = "auto",
     dtype: Dtype = "bfloat16",

@@ -114,15 +114,18 @@ def package_version(name: str) -> str | None:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit of the checkout that holds `folder`, and whether tracked files differ from it.
+    """Commit of the checkout that holds `folder`, and whether its code differs from it.
 
     None outside a checkout, also when an installed package merely lies below someone else's.
     """
     top = _git(folder, "rev-parse", "--show-toplevel")
     if top is None or not (Path(top) / "src/dualblade/host/machine.py").exists():
         return None
-    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    changes = _git(Path(top), "status", "--porcelain", "--untracked-files=no", "--", *_CODE)
     return {"commit": _git(folder, "rev-parse", "HEAD"), "dirty": bool(changes)}
+
+
+_CODE = ("src", "native", "scripts", "examples", "pyproject.toml", "CMakeLists.txt")
 
 
 def command_line() -> str:

@@ -77,7 +77,7 @@ class LayeredKV(ABC):
         """The layer, made when it is new, ready to take the rows. Raises: as `offer`."""
 
     def attend_to(self, layer: Layer, new: NewRows, query: AttentionQuery) -> torch.Tensor:
-        """See `Taker`."""
+        """Attention of `query` to all of the layer and `new`: see `Offer.attend`, which calls."""
         timeline = self._timeline
         timeline.enter()
         self._check_whole(layer, new)
@@ -117,7 +117,7 @@ class LayeredKV(ABC):
         """Where a group of the layer's tiles is copied together, for attention of many rows."""
 
     def gather_all(self, layer: Layer, new: NewRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Taker`."""
+        """All keys and values as plain tensors: see `Offer.gather`, which calls."""
         self._timeline.enter()
         self._check_whole(layer, new)
         if not layer.tokens:
@@ -131,7 +131,8 @@ class LayeredKV(ABC):
         """Stored tiles, tail and new rows together; there are tokens before the new ones."""
 
     def take_in(self, layer: Layer, new: NewRows, *, is_sweeping: bool) -> None:
-        """See `Taker`."""
+        """Append `new` to the layer. `is_sweeping`: the model computes, layer after layer, and all
+        the layer's tiles were read just before."""
         timeline = self._timeline
         began, others = now_ns(), timeline.copied_ns + timeline.stalled_ns
         self._append(layer, new, is_sweeping=is_sweeping)
@@ -145,8 +146,8 @@ class LayeredKV(ABC):
         """Have the rows in the tail, and send on what fills tiles."""
 
     def fail(self, cause: BaseException) -> None:
-        """See `Taker`. Words of the cause are kept, not itself: its traceback holds the frames that
-        it went through, and so a cache that nobody else has any more, open for good."""
+        """The content is lost. Words of the cause are kept, not itself: its traceback holds the
+        frames that it went through, and so a cache that nobody else has any more, open for good."""
         first, *_ = str(cause).splitlines() or [""]
         self._failure = f"{type(cause).__name__}: {first}"
 

@@ -8,7 +8,7 @@ takes them in all the same.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -17,31 +17,17 @@ from dualblade.errors import DualBladeError
 from dualblade.pipeline.attend import NewRows
 from dualblade.pipeline.layer import Layer
 
+if TYPE_CHECKING:
+    from dualblade.pipeline.layers import LayeredKV
+
 Result = TypeVar("Result")
-
-
-class Taker(Protocol):
-    """The cache that takes the rows in."""
-
-    def attend_to(self, layer: Layer, new: NewRows, query: AttentionQuery) -> torch.Tensor:
-        """Attend to all of the layer and `new`."""
-
-    def gather_all(self, layer: Layer, new: NewRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values as plain tensors."""
-
-    def take_in(self, layer: Layer, new: NewRows, *, is_sweeping: bool) -> None:
-        """Append `new` to the layer. `is_sweeping`: the model computes, layer after layer, and all
-        the layer's tiles were read just before."""
-
-    def fail(self, cause: BaseException) -> None:
-        """The content is lost."""
 
 
 class Offer:
     """New rows of one layer. Exactly one of `attend`, `gather` and `settle` takes them in."""
 
-    def __init__(self, taker: Taker, layer: Layer, new: NewRows) -> None:
-        self._taker = taker
+    def __init__(self, kv: LayeredKV, layer: Layer, new: NewRows) -> None:
+        self._kv = kv
         self.layer = layer
         self.new = new
         self.is_open = True
@@ -58,14 +44,14 @@ class Offer:
         Raises: DeviceError; DualBladeError when the rows were taken in already.
         """
         self._require_open()
-        return self._resolve(lambda: self._taker.attend_to(self.layer, self.new, query))
+        return self._resolve(lambda: self._kv.attend_to(self.layer, self.new, query))
 
     def gather(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and all values as plain tensors, valid until the next layer's turn; asked twice
         they are the same. Raises: DeviceError; DualBladeError when that turn has come."""
         if self._gathered is None:
             self._require_open()
-            self._gathered = self._resolve(lambda: self._taker.gather_all(self.layer, self.new))
+            self._gathered = self._resolve(lambda: self._kv.gather_all(self.layer, self.new))
         return self._gathered
 
     def settle(self) -> None:
@@ -78,10 +64,10 @@ class Offer:
         try:
             result = work()
             self.is_open = False
-            self._taker.take_in(self.layer, self.new, is_sweeping=is_sweeping)
+            self._kv.take_in(self.layer, self.new, is_sweeping=is_sweeping)
         except BaseException as exc:
             self.is_open = False
-            self._taker.fail(exc)
+            self._kv.fail(exc)
             raise
         return result
 
