@@ -31,7 +31,8 @@ from dualblade.host.machine import command_line, machine_facts
 from dualblade.host.memory import MemoryProbe
 from dualblade.io import open_engine
 from dualblade.pipeline import KVPipeline, KVSettings
-from dualblade.pipeline.residence import MemorySource, Placements
+from dualblade.pipeline.memory_watch import MemorySource
+from dualblade.pipeline.residence import Placements
 from dualblade.residency import DoorSpeeds
 from dualblade.store import Store, cache_directory
 from dualblade.units import GIB, MIB

@@ -23,30 +23,32 @@ class Path(StrEnum):
     @classmethod
     def parse(cls, word: str | Path) -> Path:
         """The path that `word` names. Raises: ConfigError listing the words."""
-        try:
-            return cls(word)
-        except ValueError:
-            words = ", ".join(path.value for path in cls)
-            raise ConfigError(f"unknown path {word!r}", hint=f"use one of: {words}") from None
+        check_word("path", word, [path.value for path in cls])
+        return cls(word)
 
 
-ATTENTIONS = ("auto", "exact", "tiles")
-"""Ways into attention, in the words that users see."""
+AttentionWord = Literal["auto", "exact", "tiles"]
+"""Ways into attention."""
 
-
-def check_attention(word: str) -> None:
-    """Raises: ConfigError for a word that names no way into attention."""
-    if word not in ATTENTIONS:
-        raise ConfigError(
-            f"unknown attention {word!r}", hint=f"use one of: {', '.join(ATTENTIONS)}"
-        )
-
+EngineChoice = Literal["auto", "uring-cmd", "io_uring", "posix"]
+"""I/O engines that one may ask for."""
 
 ChecksumMode = Literal["off", "sample", "all"]
 """What of stored KV is verified as it is read."""
 
-
 PipelineMode = Literal["auto", "serial", "key-value", "tiled", "layers"]
+"""How reads and compute share a step."""
+
+
+def check_word(name: str, word: str, words: Iterable[str]) -> None:
+    """Raises: ConfigError for a word that is none of `words`, which are told."""
+    if word not in (known := tuple(words)):
+        raise ConfigError(f"unknown {name} {word!r}", hint=f"use one of: {', '.join(known)}")
+
+
+def check_attention(word: str) -> None:
+    """Raises: ConfigError for a word that names no way into attention."""
+    check_word("attention", word, get_args(AttentionWord))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +77,11 @@ class EngineConfig:
     checksums            verify what is read: `sample`, a sixteenth at each step and so all of it in
                          16 steps (a 64th of what stays in memory); `all`, before it is used; or
                          `off`.
-    pipeline             how reads and compute share a step. `auto`: across layers, with as much
-                         read ahead as makes steps shorter, found while running; `layers`: with as
-                         much as there is room for; `tiled`: within a layer; `key-value`: values
-                         while their keys are attended to; `serial`: one after another. Results are
-                         the same.
+    pipeline             how reads and compute share a step. `auto`: reads go on across layers and
+                         steps, with as much read ahead as makes steps shorter, found while running;
+                         `layers`: with as much as there is room for; `tiled`: within a layer;
+                         `key-value`: the values of some tiles while their keys are attended to;
+                         `serial`: a piece is read, then attended to. Results are the same.
     in_place             attend on the CPU to what is in the page cache where it lies there, without
                          copying it to staging. Needs Linux 5.14 and a store of one member; else,
                          and off, it is read.
@@ -93,7 +95,7 @@ class EngineConfig:
                          overwritten or wiped. The default gives them back.
     """
 
-    io_engine: Literal["auto", "uring-cmd", "io_uring", "posix"] = "auto"
+    io_engine: EngineChoice = "auto"
     io_poll: bool = False
     queue_depth: int = 8
     chunk_bytes: int = MIB
@@ -111,14 +113,9 @@ class EngineConfig:
     trace_events: int = 0
 
     def __post_init__(self) -> None:
-        if self.io_engine not in ("auto", "uring-cmd", "io_uring", "posix"):
-            raise ConfigError(
-                f"unknown io_engine {self.io_engine!r}",
-                hint="use auto, uring-cmd, io_uring or posix",
-            )
-        if self.checksums not in get_args(ChecksumMode):
-            words = ", ".join(get_args(ChecksumMode))
-            raise ConfigError(f"unknown checksums {self.checksums!r}", hint=f"use one of: {words}")
+        check_word("io_engine", self.io_engine, get_args(EngineChoice))
+        check_word("checksums", self.checksums, get_args(ChecksumMode))
+        check_word("pipeline", self.pipeline, get_args(PipelineMode))
         for name in ("io_poll", "discard", "in_place", "keep_store_blocks"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
@@ -126,11 +123,6 @@ class EngineConfig:
         _check("chunk_bytes", self.chunk_bytes, BLOCK_BYTES, GIB)
         if self.chunk_bytes % BLOCK_BYTES:
             raise ConfigError(f"chunk_bytes must be a multiple of {BLOCK_BYTES}")
-        if self.pipeline not in get_args(PipelineMode):
-            raise ConfigError(
-                f"unknown pipeline {self.pipeline!r}",
-                hint=f"use one of: {', '.join(get_args(PipelineMode))}",
-            )
         _check("lookahead", self.lookahead, 1, 1024)
         _check("trace_events", self.trace_events, 0, 10_000_000)
         if self.tile_tokens is not None:

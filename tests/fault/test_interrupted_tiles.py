@@ -20,7 +20,7 @@ from dualblade.errors import Closed
 from dualblade.host.memory import MemoryReading, OwnMemory
 from dualblade.io import open_engine
 from dualblade.pipeline import KVPipeline, KVSettings
-from dualblade.pipeline.residence import MemorySource
+from dualblade.pipeline.memory_watch import MemorySource
 from dualblade.store import Store
 from dualblade.units import MIB
 from tests.fault.test_pipeline_stress import interrupted_at

@@ -23,7 +23,7 @@ from dualblade.host.pressure import Pressure
 from dualblade.host.process import ProcessIO, process_io
 from dualblade.io import open_engine
 from dualblade.pipeline import KVPipeline, KVSettings
-from dualblade.pipeline.residence import MemorySource
+from dualblade.pipeline.memory_watch import MemorySource
 from dualblade.store import Door, Store
 from dualblade.store.format import DATA_OFFSET
 from dualblade.units import KIB, MIB

@@ -22,7 +22,7 @@ from dualblade.host.memory import MemoryReading, OwnMemory
 from dualblade.io import Op, open_engine
 from dualblade.pipeline import KVPipeline, KVSettings, MemoryKV
 from dualblade.pipeline.copies import copies_for
-from dualblade.pipeline.residence import MemorySource
+from dualblade.pipeline.memory_watch import MemorySource
 from dualblade.store import Store
 from dualblade.testing import Fault, FaultyEngine, SimulatedDma
 from dualblade.units import KIB, MIB

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualblade.pipeline.tuner import Mode, Setting, StepTimes, Tuner
+from dualblade.config import PipelineMode
+from dualblade.pipeline.tuner import Setting, StepTimes, Tuner
 
 SLOT_BYTES = 4 << 20
 STEP_BYTES = 1 << 30
@@ -58,7 +59,7 @@ class Machine:
 def tuned(slots: int, first: int = 6) -> tuple[Tuner, list[tuple[int, int, str]]]:
     events: list[tuple[int, int, str]] = []
     tuner = Tuner(
-        Mode.AUTO,
+        "auto",
         slots=slots,
         slots_first=first,
         lookahead=4,
@@ -223,13 +224,13 @@ def test_candidates_do_not_disturb_it(candidates: int) -> None:
 @pytest.mark.parametrize(
     ("mode", "setting"),
     [
-        (Mode.SERIAL, Setting(slots=1, lookahead=0)),
-        (Mode.KEY_VALUE, Setting(slots=2, lookahead=0)),
-        (Mode.TILED, Setting(slots=12, lookahead=0)),
-        (Mode.LAYERS, Setting(slots=12, lookahead=4)),
+        ("serial", Setting(slots=1, lookahead=0)),
+        ("key-value", Setting(slots=2, lookahead=0)),
+        ("tiled", Setting(slots=12, lookahead=0)),
+        ("layers", Setting(slots=12, lookahead=4)),
     ],
 )
-def test_a_forced_mode_stays(mode: Mode, setting: Setting) -> None:
+def test_a_forced_mode_stays(mode: PipelineMode, setting: Setting) -> None:
     events: list[tuple[int, int, str]] = []
     tuner = Tuner(
         mode, slots=12, slots_first=6, lookahead=4, tell=lambda *event: events.append(event)

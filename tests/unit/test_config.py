@@ -6,7 +6,6 @@ import pytest
 
 from dualblade.config import EngineConfig
 from dualblade.errors import ConfigError
-from dualblade.io import ENGINE_CHOICES
 
 
 @pytest.mark.parametrize(
@@ -17,14 +16,9 @@ from dualblade.io import ENGINE_CHOICES
         ({"discard": 1}, "discard must be true or false"),
         ({"keep_store_blocks": "no"}, "keep_store_blocks must be true or false"),
         ({"disk_capacity_bytes": 0}, "disk_capacity_bytes"),
-        ({"io_engine": "uring_cmd"}, "use auto, uring-cmd, io_uring or posix"),
+        ({"io_engine": "uring_cmd"}, "use one of: auto, uring-cmd, io_uring, posix"),
     ],
 )
 def test_wrong_settings(settings: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         EngineConfig.from_mapping(settings)
-
-
-def test_every_engine_word_is_a_setting() -> None:
-    for word in ENGINE_CHOICES:
-        assert EngineConfig(io_engine=word).io_engine == word

@@ -10,7 +10,7 @@ import torch
 from dualblade.config import EngineConfig, Path
 from dualblade.hf.cache import _lets_kernel_read_ahead
 from dualblade.pipeline import KVSettings
-from dualblade.pipeline.residence import MemorySource
+from dualblade.pipeline.memory_watch import MemorySource
 from dualblade.units import MIB
 
 SETTINGS = KVSettings(

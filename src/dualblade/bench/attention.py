@@ -29,6 +29,7 @@ from dualblade.attention import (
     group_tokens,
     kernel_name,
 )
+from dualblade.config import check_word
 from dualblade.errors import ConfigError
 from dualblade.geometry import TILE_ROWS_DEFAULT
 from dualblade.host.machine import command_line, machine_facts
@@ -92,8 +93,7 @@ class AttentionBenchOptions:
 
     def __post_init__(self) -> None:
         for dtype in self.dtypes:
-            if dtype not in DTYPES:
-                raise ConfigError(f"unknown dtype {dtype!r}", hint="use bfloat16 or float32")
+            check_word("dtype", dtype, DTYPES)
         if self.query_tokens < 1 or self.repeats < 1:
             raise ConfigError("query_tokens and repeats must be at least 1")
 

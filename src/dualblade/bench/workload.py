@@ -24,7 +24,7 @@ from typing import Any
 
 from dualblade import config
 from dualblade.bench.child_process import ChildOutcome, run_child
-from dualblade.config import EngineConfig, check_attention, parse_settings
+from dualblade.config import EngineConfig, check_attention, check_word, parse_settings
 from dualblade.errors import ConfigError, DualBladeError, Unsupported
 from dualblade.host.cgroup import MemoryCgroup
 from dualblade.host.drives import find_drive
@@ -160,10 +160,7 @@ class Workload:
         if self.store is not None and self.store.is_dir():
             # By name: the runs of one benchmark rewrite one file.
             object.__setattr__(self, "store", self.store / "dualblade-bench.store")
-        if self.dtype not in DTYPES:
-            raise ConfigError(
-                f"unknown dtype {self.dtype!r}", hint=f"use one of: {', '.join(DTYPES)}"
-            )
+        check_word("dtype", self.dtype, DTYPES)
         check_attention(self.attention)
         EngineConfig.from_mapping(self.engine)
 

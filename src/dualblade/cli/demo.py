@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dualblade.cli import options
-from dualblade.errors import ConfigError, DualBladeError
+from dualblade.config import check_word
+from dualblade.errors import DualBladeError
 from dualblade.units import MIB, format_size, parse_size
 
 if TYPE_CHECKING:
@@ -58,8 +59,7 @@ def demo(
     """
     from dualblade.cli.output import Reporter, write_json
 
-    if dtype not in ("bfloat16", "float32"):
-        raise ConfigError(f"unknown dtype {dtype!r}", hint="use bfloat16 or float32")
+    check_word("dtype", dtype, ("bfloat16", "float32"))
     options.engine_config(io_engine=io_engine, queue_depth=None)
     budget = None if memory_budget == "auto" else parse_size(memory_budget)
     with Reporter() as reporter:

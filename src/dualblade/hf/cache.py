@@ -7,12 +7,12 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path as FilePath
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from dualblade.config import EngineConfig, Path
+from dualblade.config import AttentionWord, EngineConfig, Path
 from dualblade.errors import Closed, ConfigError, Unsupported
 from dualblade.hf.beside import WholeSteps
 from dualblade.hf.choice import (
@@ -63,7 +63,7 @@ from dualblade.metrics import (
     TransferTotals,
 )
 from dualblade.pipeline import KVPipeline, KVSettings, MemoryKV
-from dualblade.pipeline.residence import MemorySource
+from dualblade.pipeline.memory_watch import MemorySource
 from dualblade.store import Place, Store, member_count
 from dualblade.units import MIB, parse_size
 
@@ -118,7 +118,7 @@ class DualBladeCache(WholeSteps):
         store: Place | Sequence[Place] | None = None,
         memory_budget: str | int = "auto",
         path: str | Path = "dual",
-        attention: Literal["auto", "exact", "tiles"] = "auto",
+        attention: AttentionWord = "auto",
         max_tokens: int | None = None,
         config: EngineConfig | None = None,
     ) -> DualBladeCache:

@@ -29,6 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from dualblade.config import check_word
 from dualblade.errors import ConfigError, DualBladeError, Unsupported
 from dualblade.hf.demo_model import MODEL_NAME, demo_folder
 from dualblade.hf.gguf import gguf_options, require_gguf
@@ -182,8 +183,7 @@ def parse_dtype(word: str) -> torch.dtype | None:
         "float32": torch.float32,
         "float16": torch.float16,
     }
-    if word not in dtypes:
-        raise ConfigError(f"unknown dtype {word!r}", hint=f"use one of: {', '.join(dtypes)}")
+    check_word("dtype", word, dtypes)
     return dtypes[word]
 
 

@@ -8,19 +8,12 @@ without Python's lock, and says how far each batch has landed. Two engines, one 
 by URING_CMD, or by ioctl.
 """
 
+from dualblade.config import EngineChoice
 from dualblade.io.arena import Arena
-from dualblade.io.engine import (
-    ENGINE_CHOICES,
-    Counters,
-    Engine,
-    EngineChoice,
-    Ticket,
-    open_engine,
-)
+from dualblade.io.engine import Counters, Engine, Ticket, open_engine
 from dualblade.io.transfer import Namespace, Op, Transfer
 
 __all__ = [
-    "ENGINE_CHOICES",
     "Arena",
     "Counters",
     "Engine",

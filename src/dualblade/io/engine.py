@@ -11,16 +11,15 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, get_args
+from typing import get_args
 
+from dualblade.config import EngineChoice, check_word
 from dualblade.errors import Closed, ConfigError, DeviceError, Unsupported
 from dualblade.io import _native
 from dualblade.io.arena import Arena
 from dualblade.io.transfer import Namespace, Op, Transfer
 from dualblade.units import BLOCK_BYTES, GIB, MIB, format_size
 
-EngineChoice = Literal["auto", "uring-cmd", "io_uring", "posix"]
-ENGINE_CHOICES: tuple[EngineChoice, ...] = get_args(EngineChoice)
 Paths = str | Mapping[int, str] | None
 
 # The kernel's result of one request is a signed 32-bit count.
@@ -323,8 +322,7 @@ def open_engine(
 
     Raises: Unsupported when the named one cannot be had, ConfigError for a wrong argument.
     """
-    if name not in ENGINE_CHOICES:
-        raise ConfigError(f"no such engine: {name!r}", hint=f"one of {', '.join(ENGINE_CHOICES)}")
+    check_word("io_engine", name, get_args(EngineChoice))
     if io_poll and name == "posix":
         raise ConfigError("io_poll is io_uring's: the posix engine cannot poll for completions")
     if not 1 <= queue_depth <= QUEUE_DEPTH_MAX:

@@ -7,10 +7,9 @@ compute; let the reads for the layers to come go on.
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -25,7 +24,6 @@ from dualblade.metrics import (
     ResidencyEvent,
     StageSeconds,
     TransferTotals,
-    TuningEvent,
     UnitPlacement,
 )
 from dualblade.pipeline.attend import Arrived, NewRows
@@ -37,31 +35,16 @@ from dualblade.pipeline.gather import GatherBuffers, scatter
 from dualblade.pipeline.layer import HalfLayer, Layer, LayerMaker, check_continues, check_rows
 from dualblade.pipeline.layers import LayeredKV
 from dualblade.pipeline.machinery import Machinery
+from dualblade.pipeline.memory_watch import MemorySource, MemoryWatch
+from dualblade.pipeline.pace import Pace
 from dualblade.pipeline.read_ahead import Landing, ReadAhead
-from dualblade.pipeline.residence import MemorySource, MemoryWatch, Placements
+from dualblade.pipeline.residence import Placements
 from dualblade.pipeline.settings import KVSettings
 from dualblade.pipeline.staging import CopyEvent, StagingShape, staging_shape
 from dualblade.pipeline.tails import TailLimit
 from dualblade.pipeline.timeline import Lane, now_ns
-from dualblade.pipeline.tuner import Mode, StepTimes, Tuner
 from dualblade.pipeline.unit import Unit
 from dualblade.store import Store
-
-log = logging.getLogger("dualblade.pipeline")
-
-_EVENTS_MAX = 64
-"""Changes of the tuner that are kept, the newest; each was logged."""
-
-
-@dataclass(frozen=True, slots=True)
-class _StepEnd:
-    """When a step ended, in seconds; until then the direct door was busy, the model waited for
-    reads."""
-
-    at: float = 0.0
-    busy_seconds: float = 0.0
-    stalled_seconds: float = 0.0
-    read_bytes: int = 0
 
 
 class KVPipeline(LayeredKV):
@@ -103,9 +86,7 @@ class KVPipeline(LayeredKV):
             tail_limit=TailLimit(settings.budget_bytes, settings.layer_count, settings.over_tiles),
         )
         self._gather_ns = 0
-        self._tuner: Tuner | None = None
-        self._tuned: deque[TuningEvent] = deque(maxlen=_EVENTS_MAX)
-        self._last_step = _StepEnd()
+        self._pace: Pace | None = None  # made with the machinery
         self._dead_read_bytes = 0
 
     # -- one step ----------------------------------------------------------------------------
@@ -189,33 +170,15 @@ class KVPipeline(LayeredKV):
 
     def _end_step(self, rows: int, tokens: int) -> None:
         """Learn from what the step took, for the reads of those to come."""
-        last = self._last_step
-        busy = self._engine.counters().direct_busy_seconds
-        stalled = self._timeline.stalled_seconds
-        read = self._store.counters.direct_read_bytes
-        end = _StepEnd(now_ns() / 1e9, busy, stalled(Lane.READS), read)
-        if self._tuner is not None:
-            seconds = end.at - last.at
-            slots = (end.read_bytes - last.read_bytes) / self._require_machinery().shape.slot_bytes
-            self._tuner.step(
-                StepTimes(
-                    rows=rows,
-                    tokens=tokens,
-                    seconds=seconds,
-                    idle_seconds=seconds - (end.busy_seconds - last.busy_seconds),
-                    stalled_seconds=end.stalled_seconds - last.stalled_seconds,
-                    layer_slots=slots / len(self._layers),
-                )
-            )
-            self._sweep().setting = self._tuner.setting
-        self._last_step = end
-
-    def _note_tuning(self, before: int, after: int, reason: str) -> None:
-        at = self._timeline.seconds_at(now_ns())
-        self._tuned.append(
-            TuningEvent(time_seconds=at, from_slots=before, to_slots=after, reason=reason)
+        assert self._pace is not None, "made with the machinery"
+        self._pace.end_step(
+            rows=rows,
+            tokens=tokens,
+            layers=len(self._layers),
+            busy_seconds=self._engine.counters().direct_busy_seconds,
+            read_bytes=self._store.counters.direct_read_bytes,
         )
-        log.info("reads may hold %d staging slots, not %d: %s", after, before, reason)
+        self._sweep().setting = self._pace.setting
 
     # -- before a step: does it fit? -----------------------------------------------------------
 
@@ -291,14 +254,14 @@ class KVPipeline(LayeredKV):
         in_force = self._placements.budget_bytes
         self._budget.claim(layers, count, shape.total_bytes, tokens, self._gather, in_force)
         if self._machinery is None:
-            self._tuner = Tuner(
-                Mode(self._settings.config.pipeline),
-                slots=shape.read_slots,
-                slots_first=shape.slots_first(self._engine.queue_depth * self._engine.chunk_bytes),
-                lookahead=self._settings.config.lookahead,
-                tell=self._note_tuning,
-            )
             device, sums, timeline = self._settings.device, self.checksums, self._timeline
+            self._pace = Pace(
+                self._settings.config.pipeline,
+                shape,
+                timeline,
+                in_flight_bytes=self._engine.queue_depth * self._engine.chunk_bytes,
+                lookahead=self._settings.config.lookahead,
+            )
             self._shape = shape
             self._maker = replace(self._maker, slot_bytes=shape.slot_bytes)
             self._machinery = Machinery(
@@ -345,7 +308,7 @@ class KVPipeline(LayeredKV):
         """The reads over all layers known so far, in order."""
         if self._reads is None:
             machinery = self._require_machinery()
-            assert self._tuner is not None, "made with the machinery"
+            assert self._pace is not None, "made with the machinery"
             ordered = [self._layers[index] for index in sorted(self._layers)]
             assert [layer.index for layer in ordered] == list(range(len(ordered)))
             self._reads = ReadAhead(
@@ -353,7 +316,7 @@ class KVPipeline(LayeredKV):
                 machinery.read_slots,
                 self.checksums,
                 ordered,
-                setting=self._tuner.setting,
+                setting=self._pace.setting,
                 in_place=machinery.copies.in_place and self._settings.config.in_place,
                 before_visit=self._before_visit,
                 timeline=self._timeline,
@@ -391,8 +354,8 @@ class KVPipeline(LayeredKV):
     def _forget(self) -> None:
         self._placements.forget()
         self._budget.forget()
-        if self._tuner is not None:
-            self._tuner.restart()
+        if self._pace is not None:
+            self._pace.restart()
         self._maker = self._maker.beside(self._budget.shares.staging_bytes)
 
     def _quiesce(self) -> None:
@@ -471,16 +434,7 @@ class KVPipeline(LayeredKV):
 
     def tuning(self) -> PipelineTuning | None:
         """How reads and compute share a step; None before the first rows."""
-        if self._tuner is None or self._shape is None:
-            return None
-        return PipelineTuning(
-            mode=self._settings.config.pipeline,
-            slots=self._tuner.setting.slots,
-            slots_max=self._shape.read_slots,
-            slot_bytes=self._shape.slot_bytes,
-            lookahead=self._tuner.setting.lookahead,
-            events=tuple(self._tuned),
-        )
+        return None if self._pace is None else self._pace.describe()
 
     def placements(self) -> tuple[UnitPlacement, ...]:
         """The plan in force, unit by unit."""

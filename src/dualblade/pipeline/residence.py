@@ -11,14 +11,16 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 from dualblade.config import Path
 from dualblade.geometry import Part, UnitId
-from dualblade.host.memory import MemoryReading, OwnMemory
+from dualblade.host.memory import OwnMemory
 from dualblade.metrics import ResidencyEvent, UnitPlacement
+from dualblade.pipeline.hits import HitSweep
 from dualblade.pipeline.layer import Layer
+from dualblade.pipeline.memory_watch import MemoryWatch
 from dualblade.pipeline.unit import Unit
 from dualblade.residency import (
     WHOLE,
@@ -37,13 +39,10 @@ from dualblade.residency import (
     decide,
     plan_fixed,
 )
-from dualblade.store import Door, Extent, Store
+from dualblade.store import Store
 from dualblade.units import format_size
 
 log = logging.getLogger("dualblade.residency")
-
-PROBE_SECONDS = 0.5
-"""Between two readings of the memory: one costs 0.1 ms, 0.7 with the processor's caches cold."""
 
 DECIDE_SECONDS = 0.1
 """Between two decisions that no news asks for; waits end and dwells are over by then."""
@@ -54,28 +53,9 @@ there yet is memory that waits, where units barely fit: of an eighth more it was
 speed. As the KV grows units give way when what is planned stands above the room by more than the
 slack."""
 
-HITS_SECONDS = 1.0
-"""Between two measurements of hits: cachestat of 1 GiB in 4 KiB pages costs 2 ms, asking it of 48
-units 1 ms."""
-
 _EVENTS_MAX = 256
 """Events that are kept, the newest; each was logged. A squeeze and its release are about ten, a KV
 that doubles beside less room than it wants some twenty."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemorySource:
-    """Where a budget comes from while the cache lives.
-
-    asked_bytes  the budget asked for. None (`auto`): what there is.
-    read         asks for the memory there is, given what the cache holds. None: nobody does, and
-                 `asked_bytes` holds.
-    clock        monotonic seconds.
-    """
-
-    asked_bytes: int | None
-    read: Callable[[OwnMemory], MemoryReading] | None = None
-    clock: Callable[[], float] = time.monotonic
 
 
 class _Room(NamedTuple):
@@ -88,80 +68,6 @@ class _Room(NamedTuple):
     @property
     def most(self) -> int:
         return self.size_bytes + self.slack_bytes
-
-
-class MemoryWatch:
-    """The budget in force: what was asked for or what there is, whichever is less."""
-
-    def __init__(self, source: MemorySource, start_bytes: int) -> None:
-        self.budget_bytes = start_bytes
-        self.stall_seconds: float | None = None
-        self._source = source
-        self.looked_at = float("-inf")
-
-    def look(self, now: float, own: Callable[[], OwnMemory]) -> None:
-        """Ask again, if it is time. Raises: Unsupported without /proc/meminfo."""
-        source = self._source
-        if source.read is None or now - self.looked_at < PROBE_SECONDS:
-            return
-        self.looked_at = now
-        found = source.read(own())
-        there = found.budget_bytes
-        self.budget_bytes = there if source.asked_bytes is None else min(source.asked_bytes, there)
-        self.stall_seconds = found.pressure.some_seconds if found.pressure else None
-
-
-class HitSweep:
-    """How much of what a whole sweep read through the page cache was there before it was read.
-
-    The read-ahead enters a step's first layers before the step begins, so a sweep counts from the
-    visit of the first unit to that of the last, and a move in between makes it worthless.
-    """
-
-    def __init__(self, unit_count: int, cached_bytes: Callable[[Extent], int]) -> None:
-        self._unit_count = unit_count
-        self._cached_bytes = cached_bytes
-        self._seen = 0
-        self.is_counting = False
-        self._cached = self._stored = 0
-        self._measured_at = float("-inf")
-        self._hit_fraction: float | None = None
-
-    def begins(self, unit: Unit) -> bool:
-        """Whether `unit` is the first of a sweep."""
-        return unit.id.layer == 0 and unit.id.part is Part.KEYS
-
-    def begin(self, now: float) -> None:
-        """A sweep begins; it counts, if it is time."""
-        self.is_counting = now - self._measured_at >= HITS_SECONDS
-        self._seen = self._cached = self._stored = 0
-
-    def visit(self, unit: Unit, now: float) -> None:
-        """`unit` is about to be read, in a sweep that counts."""
-        self._seen += 1
-        for segment, stored in unit.stored_parts():
-            if segment.extent.door is Door.PAGE_CACHE:
-                self._stored += stored
-                # An extent may be cached beyond its last tile.
-                self._cached += min(stored, self._cached_bytes(segment.extent))
-        if self._seen == self._unit_count:
-            self.is_counting = False
-            self._measured_at = now
-            self._hit_fraction = self._cached / self._stored if self._stored else None
-
-    @property
-    def has_measured(self) -> bool:
-        """Whether a sweep was measured that was not told yet."""
-        return self._hit_fraction is not None
-
-    def take(self) -> float | None:
-        """The hits of a sweep not told yet; None: none was measured."""
-        taken, self._hit_fraction = self._hit_fraction, None
-        return taken
-
-    def restart(self) -> None:
-        """Units moved: what was counted says nothing of the plan in force."""
-        self.is_counting, self._hit_fraction = False, None
 
 
 class Placements:

@@ -8,7 +8,7 @@ import torch
 
 from dualblade.config import EngineConfig, Path
 from dualblade.pipeline.copies import MakeCopies, copies_for
-from dualblade.pipeline.residence import MemorySource
+from dualblade.pipeline.memory_watch import MemorySource
 from dualblade.residency import DoorSpeeds
 
 

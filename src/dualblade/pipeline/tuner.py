@@ -23,22 +23,8 @@ import statistics
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 
-
-class Mode(StrEnum):
-    """How reads and compute share a step, in the words that users see."""
-
-    SERIAL = "serial"
-    """A piece is read, then attended to, then the next is read."""
-    KEY_VALUE = "key-value"
-    """The values of some tiles are read while their keys are attended to."""
-    TILED = "tiled"
-    """A layer's pieces are read ahead of attention, none of the next layer's."""
-    LAYERS = "layers"
-    """Reads go on across layers and steps, into all slots."""
-    AUTO = "auto"
-    """Across layers, into as many slots as make steps shorter."""
+from dualblade.config import PipelineMode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,12 +99,12 @@ Tell = Callable[[int, int, str], None]
 
 
 class Tuner:
-    """Of one cache. `slots`: as many as there are; `AUTO` begins with `slots_first` of them. `tell`
+    """Of one cache. `slots`: as many as there are; `auto` begins with `slots_first` of them. `tell`
     hears of every change."""
 
     def __init__(
         self,
-        mode: Mode,
+        mode: PipelineMode,
         *,
         slots: int,
         slots_first: int,
@@ -131,13 +117,13 @@ class Tuner:
         self._most = slots
         self._least = min(slots, self._policy.slots_min)
         self._tell = tell
-        self._is_fixed = mode is not Mode.AUTO
+        self._is_fixed = mode != "auto"
         self._first = min(slots, max(self._least, slots_first))
         self.setting = {
-            Mode.SERIAL: Setting(slots=1, lookahead=0),
-            Mode.KEY_VALUE: Setting(slots=2, lookahead=0),
-            Mode.TILED: Setting(slots=slots, lookahead=0),
-            Mode.AUTO: Setting(slots=self._first, lookahead=lookahead),
+            "serial": Setting(slots=1, lookahead=0),
+            "key-value": Setting(slots=2, lookahead=0),
+            "tiled": Setting(slots=slots, lookahead=0),
+            "auto": Setting(slots=self._first, lookahead=lookahead),
         }.get(mode, Setting(slots=slots, lookahead=lookahead))
         self._seen: deque[StepTimes] = deque(maxlen=self._policy.window_steps)
         self._rows = 0
