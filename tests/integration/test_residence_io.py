@@ -23,6 +23,7 @@ from dualblade.host.pressure import Pressure
 from dualblade.host.process import ProcessIO, process_io
 from dualblade.io import open_engine
 from dualblade.pipeline import KVPipeline, KVSettings
+from dualblade.pipeline.hits import HitSweep
 from dualblade.pipeline.memory_watch import MemorySource
 from dualblade.store import Door, Store
 from dualblade.store.format import DATA_OFFSET
@@ -40,9 +41,12 @@ class Memory:
         self.there_bytes = 256 * MIB
         self.reserve_bytes = 0
         self.seconds = 0.0
+        self.tick_seconds = 1.0
         self.stalled_seconds = 0.0
+        self.told: list[OwnMemory] = []
 
     def read(self, own: OwnMemory) -> MemoryReading:
+        self.told.append(own)
         return MemoryReading(
             available_bytes=max(0, self.there_bytes - own.fixed_bytes),
             source="test",
@@ -56,7 +60,7 @@ class Memory:
         )
 
     def clock(self) -> float:
-        self.seconds += 1.0
+        self.seconds += self.tick_seconds
         return self.seconds
 
 
@@ -373,6 +377,24 @@ def test_evicted_pages_are_noticed_and_given_up(tmp_path: Path) -> None:
         cache.step()
     assert "cached pages were evicted" in {event.cause for event in cache.pipeline.events()}
     cache.close()
+
+
+def test_gone_pages_are_a_reason_to_look_at_the_memory_again(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reading of before does not know who took them; what is gone is mapped no more."""
+    cache.step()
+    cache.memory.tick_seconds = 0.0
+    cache.step()  # whatever is due since the last look
+    asked = len(cache.memory.told)
+    cache.step()
+    assert len(cache.memory.told) == asked
+    monkeypatch.setattr(cache.store, "page_cache_bytes", lambda: KIB)
+    monkeypatch.setattr(HitSweep, "measured", 0.2)
+    cache.step()
+    assert len(cache.memory.told) == asked + 1
+    assert cache.memory.told[-1].mapped_bytes == KIB
+    assert cache.memory.told[-2].mapped_bytes > KV_BYTES // 2
 
 
 def test_below_the_fixed_part_all_goes_direct_and_one_warning_says_so(

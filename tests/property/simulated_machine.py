@@ -78,10 +78,22 @@ class Machine:
     time: float = 0.0
     stall_seconds: float = 0.0
     measures_hits: bool = True
+    tells_unused: bool = True
+    sees_peers: bool = False
 
     @property
     def told(self) -> int:
         return int((self.memory - self.hog) * MARGIN)
+
+    def told_to(self, cache: Cache) -> int:
+        """Mapped pages of another process are no room."""
+        theirs = sum(sum(c.warm.values()) for c in self.caches if c is not cache)
+        return self.told - int(theirs * MARGIN) if self.sees_peers else self.told
+
+    @property
+    def unused(self) -> int:
+        warm = sum(sum(cache.warm.values()) for cache in self.caches)
+        return max(0, self.memory - self.hog - self.polluted - warm)
 
     @property
     def slack(self) -> int:
@@ -106,11 +118,12 @@ class Machine:
             Observation(
                 time_seconds=self.time,
                 demands=cache.demands,
-                page_cache_bytes=self.told,
+                page_cache_bytes=self.told_to(cache),
                 slack_bytes=self.slack,
                 hit_fraction=cache.hits if self.measures_hits else None,
                 resident_bytes=cache.resident if self.measures_hits else None,
                 stall_seconds=self.stall_seconds,
+                unused_bytes=self.unused if self.tells_unused else None,
             )
         )
         if event is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualblade.residency import Cause, Controller, Observation, after
+from dualblade.residency import Cause, Controller, ControlPolicy, Lessons, Observation, after
 from dualblade.units import MIB
 from tests.property.simulated_machine import Cache, Machine, by_size, fresh, units
 
@@ -278,3 +280,89 @@ def test_cold_sweeps_after_a_promotion_are_not_taken_for_evictions(step: float) 
     machine.hog = 0
     machine.run(120, step)
     assert Cause.EVICTED not in {event.cause for event in cache.events}
+
+
+@pytest.mark.parametrize("tells_unused", [True, False])
+def test_what_nobody_else_takes_comes_back_soon(*, tells_unused: bool) -> None:
+    """By halves either way; where unused memory is told they follow each other at once."""
+    machine, cache = alone(800 * MIB)
+    before = cache.planned
+    machine.tells_unused = tells_unused
+    machine.hog = 600 * MIB
+    machine.run(5, 0.1)
+    assert cache.planned < before // 3
+    machine.hog = 0
+    machine.run(2.5, 0.1)
+    assert (cache.planned > before * 9 // 10) is tells_unused
+    machine.run(20, 0.1)
+    assert cache.planned > before * 9 // 10
+    assert cache.missed_steps <= len(cache.events)  # each time what came was cold once
+
+
+@settings(deadline=None, max_examples=60)
+@given(apart=st.floats(0, 4), step=st.sampled_from([0.05, 0.1, 0.4]), share=st.floats(0.5, 0.9))
+def test_two_that_promote_leave_each_other_what_they_have(
+    apart: float, step: float, share: float
+) -> None:
+    """A hog leaves, and the other takes its first half a while later, be it in the moment in which
+    this one takes its second."""
+    machine = Machine(memory=1600 * MIB, caches=[], hog=int(1600 * MIB * share), sees_peers=True)
+    first, second = (Cache.start(DEMANDS, (machine.memory - machine.hog) // 3) for _ in range(2))
+    machine.caches = [first, second]
+    machine.run(3, step)
+    machine.hog = 0
+    machine.caches, machine.polluted = [first], sum(second.warm.values())
+    machine.run(apart, step)
+    machine.caches, machine.polluted = [first, second], 0
+    machine.run(30, step)
+    learned = [e for cache in machine.caches for e in cache.events if e.cause is Cause.EVICTED]
+    assert learned == []
+    assert first.planned + second.planned >= 0.8 * min(1600 * MIB, 2 * KV)
+
+
+def test_a_hog_that_grows_meanwhile_is_not_taken_for_our_own_pages() -> None:
+    machine, cache = alone(800 * MIB)
+    machine.hog = 600 * MIB
+    machine.run(5, 0.1)
+    machine.hog = 300 * MIB
+    for _ in range(40):
+        machine.hog += 6 * MIB
+        machine.step(0.1)
+        assert cache.planned <= machine.told + machine.slack
+    rose = [event for event in cache.events if event.cause is Cause.ROOM_ROSE]
+    assert all(event.to_bytes - event.from_bytes <= 8 * UNIT for event in rose)
+
+
+def test_pages_that_went_while_nobody_generated_teach_nothing() -> None:
+    """Others passed through the page cache; the first sweep brings all back."""
+    machine, cache = alone(800 * MIB)
+    before = cache.planned
+    for _ in range(8):
+        cache.warm = {}
+        machine.run(3, 0.1)
+    assert cache.events == []
+    assert cache.planned == before
+
+
+def test_a_sweep_over_a_little_too_much_is_found_all_the_same() -> None:
+    """Nearly all is held, and nothing is hit: the second time it is not for being cold."""
+    machine, cache = alone(800 * MIB)
+    machine.polluted = 800 * MIB - cache.planned + 8 * MIB
+    machine.run(3, 0.1)
+    assert cache.events[0].cause is Cause.EVICTED
+
+
+def test_what_was_learned_is_kept_for_the_next_prompt() -> None:
+    policy = ControlPolicy()
+    lessons = Lessons(policy)
+    told = 800 * MIB
+    seen = Observation(time_seconds=0.0, demands=DEMANDS, page_cache_bytes=told)
+    assert lessons.room(told) == told
+    lessons.learn(seen, told // 2)
+    assert lessons.room(told) == told - told // 2
+    controller = Controller(by_size(DEMANDS, lessons.room(told)).level, policy, lessons)
+    for second in range(5):
+        assert controller.decide(replace(seen, time_seconds=float(second))) is None
+    event = controller.decide(replace(seen, time_seconds=policy.retry_seconds + 1))
+    assert event is not None
+    assert event.cause is Cause.RETRY

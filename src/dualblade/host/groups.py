@@ -81,6 +81,11 @@ class GroupLimit:
     ours_bytes: int = 0
 
     @property
+    def unused_bytes(self) -> int:
+        """Of the limit, what nobody uses, not even for page cache."""
+        return max(0, self.limit_bytes - self.usage_bytes)
+
+    @property
     def available_bytes(self) -> int:
         return max(0, self.limit_bytes - self.usage_bytes + self.reclaimable_bytes)
 

@@ -67,7 +67,8 @@ class MemoryReading:
     """What may be used now, which limit said so (`binding`; None: the machine), and all limits.
 
     `source` is the same in words. `warnings` names what could not be read and was left out.
-    `machine_has_free`: memory that nobody uses, and not a little.
+    `machine_has_free`: memory that nobody uses, and not a little. `unused_bytes`: how much of it
+    there is, of the machine and in each group.
     """
 
     available_bytes: int
@@ -79,6 +80,7 @@ class MemoryReading:
     own: OwnMemory = OwnMemory()
     reserve_bytes: int = 0
     machine_has_free: bool = False
+    unused_bytes: int = 0
     machine_pressure: Pressure | None = None
     group_pressure: Pressure | None = None
 
@@ -158,6 +160,7 @@ class MemoryProbe:
             own=held,
             reserve_bytes=self._reserve(available + held.fixed_bytes),
             machine_has_free=_FREE_SHARE * fields.get("MemFree", 0) > fields.get("MemTotal", 0),
+            unused_bytes=min([_machine_unused_bytes(fields), *(g.unused_bytes for g in limits)]),
             machine_pressure=read_pressure(self._root / "proc/pressure/memory"),
             group_pressure=self._group_pressure(),
         )
@@ -228,6 +231,11 @@ def _machine_available_bytes(fields: dict[str, int], own: OwnMemory) -> int:
     if available is None:  # before Linux 3.14
         available = fields.get("MemFree", 0) + pages.active_and_inactive
     return max(0, available - pages.active_and_inactive + pages.reclaimable(own.page_cache_bytes))
+
+
+def _machine_unused_bytes(fields: dict[str, int]) -> int:
+    """MemFree less the hundredth that the kernel keeps free by taking page cache."""
+    return max(0, fields.get("MemFree", 0) - fields.get("MemTotal", 0) // 100)
 
 
 def _auto_reserve_bytes(whole_bytes: int) -> int:

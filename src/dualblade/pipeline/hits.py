@@ -52,12 +52,12 @@ class HitSweep:
             self._hit_fraction = self._cached / self._stored if self._stored else None
 
     @property
-    def has_measured(self) -> bool:
-        """Whether a sweep was measured that was not told yet."""
-        return self._hit_fraction is not None
+    def measured(self) -> float | None:
+        """The hits of a sweep not told yet; None: none was measured."""
+        return self._hit_fraction
 
     def take(self) -> float | None:
-        """The hits of a sweep not told yet; None: none was measured."""
+        """`measured`, which is told then."""
         taken, self._hit_fraction = self._hit_fraction, None
         return taken
 

@@ -213,11 +213,10 @@ class KVPipeline(LayeredKV):
         """Memory, plan and blocks for `new_rows` more rows. At the first layer of a step for all
         layers, so that a step that does not fit is refused whole."""
         tokens = layer.tokens + new_rows
-        together = [
-            other
-            for other in self._layers.values()
-            if other is layer or (layer.index == 0 and other.tokens == layer.tokens)
-        ]
+        together = [layer]
+        if layer.index == 0:
+            others = (other for other in self._layers.values() if other is not layer)
+            together += [other for other in others if other.tokens == layer.tokens]
         for other in together:
             other.fit_tails()
         if layer.index == 0:

@@ -28,21 +28,24 @@ class MemorySource:
 
 
 class MemoryWatch:
-    """The budget in force: what was asked for or what there is, whichever is less."""
+    """The budget in force: what was asked for or what there is, whichever is less; and what else
+    the last reading told."""
 
     def __init__(self, source: MemorySource, start_bytes: int) -> None:
         self.budget_bytes = start_bytes
         self.stall_seconds: float | None = None
+        self.unused_bytes: int | None = None
         self._source = source
         self.looked_at = float("-inf")
 
-    def look(self, now: float, own: Callable[[], OwnMemory]) -> None:
-        """Ask again, if it is time. Raises: Unsupported without /proc/meminfo."""
+    def look(self, now: float, own: Callable[[], OwnMemory], *, at_once: bool = False) -> None:
+        """Ask again, if it is time, or `at_once`. Raises: Unsupported without /proc/meminfo."""
         source = self._source
-        if source.read is None or now - self.looked_at < PROBE_SECONDS:
+        if source.read is None or (now - self.looked_at < PROBE_SECONDS and not at_once):
             return
         self.looked_at = now
         found = source.read(own())
         there = found.budget_bytes
         self.budget_bytes = there if source.asked_bytes is None else min(source.asked_bytes, there)
         self.stall_seconds = found.pressure.some_seconds if found.pressure else None
+        self.unused_bytes = found.unused_bytes

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from dualblade.config import Path
@@ -30,6 +31,7 @@ from dualblade.residency import (
     DoorSpeeds,
     Event,
     Ladder,
+    Lessons,
     Observation,
     Placement,
     PlanInputs,
@@ -101,6 +103,7 @@ class Placements:
         self._speeds = speeds
         self._cache_percent = cache_percent
         self._policy = ControlPolicy()
+        self._lessons = Lessons(self._policy)
         self.hits = HitSweep(2 * layer_count, store.cached_bytes)
         self._opened_at = clock()
         self._events: deque[ResidencyEvent] = deque(maxlen=_EVENTS_MAX)
@@ -114,7 +117,7 @@ class Placements:
         self.forget()
 
     def forget(self) -> None:
-        """Plan afresh for the next prompt; the events stay."""
+        """Plan afresh for the next prompt. The events stay, and what was learned of the room."""
         self._plan: ResidencyPlan | None = None
         self._controller: Controller | None = None
         self._shares_of_units: dict[UnitId, int] = {}
@@ -130,15 +133,21 @@ class Placements:
         return self._watch.budget_bytes
 
     def look(self, shares: BudgetShares) -> None:
-        """Learn what memory there is, if it is time. Raises: Unsupported."""
+        """Learn what memory there is, if it is time, or if pages are gone: a reading of before
+        does not know of whoever took them. Raises: Unsupported."""
         if self._path is Path.DUAL:
-            self._watch.look(self._clock(), lambda: self._own(shares))
+            lost = self._controller is not None and self._policy.are_few(self.hits.measured)
+            own = partial(self._own, shares, lost=lost)
+            self._watch.look(self._clock(), own, at_once=lost)
 
-    def _own(self, shares: BudgetShares) -> OwnMemory:
+    def _own(self, shares: BudgetShares, *, lost: bool) -> OwnMemory:
+        mapped = self._store.mapped_bytes
+        if lost:  # the kernel unmapped them, and nobody told the store
+            mapped = min(mapped, self._store.page_cache_bytes())
         return OwnMemory(
             page_cache_bytes=self.page_cache_bytes,
             fixed_bytes=shares.fixed_bytes,
-            mapped_bytes=self._store.mapped_bytes,
+            mapped_bytes=mapped,
         )
 
     def follow(
@@ -228,14 +237,14 @@ class Placements:
         self._plan = decide(
             PlanInputs(
                 demands=self._demands,
-                page_cache_bytes=room.size_bytes,
+                page_cache_bytes=self._lessons.room(room.size_bytes),
                 speeds=self._speeds,
                 cache_percent=self._cache_percent,
             )
         )
         self._shares_of_units = Ladder(self._demands).shares(self._plan.level)
         if self._cache_percent is None:
-            self._controller = Controller(self._plan.level, self._policy)
+            self._controller = Controller(self._plan.level, self._policy, self._lessons)
             # Told at once, so that it knows sizes and room before the next boundary.
             event = self._controller.decide(self._observation(room))
             assert event is None, "a plan just made needs no change"
@@ -250,6 +259,8 @@ class Placements:
             speeds=self._speeds,
             hit_fraction=hits,
             stall_seconds=self._watch.stall_seconds,
+            unused_bytes=self._watch.unused_bytes,
+            told_at_seconds=self._watch.looked_at,
         )
 
     def _has_news(self) -> bool:
@@ -257,7 +268,7 @@ class Placements:
         known = (self._room, self._watch.looked_at)
         return (
             known != self._known
-            or self.hits.has_measured
+            or self.hits.measured is not None
             or self._clock() - self._decided_at >= DECIDE_SECONDS
         )
 
@@ -265,7 +276,7 @@ class Placements:
         seen = self._observation(room, self.hits.take())
         self._known = (self._room, self._watch.looked_at)
         self._decided_at, self._steps_since = seen.time_seconds, 0
-        if seen.hit_fraction is not None and seen.hit_fraction < self._policy.hit_fraction_min:
+        if self._policy.are_few(seen.hit_fraction):
             self._demands = tuple(
                 replace(d, stored_bytes=_stored_bytes(layers, d.unit)) for d in self._demands
             )

@@ -1,6 +1,6 @@
 """Pure decisions: budget, geometry and measured speeds in, a residency plan out."""
 
-from dualblade.residency.controller import Controller, ControlPolicy
+from dualblade.residency.controller import Controller, ControlPolicy, Lessons
 from dualblade.residency.events import Cause, Event, Move, Observation, after
 from dualblade.residency.ladder import WHOLE, Ladder, Level, UnitDemand
 from dualblade.residency.plan import (
@@ -22,6 +22,7 @@ __all__ = [
     "DoorSpeeds",
     "Event",
     "Ladder",
+    "Lessons",
     "Level",
     "Move",
     "Observation",

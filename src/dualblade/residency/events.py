@@ -35,6 +35,8 @@ class Observation:
     hit_fraction      of reads through the page cache, of sweeps after the last move alone.
     resident_bytes    page cache of the store, in a sweep after the last move.
     stall_seconds     time lost for want of memory so far: Pressure.some_seconds.
+    unused_bytes      memory that is nobody's, not even for its page cache.
+    told_at_seconds   when room, stalls and unused memory were read; None: now.
     """
 
     time_seconds: float
@@ -46,6 +48,13 @@ class Observation:
     hit_fraction: float | None = None
     resident_bytes: int | None = None
     stall_seconds: float | None = None
+    unused_bytes: int | None = None
+    told_at_seconds: float | None = None
+
+    @property
+    def read_at(self) -> float:
+        """When what is told of the memory was read."""
+        return self.time_seconds if self.told_at_seconds is None else self.told_at_seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
