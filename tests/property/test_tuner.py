@@ -29,6 +29,7 @@ class Machine:
     drive: float
     spread: float = 0.0
     noise: float = 0.0
+    share_read: float = 1.0
     random: random.Random = field(default_factory=lambda: random.Random(1))
 
     def drive_seconds(self, slots: int) -> float:
@@ -45,7 +46,7 @@ class Machine:
             seconds=took * noise,
             idle_seconds=(took - reading) * noise,
             stalled_seconds=(took - self.compute) * noise,
-            layer_slots=STEP_BYTES / SLOT_BYTES / LAYERS,
+            slots_read=self.share_read * STEP_BYTES / SLOT_BYTES,
         )
 
     def step(self, slots: int) -> float:
@@ -70,8 +71,8 @@ def tuned(slots: int, first: int = 6) -> tuple[Tuner, list[tuple[int, int, str]]
 
 
 def step(rows: int = 1, tokens: int = 4096, **times: float) -> StepTimes:
-    told = {"seconds": 1.0, "idle_seconds": 0.1, "stalled_seconds": 0.4, **times}
-    return StepTimes(rows=rows, tokens=tokens, **told)
+    told = {"seconds": 1.0, "idle_seconds": 0.1, "stalled_seconds": 0.4, "slots_read": 256, **times}
+    return StepTimes(rows=rows, tokens=tokens, layers=LAYERS, **told)
 
 
 def run(tuner: Tuner, machine: Machine, steps: int) -> list[float]:
@@ -142,7 +143,7 @@ def test_steps_of_seconds_tell_each_by_itself() -> None:
     """Who waits seconds for a token does not wait for medians of five."""
     tuner, events = tuned(40)
     machine = Machine(compute=3.6, drive=4.0)
-    run(tuner, machine, 1)
+    run(tuner, machine, 2)
     assert [event[:2] for event in events] == [(6, 15)]
     run(tuner, machine, 1)
     assert machine.step(tuner.setting.slots) <= 1.02 * machine.best(40)
@@ -151,7 +152,8 @@ def test_steps_of_seconds_tell_each_by_itself() -> None:
 
 def test_a_drive_that_stood_still_all_the_time_asks_for_no_more_than_there_is() -> None:
     tuner, events = tuned(18)
-    tuner.step(step(seconds=4.0, idle_seconds=4.0, stalled_seconds=4.0, layer_slots=16))
+    for _ in range(2):
+        tuner.step(step(seconds=4.0, idle_seconds=4.0, stalled_seconds=4.0))
     assert [event[:2] for event in events] == [(6, 18)]
 
 
@@ -238,3 +240,41 @@ def test_a_forced_mode_stays(mode: PipelineMode, setting: Setting) -> None:
     run(tuner, Machine(compute=0.1, drive=0.5, noise=0.3), 300)
     assert tuner.setting == setting
     assert events == []
+
+
+# What slots cost on a drive that gains from many (decision 0009): milliseconds of a step.
+_MANY_SLOTS = {4: 360, 5: 340, 6: 321, 7: 305, 8: 296, 9: 290, 10: 290, 11: 290, 12: 290}
+
+
+def of_many_slots(tuner: Tuner, steps: int, *, longer: dict[int, float] | None = None) -> None:
+    for number in range(steps):
+        seconds = _MANY_SLOTS[tuner.setting.slots] / 1000
+        extra = (longer or {}).get(number, 0.0)
+        tuner.step(step(seconds=seconds + extra, idle_seconds=0.001 + extra, stalled_seconds=0.1))
+
+
+def test_steps_that_read_nothing_teach_nothing() -> None:
+    """All was cached for a while: four slots were as good as ten. Then memory fell."""
+    tuner, events = tuned(12, first=10)
+    for _ in range(200):
+        tuner.step(step(seconds=0.11, idle_seconds=0.11, stalled_seconds=0.0, slots_read=0))
+    assert events == []
+    of_many_slots(tuner, 60)
+    assert tuner.setting.slots >= 9
+
+
+def test_where_much_more_is_read_it_begins_anew() -> None:
+    tuner, events = tuned(12, first=10)
+    for _ in range(60):
+        tuner.step(step(seconds=0.11, idle_seconds=0.1, stalled_seconds=0.0, slots_read=20))
+    assert tuner.setting.slots == 4
+    of_many_slots(tuner, 60)
+    assert tuner.setting.slots >= 9
+    assert any("read so much" in event[2] for event in events)
+
+
+def test_a_pause_in_the_first_steps_is_no_measure() -> None:
+    """The program was stopped for a while, or the machine slept."""
+    tuner, _ = tuned(12, first=10)
+    of_many_slots(tuner, 80, longer={2: 10.0})
+    assert tuner.setting.slots >= 9

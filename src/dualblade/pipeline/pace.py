@@ -67,7 +67,6 @@ class Pace:
         last, stalled = self._last, self._timeline.stalled_seconds(Lane.READS)
         self._last = end = _StepEnd(now_ns() / 1e9, busy_seconds, stalled, read_bytes)
         seconds = end.at - last.at
-        slots = (end.read_bytes - last.read_bytes) / self._shape.slot_bytes
         self._tuner.step(
             StepTimes(
                 rows=rows,
@@ -75,7 +74,8 @@ class Pace:
                 seconds=seconds,
                 idle_seconds=seconds - (end.busy_seconds - last.busy_seconds),
                 stalled_seconds=end.stalled_seconds - last.stalled_seconds,
-                layer_slots=slots / layers,
+                slots_read=(end.read_bytes - last.read_bytes) / self._shape.slot_bytes,
+                layers=layers,
             )
         )
 

@@ -12,8 +12,9 @@ last, so that small losses cannot add up. After a while, or when steps take anot
 did, look again; each time the while doubles.
 
 Steps of a prompt teach nothing: each is longer than the one before, whatever the slots. Nor does a
-step whose number of rows differs from the last one's. Where steps come to be of many more rows or
-fewer, as after a long prompt, everything begins anew.
+step whose number of rows differs from the last one's, nor one for which hardly anything is read,
+because all is cached. Where steps come to be of many more rows or fewer, as after a long prompt, or
+to read twice as much or half, as when memory falls, everything begins anew.
 """
 
 from __future__ import annotations
@@ -39,15 +40,16 @@ class Setting:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTimes:
     """Of one step of `rows` new tokens, with which a sequence has `tokens`. `idle_seconds`: nothing
-    was in flight; `stalled_seconds`: the model waited for reads. `layer_slots`: slots that were
-    read for each layer; they are a mean, and no whole number."""
+    was in flight; `stalled_seconds`: the model waited for reads. `slots_read`: what was read past
+    the page cache, in slots, for all of `layers`."""
 
     rows: int
     tokens: int
     seconds: float
     idle_seconds: float
     stalled_seconds: float
-    layer_slots: float = 0.0
+    slots_read: float
+    layers: int
 
     @property
     def starved_fraction(self) -> float:
@@ -59,7 +61,7 @@ class StepTimes:
     def missed_slots(self) -> float:
         """Slots that the drive could have filled while it stood still, for each layer."""
         starved = self.starved_fraction
-        return self.layer_slots * starved / (1 - min(starved, 0.99))
+        return self.slots_read / self.layers * starved / (1 - min(starved, 0.99))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +71,8 @@ class TuningPolicy:
     window_steps      medians are over so many steps; the first after a change is not counted, its
                       reads were issued under the old setting.
     window_seconds    steps that take so long together are enough, be it one: in a long step the
-                      drive's moods even out, and what was issued before it is a small part.
+                      drive's moods even out, and what was issued before it is a small part. The
+                      first answer is the shorter of two, for one may have been held up.
     differ_fraction   medians that differ by more are different. Those of one setting differ by
                       1-2 % here.
     starved_fraction  of a step; more is worth a try with more slots.
@@ -78,6 +81,7 @@ class TuningPolicy:
     growth_max        of the context in a step, as a fraction; more is a part of a prompt.
     other_rows        times as many rows, or as few, are other work: products of many rows take
                       long, of few they wait for the weights.
+    other_reads       times as many bytes read, or as few, are too.
     slots_min         keys and values of some tiles, and the ones after them.
     hold_steps        at rest, before another look; doubles each time, up to hold_steps_max.
     """
@@ -89,6 +93,7 @@ class TuningPolicy:
     change_fraction: float = 0.25
     growth_max: float = 1 / 256
     other_rows: int = 16
+    other_reads: float = 2.0
     slots_min: int = 4
     hold_steps: int = 100
     hold_steps_max: int = 3200
@@ -126,8 +131,8 @@ class Tuner:
             "auto": Setting(slots=self._first, lookahead=lookahead),
         }.get(mode, Setting(slots=slots, lookahead=lookahead))
         self._seen: deque[StepTimes] = deque(maxlen=self._policy.window_steps)
-        self._rows = 0
-        self._begun_rows = 1
+        self._last: StepTimes | None = None
+        self._begun: StepTimes | None = None
         self._hold = self._policy.hold_steps
         self._steps_at_rest = 0
         self._reference: float | None = None
@@ -137,11 +142,13 @@ class Tuner:
 
     def step(self, times: StepTimes) -> None:
         """What a step took with the setting in force."""
-        last, self._rows = self._rows, times.rows
+        last, self._last = self._last, times
         is_prompt = times.rows > self._policy.growth_max * times.tokens
-        if self._is_fixed or is_prompt or times.rows != last:
+        if self._is_fixed or is_prompt or last is None or times.rows != last.rows:
             return
-        self._note_rows(times.rows)
+        if min(times.slots_read, last.slots_read) < self._first:
+            return
+        self._note_work(last, times)
         if self._to_skip and times.seconds < self._policy.window_seconds:
             self._to_skip -= 1
             return
@@ -150,7 +157,7 @@ class Tuner:
         self._steps_at_rest += self._is_at_rest
         if not self._has_seen_enough():
             return
-        took = statistics.median(times.seconds for times in self._seen)
+        took = statistics.median_low(times.seconds for times in self._seen)
         if self._reference is None:
             self._reference = took
             if not self._is_at_rest:
@@ -168,18 +175,27 @@ class Tuner:
         if before is not None:
             self._change(before, "the text ended while another number was tried")
 
-    def _note_rows(self, rows: int) -> None:
-        """Begin anew where steps of so many rows are other work than what was learned from."""
-        fewer, more = sorted((rows, self._begun_rows))
-        if more <= self._policy.other_rows * fewer:
+    def _note_work(self, last: StepTimes, times: StepTimes) -> None:
+        """Begin anew where steps are other work than what was learned from."""
+        begun = self._begun = self._begun or times
+        fewer, more = sorted((times.rows, begun.rows))
+        least, most = sorted((last.slots_read, times.slots_read))
+        is_as_much = (
+            least <= self._policy.other_reads * begun.slots_read
+            and begun.slots_read <= self._policy.other_reads * most
+        )
+        if more <= self._policy.other_rows * fewer and is_as_much:
             return
-        self._begun_rows, self._hold = rows, self._policy.hold_steps
+        self._begun, self._hold = times, self._policy.hold_steps
         self._is_at_rest, self._reference, self._before_try = False, None, None
         self._seen.clear()
         if self.setting.slots != self._first:
-            self._change(self._first, f"steps of {rows} rows are other work")
+            what = f"of {times.rows} rows" if is_as_much else "that read so much"
+            self._change(self._first, f"steps {what} are other work")
 
     def _has_seen_enough(self) -> bool:
+        if self._reference is None and len(self._seen) < 2:
+            return False
         seconds = sum(times.seconds for times in self._seen)
         policy = self._policy
         return len(self._seen) == policy.window_steps or seconds >= policy.window_seconds
