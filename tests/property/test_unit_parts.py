@@ -171,3 +171,18 @@ class UnitMachine(RuleBasedStateMachine):
 
 TestUnitMachine = UnitMachine.TestCase
 TestUnitMachine.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+
+
+def test_a_batch_of_which_nothing_is_stored_leaves_its_blocks_to_the_next() -> None:
+    """Cropped to less than a tile, then other sequences: the room for all tokens is given back."""
+    space = ArithmeticSpace()
+    geometry = TileGeometry(kv_heads=8, rows=64, dim=128, item_bytes=2)
+    unit = Unit(UnitId(0, Part.KEYS), geometry, space, tokens_max=40_000)
+    unit.make_room(3, 1)
+    unit.stored_tiles = 3
+    unit.crop(0)
+    unit.make_room(1, 2)
+    (segment,) = unit.segments
+    assert (segment.batch, segment.first_tile) == (2, 0)
+    assert space.live == {segment.extent}
+    assert segment.capacity >= 40_000 // 64

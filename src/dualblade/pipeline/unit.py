@@ -168,10 +168,11 @@ class Unit:
     def _end_batch(self, end: int) -> None:
         """No more tiles of the last segment's batch come, after tile `end`. Segments beyond it are
         rests that were cut, or room for a step that was refused."""
-        while len(self.segments) > 1 and self.segments[-1].first_tile >= end:
+        while self.segments and self.segments[-1].first_tile >= end:
             self._free_last()
-        last = self.segments[-1]
-        last.capacity = min(last.capacity, end - last.first_tile)
+        if self.segments:
+            last = self.segments[-1]
+            last.capacity = min(last.capacity, end - last.first_tile)
 
     def _room_bytes(self, segment: Segment) -> int:
         return segment.capacity * self.geometry.tile_bytes(segment.batch)
