@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dualblade.bench.fio import FioYardstick
+from dualblade.bench.fio import SECONDS, FioYardstick
 from dualblade.host.machine import command_line, machine_facts
 from dualblade.units import GIB, MIB
 
@@ -108,7 +108,7 @@ def compare(
         for repeat in range(options.repeats):
             for workload in WORKLOADS:
                 for tier in TIERS[:: 1 if repeat % 2 == 0 else -1]:
-                    beside = fio.measure()
+                    beside = fio.measure(options.fio_seconds)
                     runs.append({"repeat": repeat, "fio": beside, **run(tier, workload, options)})
                     moved = runs[-1]["read_bytes"] + runs[-1]["write_bytes"]
                     print(
@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=30, help="of each run")
     parser.add_argument("--capacity-gib", type=int, default=12, help="of the tier")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--fio-seconds", type=float, default=SECONDS, help="beside each run")
     parser.add_argument("--output", type=Path, help="JSON; default: standard output")
     options = parser.parse_args()
     options.checkout = options.checkout.resolve()

@@ -274,7 +274,8 @@ def test_both_tiers_are_compared_in_turn(checkout: Path, tmp_path: Path) -> None
     if shutil.which("fio") is None:
         pytest.skip("no fio here")
     output = tmp_path / "results.json"
-    words = ("--repeats", "2", "--users", "3", "--seconds", "5", "--output", str(output))
+    words = ("--repeats", "2", "--users", "3", "--seconds", "5", "--fio-seconds", "0.2")
+    words += ("--output", str(output))
     compare = [sys.executable, EXAMPLE / "compare.py", checkout, tmp_path, *words]
     subprocess.run(compare, check=True, capture_output=True)
     result = json.loads(output.read_text())

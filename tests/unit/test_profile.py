@@ -63,6 +63,13 @@ def profile_of(path: Path) -> DeviceProfile:
     )
 
 
+@pytest.fixture
+def doors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tuning that does not measure how fast this processor computes, which takes seconds."""
+    monkeypatch.setattr("dualblade.bench.doors.measure_compute", lambda _repeats: {})
+    monkeypatch.setattr("dualblade.bench.doors._copy_rate", lambda _repeats: 8.0 * GIB)
+
+
 def test_a_profile_is_found_by_its_device(tmp_path: Path) -> None:
     assert load_profile(tmp_path) is None
     profile = profile_of(tmp_path)
@@ -85,6 +92,7 @@ def test_profiles_that_cannot_be_used_are_left_out(tmp_path: Path) -> None:
     assert load_profile(tmp_path / "no" / "such" / "folder") is None
 
 
+@pytest.mark.usefixtures("doors_alone")
 def test_tune_measures_both_doors_and_leaves_nothing(tmp_path: Path) -> None:
     profile = measure_doors(TuneOptions(places=(tmp_path,), size_bytes=16 * MIB, repeats=1))
     assert profile.device == device_identity(tmp_path)
@@ -94,6 +102,7 @@ def test_tune_measures_both_doors_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 @needs_root
+@pytest.mark.usefixtures("doors_alone")
 def test_tune_measures_a_formatted_device_itself(tmp_path: Path) -> None:
     """Not the file system of /dev. One that is not ours keeps every byte; a store in use, too."""
     (tmp_path / "image").write_bytes(b"precious" * (64 * MIB // 8))
@@ -219,6 +228,7 @@ def test_the_tune_command_saves_what_plan_then_uses(tmp_path: Path) -> None:
     assert json.loads(on_a_gpu.stdout)["step"]["compute_seconds"] == 0
 
 
+@pytest.mark.usefixtures("doors_alone")
 def test_what_tune_found_is_told_even_where_it_cannot_be_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
