@@ -22,12 +22,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dualblade.bench.report_section import of_runs, runs_of, seconds_spread, stolen_notes
-from dualblade.bench.report_tables import (
-    changing_memory_table,
+from dualblade.bench.report_compute import (
+    attention_section,
     contention_section,
+    products_section,
+    spinning_section,
+)
+from dualblade.bench.report_section import (
+    Made,
+    Named,
+    of_runs,
+    runs_of,
+    seconds_spread,
+    stolen_notes,
+)
+from dualblade.bench.report_tables import (
+    changing_memory_section,
+    control_section,
+    deepspeed_section,
+    demo_section,
     fits_section,
     flexllmgen_section,
+    io_section,
+    striping_section,
 )
 from dualblade.bench.series import median_of
 from dualblade.host.machine import cpu_text
@@ -75,108 +92,24 @@ def ratio(value: float | None, base: float | None) -> str:
     return f"{value / base:.2f}" if value and base else ""
 
 
+def of_section(make: Callable[[list[Named]], Made], *names: str) -> str:
+    """As the report tells the results `names`, which are of one kind: one table of all."""
+    named = [(f"results/{name}.json", load(name)) for name in names]
+    section, *others = [make([one])[0] for one in named]
+    rows = [list(row) for one in (section, *others) for row in one.rows]
+    data = named[0][1]
+    command = data["command"]
+    machine = data.get("machine") or data["runs"][0]["machine"]
+    files = ", ".join(f"`{file}`" for file, _ in named)
+    return (
+        f"{table(list(section.head), rows)}\n\n{' '.join([section.about, *section.notes])} "
+        f"`{'scripts/' if command.startswith('measure_') else ''}{command}` on "
+        f"{machine_line(machine)}; {'file' if len(named) == 1 else 'files'}: {files}."
+    )
+
+
 def demo() -> str:
-    data = load("demo")
-    rows = [
-        [
-            run["path"],
-            f"{run['prefill_seconds']:.1f}",
-            f"{1000 * run['decode_seconds_per_token']:.0f}",
-            f"{run['device_read_bytes_per_token'] / MIB:.1f}",
-            percent(run["page_cache_hit_fraction"]),
-            f"{run['peak_memory_bytes'] / MIB:.0f}",
-            "none"
-            if run["memory_limit_bytes"] is None
-            else f"{run['memory_limit_bytes'] / MIB:.0f}",
-        ]
-        for run in data["runs"]
-    ]
-    head = [
-        "path",
-        "prefill s",
-        "decode ms/token",
-        "MiB read/token",
-        "page-cache hits",
-        "peak MiB",
-        "limit MiB",
-    ]
-    agree = "all paths gave" if data["tokens_agree"] else "the paths did not all give"
-    return (
-        f"{data['prompt_tokens']} tokens of prompt, KV {data['kv_bytes'] / MIB:.0f} MiB, memory "
-        f"budget {data['budget_bytes'] / MIB:.0f} MiB ({data['kv_to_budget']:.1f} times as much "
-        f"KV); {agree} the same {data['new_tokens']} tokens: “{data['answer']}”\n\n"
-        f"{table(head, rows)}\n\n{stolen_note(data)}`{data['command']}` on "
-        f"{machine_line(data['machine'])}; file: `results/demo.json`."
-    )
-
-
-def io() -> str:
-    rows = []
-    for name in ("io-128KiB", "io-1MiB"):
-        data = load(name)
-        fio = data["fio"]
-        pairs = fio["throughput_ratios"]
-        rows.append(
-            [
-                name.removeprefix("io-"),
-                f"{data['read_bytes_per_second'] / GIB:.2f}",
-                f"{data['write_bytes_per_second'] / GIB:.2f}",
-                f"{fio['throughput_ratio_median']:.2f} ({min(pairs):.2f}-{max(pairs):.2f})",
-                f"{fio['cpu_ratio_median']:.2f}",
-                f"{data['effective_queue_depth']:.2f}",
-            ]
-        )
-    head = [
-        "request",
-        "read GiB/s",
-        "write GiB/s",
-        "read / fio (spread)",
-        "CPU per GiB / fio",
-        "queue depth of 8",
-    ]
-    return (
-        f"{table(head, rows)}\n\nMedians of {len(pairs)} pairs, alternating with fio on one file "
-        f"(io_uring, O_DIRECT, huge pages, same request and depth); `{data['command']}`; files: "
-        "`results/io-*.json`."
-    )
-
-
-def deepspeed() -> str:
-    data = load("deepspeed")
-
-    def speeds(name: str) -> str:
-        each = [pair[name]["bytes_per_second"] / GIB for pair in data["pairs"]]
-        return f"{statistics.median(each):.2f} GiB/s ({min(each):.2f}-{max(each):.2f})"
-
-    setting, ratio = data["deepspeed_setting"], data["throughput_ratio_median"]
-    return (
-        f"dualblade reads {speeds('dualblade')}, DeepSpeed {data['deepspeed']} "
-        f"{speeds('deepspeed')} with its best setting of {len(data['deepspeed_tried'])} (threads: "
-        f"{setting['threads']}, requests in flight: {setting['queue_depth']}): {ratio:.1f} times "
-        f"as fast, with {data['cpu_ratio_median']:.2f} of its processor time per GiB. Medians of "
-        f"{len(data['pairs'])} pairs; `{data['command']}` on {machine_line(data['machine'])}; "
-        "file: `results/deepspeed.json`."
-    )
-
-
-def striping() -> str:
-    data = load("striping")
-    rows = [
-        [
-            f"{run['devices']}",
-            f"{run['queue_depth_of_each']}",
-            f"{run['read_bytes_per_second'] / 1e6:.0f}",
-            f"{run['times_one_device']:.2f}",
-            f"{run['write_bytes_per_second'] / 1e6:.0f}",
-        ]
-        for run in data["runs"]
-    ]
-    head = ["devices", "in flight on each", "read MB/s", "times one device", "write MB/s"]
-    return (
-        f"{table(head, rows)}\n\nDevices throttled to "
-        f"{data['throttle_bytes_per_second'] / 1e6:.0f} MB/s each; `{data['command']}` on "
-        f"{machine_line(data['runs'][0]['machine'])}; file: `results/striping.json`."
-    )
+    return of_section(demo_section, "demo")
 
 
 DECODES = {
@@ -238,109 +171,6 @@ def step_cell(data: dict[str, Any], item: dict[str, Any]) -> str:
     seconds = item["step_seconds_median"]
     text = "" if seconds is None else f"{1000 * seconds:.0f}"
     return of_runs(text, runs_of(data, item), "step_seconds_median")
-
-
-def attention(name: str = "attention") -> str:
-    data = load(name)
-    rows = []
-    for run in data["runs"]:
-        dims = (run[name] for name in ("batch", "query_heads", "kv_heads", "tokens", "dim"))
-        ways = ("tiles", "exact", "sdpa_contiguous", "memory_read")
-        rows.append(
-            [
-                f"{', '.join(map(str, dims))}; {run['dtype']}",
-                *(f"{run[f'{way}_gib_per_second']:.1f}" for way in ways),
-                f"{run['tiles_to_exact']:.1f}",
-            ]
-        )
-    head = [
-        "sequences, query heads, KV heads, tokens, dim",
-        "tiles",
-        "exact (gather + sdpa)",
-        "sdpa, contiguous",
-        "reading memory",
-        "tiles / exact",
-    ]
-    return (
-        f"{table(head, rows)}\n\nGiB of KV per second, one query row; medians of 7; "
-        f"{data['kernel']} kernel, {data['threads']} threads. `{data['command']}` on "
-        f"{machine_line(data['machine'])}; file: `results/{name}.json`."
-    )
-
-
-def changing_memory() -> str:
-    data = load("changing-memory")
-    head, rows, about = changing_memory_table(data)
-    notes = stolen_notes([run for run in data["runs"] if not run["oom_killed"]])
-    return (
-        f"{table(head, rows)}\n\n{' '.join([about, *notes])} `scripts/{data['command']}` on "
-        f"{machine_line(data['machine'])}; file: `results/changing-memory.json`."
-    )
-
-
-def products() -> str:
-    data = load("products")
-    rows = [
-        [
-            f"{one['in_features']} to {one['out_features']}",
-            str(one["rows"]),
-            f"{1000 * one['seconds']['torch']:.2f}",
-            f"{1000 * one['seconds']['widened']:.2f}",
-            f"{one['seconds']['torch'] / one['seconds']['widened']:.1f}",
-        ]
-        for one in data["products"]
-    ]
-    prompt = data["prompt"]
-    return (
-        f"{table(['features', 'rows', 'torch ms', 'widened ms', 'torch / widened'], rows)}\n\n"
-        f"{prompt['model']}, {prompt['tokens']} tokens of prompt without their KV: "
-        f"{prompt['seconds']['torch']:.1f} s by torch, {prompt['seconds']['widened']:.1f} widened. "
-        f"{data['dtype']}, {data['cpu_capability']}, medians of {data['repeats']}, in turns; "
-        f"`{data['command']}` on {machine_line(data['machine'])}; file: `results/products.json`."
-    )
-
-
-def spinning() -> str:
-    data = load("spinning")
-    modes = list(data["medians"][0]["step_seconds"])
-    rows = []
-    for one in data["medians"]:
-        alike = [run["modes"] for run in data["runs"] if run["spins"] == one["spins"]]
-        cells = [str(one["spins"])]
-        for mode in modes:
-            each = [1000 * run[mode]["step_seconds"] for run in alike]
-            middle = 1000 * one["step_seconds"][mode]
-            cells.append(f"{middle:.0f} ({min(each):.0f}-{max(each):.0f})")
-        rows.append(cells)
-    options = data["options"]
-    return (
-        f"{table(['spins', *(f'{mode} ms' for mode in modes)], rows)}\n\n"
-        f"A step of {options['model']}, {options['context']} tokens, budget "
-        f"{options['memory_budget']}, beside {data['beside']}; medians of {data['repeats']} runs "
-        f"in turns. `{data['command']}` on {machine_line(data['machine'])}; file: "
-        "`results/spinning.json`."
-    )
-
-
-def contention() -> str:
-    data = load("contention")
-    section, _ = contention_section([("results/contention.json", data)])
-    return (
-        f"{table(list(section.head), section.rows)}\n\n{section.about} "
-        f"`scripts/{data['command']}` on {machine_line(data['machine'])}; file: "
-        "`results/contention.json`."
-    )
-
-
-def fits() -> str:
-    data = load("fits")
-    section, _ = fits_section([("results/fits.json", data)])
-    notes = "".join(f"{note} " for note in section.notes)
-    return (
-        f"{table(list(section.head), [list(row) for row in section.rows])}\n\n{section.about} "
-        f"{notes}`scripts/{data['command']}` on {machine_line(data['machine'])}; file: "
-        "`results/fits.json`."
-    )
 
 
 def smollm2() -> str:
@@ -517,18 +347,6 @@ def checksums() -> str:
     )
 
 
-def control() -> str:
-    data = load("control")
-    spent = data["control_seconds_per_step"]
-    return (
-        f"Following the memory takes {1000 * spent['mean']:.2f} ms a step, "
-        f"{100 * data['share_of_a_10_ms_step']:.1f} % of one of 10 ms: "
-        f"{1000 * spent['median']:.2f} ms in most steps, {1000 * spent['p99']:.1f} where the "
-        f"memory is asked for (twice a second). {data['units']} units, all in the page cache; "
-        f"`{data['command']}` on {machine_line(data['machine'])}; file: `results/control.json`."
-    )
-
-
 def lmcache() -> str:
     data = json.loads((LMCACHE / "results.json").read_text())
     rows = []
@@ -608,21 +426,7 @@ def mlperf_way(runs: list[dict[str, Any]], way: str) -> list[str]:
 
 def flexllmgen() -> str:
     shapes = ("flexllmgen-narrow", "flexllmgen-tenth", "flexllmgen")
-    return "\n\n".join(flexllmgen_shape(name) for name in shapes)
-
-
-def flexllmgen_shape(name: str) -> str:
-    data = load(name)
-    section, _ = flexllmgen_section([(f"results/{name}.json", data)])
-    fio = statistics.median(data["fio_read_bytes_per_second"]) / GIB
-    rounds = len(data["rounds"])
-    return (
-        f"{table(list(section.head), [list(row) for row in section.rows])}\n\n{section.about} "
-        f"{'One round' if rounds == 1 else f'Medians of {rounds} rounds'}; fio reads {fio:.2f} "
-        "GiB/s beside it. "
-        f"FlexLLMGen {data['flexllmgen_commit'] or '?':.7}; `{data['command']}` on "
-        f"{machine_line(data['machine'])}; file: `results/{name}.json`."
-    )
+    return "\n\n".join(of_section(flexllmgen_section, name) for name in shapes)
 
 
 def drive_word(data: dict[str, Any]) -> str:
@@ -955,15 +759,15 @@ def ablation() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
-    "io": io,
-    "deepspeed": deepspeed,
-    "striping": striping,
+    "io": partial(of_section, io_section, "io-128KiB", "io-1MiB"),
+    "deepspeed": partial(of_section, deepspeed_section, "deepspeed"),
+    "striping": partial(of_section, striping_section, "striping"),
     "decode": decode,
-    "attention": attention,
-    "attention-amx": partial(attention, "attention-amx"),
-    "contention": contention,
-    "fits": fits,
-    "changing-memory": changing_memory,
+    "attention": partial(of_section, attention_section, "attention"),
+    "attention-amx": partial(of_section, attention_section, "attention-amx"),
+    "contention": partial(of_section, contention_section, "contention"),
+    "fits": partial(of_section, fits_section, "fits"),
+    "changing-memory": partial(of_section, changing_memory_section, "changing-memory"),
     "smollm2": smollm2,
     "context": context,
     "lookup": lookup,
@@ -971,9 +775,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "prefill": prefill,
     "envelope": envelope,
     "checksums": checksums,
-    "control": control,
-    "products": products,
-    "spinning": spinning,
+    "control": partial(of_section, control_section, "control"),
+    "products": partial(of_section, products_section, "products"),
+    "spinning": partial(of_section, spinning_section, "spinning"),
     "flexllmgen": flexllmgen,
     "lmcache": lmcache,
     "mlperf": mlperf,

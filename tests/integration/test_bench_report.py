@@ -335,6 +335,7 @@ def test_striping_is_measured_against_the_throttles_together() -> None:
     runs = [
         {
             "devices": devices,
+            "times_one_device": float(devices),
             "queue_depth_of_each": 8,
             "read_bytes_per_second": 90e6 * devices,
             "write_bytes_per_second": 80e6 * devices,
@@ -351,7 +352,7 @@ def test_striping_is_measured_against_the_throttles_together() -> None:
     }
     assert kind_of(result) == "striping"
     section, cards = striping_section([("striping.json", result)])
-    assert list(section.rows[1]) == ["3", "8", "270", "90 %", "240", "80 %", "0.020"]
+    assert list(section.rows[1]) == ["3", "8", "270", "3.00", "90 %", "240", "80 %", "0.020"]
     assert cards == [("90 %", "of the bandwidth of 3 striped devices")]
 
 

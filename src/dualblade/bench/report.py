@@ -14,6 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from dualblade.bench import figures
+from dualblade.bench.report_compute import (
+    attention_section,
+    contention_section,
+    products_section,
+    spinning_section,
+)
 from dualblade.bench.report_decode import (
     ablation_section,
     decode_section,
@@ -26,9 +32,7 @@ from dualblade.bench.report_decode import (
 from dualblade.bench.report_prefill import prefill_section
 from dualblade.bench.report_section import Made, Named, Section
 from dualblade.bench.report_tables import (
-    attention_section,
     changing_memory_section,
-    contention_section,
     control_section,
     deepspeed_section,
     demo_section,
@@ -36,8 +40,6 @@ from dualblade.bench.report_tables import (
     flexllmgen_section,
     generate_section,
     io_section,
-    products_section,
-    spinning_section,
     striping_section,
 )
 from dualblade.errors import ConfigError, Unsupported
@@ -141,7 +143,7 @@ def kind_of(result: Any) -> str | None:
         "striping": {"benchmark", "throttle_bytes_per_second", "runs"},
         "control": {"control_seconds_per_step", "share_of_a_10_ms_step", "machine"},
         "deepspeed": {"deepspeed_setting", "pairs", "machine"},
-        "contention": {"fio_ratio_median", "step_ratio_median", "rounds", "machine"},
+        "contention": {"beside", "step_ratio_median", "rounds", "machine"},
         "fits": {"cases", "command", "machine"},
         "changing-memory": {"phases", "kv_bytes", "runs", "machine"},
         "products": {"products", "prompt", "cpu_capability", "machine"},

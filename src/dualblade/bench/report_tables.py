@@ -16,38 +16,58 @@ from dualblade.bench.report_section import (
     ms,
     number_text,
     of_runs,
+    ratio_spread,
     stolen_notes,
 )
-from dualblade.units import GIB, MIB
+from dualblade.units import GIB, MIB, format_size
 
 
 def io_section(group: list[Named]) -> Made:
     """`bench io`."""
     ((name, result),) = group
-    fio = result.get("fio")
-    ratio = None if fio is None else fio["throughput_ratio_median"]
-    options = result["options"]
+    fio, options = result.get("fio"), result["options"]
+    size = format_size(options["chunk_bytes"])
+    beside = ["-", "-"]
+    if fio is not None:
+        pairs = fio["throughput_ratios"]
+        ratio, spread = fio["throughput_ratio_median"], (min(pairs), max(pairs))
+        beside = [ratio_spread(ratio, spread), f"{fio['cpu_ratio_median']:.2f}"]
     section = Section(
         title="The I/O engine",
         file=name,
-        about=f"Engine {result['engine']}, requests of {options['chunk_bytes'] / MIB:g} MiB, "
-        f"{options['queue_depth']} in flight, O_DIRECT.",
+        about=f"Engine {result['engine']}, {options['queue_depth']} requests in flight, O_DIRECT; "
+        f"{'medians, ' if options['repeats'] > 1 else ''}of {options['repeats']} passes"
+        + (
+            "."
+            if fio is None
+            else ", each beside one of fio: the same file, requests and depth, "
+            "huge pages, buffers and file registered."
+        ),
         command=result["command"],
         machine=machine_text(result["machine"]),
-        head=["read GiB/s", "write GiB/s", "read / fio", "CPU s per GiB", "queue depth"],
+        head=[
+            "request",
+            "read GiB/s",
+            "write GiB/s",
+            "read / fio",
+            "CPU / fio",
+            "CPU s per GiB",
+            "queue depth",
+        ],
         rows=[
             [
+                size,
                 f"{result['read_bytes_per_second'] / GIB:.2f}",
                 f"{result['write_bytes_per_second'] / GIB:.2f}",
-                number_text(ratio, "{:.2f}"),
+                *beside,
                 f"{result['cpu_seconds_per_gib_read']:.3f}",
                 f"{result['effective_queue_depth']:.2f}",
             ]
         ],
     )
-    if ratio is None:
+    if fio is None:
         return section, []
-    return section, [(f"{ratio:.2f} x", f"fio's bandwidth at {options['chunk_bytes'] >> 10} KiB")]
+    return section, [(f"{ratio:.2f} x", f"fio's bandwidth at {size}")]
 
 
 def control_section(group: list[Named]) -> Made:
@@ -58,10 +78,11 @@ def control_section(group: list[Named]) -> Made:
         title="Following the memory",
         file=name,
         about=f"What the probe, the hits and the controller take of a decode step with "
-        f"{result['units']} units, all in the page cache; {result['steps']} steps.",
+        f"{result['units']} units, all in the page cache; {result['steps']} steps. The memory "
+        "is asked for twice a second.",
         command=result["command"],
         machine=machine_text(result["machine"]),
-        head=["mean ms", "median ms", "p99 ms", "of a 10 ms step"],
+        head=["mean ms", "median ms", "p99 ms, the memory is asked for", "of a 10 ms step"],
         rows=[
             [
                 *(f"{1000 * spent[key]:.3f}" for key in ("mean", "median", "p99")),
@@ -82,12 +103,15 @@ def deepspeed_section(group: list[Named]) -> Made:
         cpu = statistics.median(pair[who]["cpu_seconds_per_gib"] for pair in result["pairs"])
         spread = f"{min(speeds):.2f}-{max(speeds):.2f}"
         rows.append([who, f"{statistics.median(speeds):.2f}", spread, f"{cpu:.3f}"])
+    cpu_ratio = result["cpu_ratio_median"]
     section = Section(
         title="The I/O engine beside DeepSpeed's",
         file=name,
         about=f"One file, requests of 1 MiB, O_DIRECT, both in turn; DeepSpeed "
         f"{result['deepspeed']} with its best setting of {len(result['deepspeed_tried'])}: "
-        f"{setting['threads']} threads, {setting['queue_depth']} requests in flight.",
+        f"{setting['threads']} thread{'' if setting['threads'] == 1 else 's'}, "
+        f"{setting['queue_depth']} requests in flight. dualblade is {ratio:.1f} times as fast, "
+        f"with {cpu_ratio:.2f} of the processor time; medians of {len(result['pairs'])} pairs.",
         command=result["command"],
         machine=machine_text(result["machine"]),
         head=["engine", "read GiB/s", "spread", "CPU s per GiB"],
@@ -132,7 +156,9 @@ def flexllmgen_section(group: list[Named]) -> Made:
         file=name,
         about=f"{result['model']}, {result['batch']} x {result['context']} tokens, {computing}; "
         f"all KV on the drive; {memory}; in turn."
-        + ("" if storage_only else " FlexLLMGen's step is a mean, ours a median."),
+        + ("" if storage_only else " FlexLLMGen's step is a mean, ours a median.")
+        + f" {'One round' if len(rounds) == 1 else f'Medians of {len(rounds)} rounds'}; "
+        f"{_fio_text(result)}FlexLLMGen {result.get('flexllmgen_commit') or '?':.7}.",
         command=result["command"],
         machine=machine_text(result["machine"]),
         head=["who", "ms/step", "spread", "/ FlexLLMGen", "reads GiB/s", "of fio's"],
@@ -140,6 +166,11 @@ def flexllmgen_section(group: list[Named]) -> Made:
     )
     ratio = result["step_ratio_median"]["dual"]
     return section, [] if ratio is None else [(f"{ratio:.2f} x", "FlexLLMGen's step time")]
+
+
+def _fio_text(result: dict[str, Any]) -> str:
+    speeds = result.get("fio_read_bytes_per_second")
+    return f"fio reads {statistics.median(speeds) / GIB:.2f} GiB/s beside it; " if speeds else ""
 
 
 def _speed_beside_fio(who: str, result: dict[str, Any]) -> list[str]:
@@ -155,42 +186,6 @@ def _speed_beside_fio(who: str, result: dict[str, Any]) -> list[str]:
     if not speeds:
         return ["-", "-"]
     return [f"{statistics.median(speeds) / GIB:.2f}", f"{100 * statistics.median(ratios):.0f} %"]
-
-
-def contention_section(group: list[Named]) -> Made:
-    """`scripts/measure_contention.py`: fio beside steps that read nothing."""
-    ((name, result),) = group
-    rounds = result["rounds"]
-
-    def median_of_rounds(key: str) -> float:
-        return float(statistics.median(one[key] for one in rounds))
-
-    rows = [["nothing", f"{median_of_rounds('fio_bytes_per_second_alone') / GIB:.2f}", "1.00", ""]]
-    for beside in result["beside"]:
-        asked, ratios = beside["computing_share_asked"], beside["fio_ratios"]
-        rows.append(
-            [
-                f"steps that compute {beside['computing_share_median']:.0%} of their time",
-                f"{median_of_rounds(f'fio_bytes_per_second_{asked}') / GIB:.2f}",
-                f"{beside['fio_ratio_median']:.2f}",
-                f"{min(ratios):.2f}-{max(ratios):.2f}",
-            ]
-        )
-    alone, both = (1000 * median_of_rounds(f"step_seconds_{key}") for key in ("alone", "1.0"))
-    section = Section(
-        title="Computing and reading at once",
-        file=name,
-        about=f"fio beside decode steps that have all {result['kv_bytes'] / GIB:.2f} GiB of KV in "
-        "memory and compute all the time, or pause after each layer. One that computes all the "
-        f"time takes {alone:.0f} ms alone and {both:.0f} beside fio, "
-        f"{result['step_ratio_median']:.2f} times as long. Medians of {len(rounds)} rounds, each "
-        "in another order; ratios within a round.",
-        command=result["command"],
-        machine=machine_text(result["machine"]),
-        head=["beside fio", "fio GiB/s", "of alone", "spread"],
-        rows=rows,
-    )
-    return section, []
 
 
 def fits_section(group: list[Named]) -> Made:
@@ -277,63 +272,6 @@ def changing_memory_section(group: list[Named]) -> Made:
     return section, [(f"{gained:.2f} x", "the tokens of the best other where memory changes")]
 
 
-def products_section(group: list[Named]) -> Made:
-    """`scripts/measure_products.py`: 16-bit products as float32."""
-    ((name, result),) = group
-    prompt = result["prompt"]
-    timed = [
-        (f"{one['rows']} x {one['in_features']} to {one['out_features']}", one["seconds"])
-        for one in result["products"]
-    ]
-    timed.append((f"{prompt['model']}, {prompt['tokens']} tokens", prompt["seconds"]))
-    section = Section(
-        title="Products without 16-bit arithmetic",
-        file=name,
-        about=f"{result['dtype']} weights times some rows, {result['cpu_capability']}, "
-        f"{result['threads']} threads: by torch, and widened to float32 a block at a time from "
-        f"12 rows on. Last a prompt without its KV. Medians of {result['repeats']}.",
-        command=result["command"],
-        machine=machine_text(result["machine"]),
-        head=["rows, features", "torch ms", "ours ms", "torch / ours"],
-        rows=[
-            [
-                what,
-                f"{1000 * seconds['torch']:.2f}",
-                f"{1000 * seconds['widened']:.2f}",
-                f"{seconds['torch'] / seconds['widened']:.1f}",
-            ]
-            for what, seconds in timed
-        ],
-    )
-    return section, []
-
-
-def spinning_section(group: list[Named]) -> Made:
-    """`scripts/measure_spinning.py`: how long threads spin before they sleep."""
-    ((name, result),) = group
-    options, medians = result["options"], result["medians"]
-    modes = list(medians[0]["step_seconds"])
-    section = Section(
-        title="How threads wait",
-        file=name,
-        about=f"Turns that torch's threads spin before they sleep; {options['model']}, "
-        f"{options['context']} tokens, budget {options['memory_budget']}, beside "
-        f"{result['beside']}. Milliseconds a step, "
-        f"medians of {result['repeats']} runs in turns.",
-        command=result["command"],
-        machine=machine_text(result["machine"]),
-        head=["spins", *(f"{mode} ms" for mode in modes)],
-        rows=[
-            [
-                str(one["spins"]),
-                *(f"{1000 * one['step_seconds'][mode]:.0f}" for mode in modes),
-            ]
-            for one in medians
-        ],
-    )
-    return section, []
-
-
 def striping_section(group: list[Named]) -> Made:
     """`scripts/measure_striping.py`: devices throttled to a speed that is known."""
     ((name, result),) = group
@@ -346,6 +284,7 @@ def striping_section(group: list[Named]) -> Made:
                 str(run["devices"]),
                 str(run["queue_depth_of_each"]),
                 f"{run['read_bytes_per_second'] / 1e6:.0f}",
+                f"{run['times_one_device']:.2f}",
                 f"{100 * run['read_bytes_per_second'] / roof:.0f} %",
                 f"{run['write_bytes_per_second'] / 1e6:.0f}",
                 f"{100 * run['write_bytes_per_second'] / roof:.0f} %",
@@ -365,6 +304,7 @@ def striping_section(group: list[Named]) -> Made:
             "devices",
             "in flight on each",
             "read MB/s",
+            "times one device",
             "of the throttles",
             "write MB/s",
             "of the throttles",
@@ -373,32 +313,6 @@ def striping_section(group: list[Named]) -> Made:
         rows=rows,
     )
     return section, [(f"{part:.0f} %", f"of the bandwidth of {most['devices']} striped devices")]
-
-
-def attention_section(group: list[Named]) -> Made:
-    """`bench attention`."""
-    ((name, result),) = group
-    ways = ("tiles", "exact", "sdpa_contiguous", "memory_read")
-    rows = [
-        [
-            ", ".join(str(run[k]) for k in ("batch", "query_heads", "kv_heads", "tokens", "dim"))
-            + f"; {run['dtype']}",
-            *(f"{run[f'{way}_gib_per_second']:.1f}" for way in ways),
-            f"{run['tiles_to_exact']:.1f}",
-        ]
-        for run in result["runs"]
-    ]
-    section = Section(
-        title="Attention",
-        file=name,
-        about=f"GiB of KV per second; {result['kernel']} kernel, {result['threads']} threads.",
-        command=result["command"],
-        machine=machine_text(result["machine"]),
-        head=["B, H, G, T, D", "tiles", "exact", "contiguous", "memory read", "tiles / exact"],
-        rows=rows,
-    )
-    middle = statistics.median(run["tiles_to_exact"] for run in result["runs"])
-    return section, [(f"{middle:.1f} x", "attention over tiles to gathering first")]
 
 
 def demo_section(group: list[Named]) -> Made:
@@ -410,19 +324,33 @@ def demo_section(group: list[Named]) -> Made:
             number_text(run["prefill_seconds"], "{:.1f}"),
             number_text(ms(run["decode_seconds_per_token"]), "{:.0f}"),
             f"{run['device_read_bytes_per_token'] / MIB:.1f}",
+            number_text(run["page_cache_hit_fraction"], "{:.0%}"),
             number_text(mib(run["peak_memory_bytes"]), "{:.0f}"),
+            "none"
+            if run["memory_limit_bytes"] is None
+            else f"{run['memory_limit_bytes'] / MIB:.0f}",
         ]
         for run in result["runs"]
     ]
-    same = "All paths gave the same text." if result["tokens_agree"] else "The texts differ."
+    agree = "all paths gave" if result["tokens_agree"] else "the paths did not all give"
     section = Section(
         title="The demo",
         file=name,
         about=f"{result['prompt_tokens']} tokens of prompt, KV {result['kv_bytes'] / MIB:.0f} MiB, "
-        f"{result['kv_to_budget']:.1f} times the budget. {same}",
+        f"memory budget {result['budget_bytes'] / MIB:.0f} MiB ({result['kv_to_budget']:.1f} times "
+        f"as much KV); {agree} the same {result['new_tokens']} tokens: “{result['answer']}”",
         command=result["command"],
         machine=machine_text(result["machine"]),
-        head=["path", "prefill s", "ms/token", "MiB read/token", "peak MiB"],
+        head=[
+            "path",
+            "prefill s",
+            "decode ms/token",
+            "MiB read/token",
+            "page-cache hits",
+            "peak MiB",
+            "limit MiB",
+        ],
+        notes=stolen_notes(result["runs"]),
         rows=rows,
     )
     return section, []
