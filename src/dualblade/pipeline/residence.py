@@ -287,7 +287,7 @@ class Placements:
         if event is None:
             return
         assert self._plan is not None
-        self._plan = replace(after(self._plan, event), page_cache_bytes_max=room.size_bytes)
+        self._plan = after(self._plan, event)
         self._shares_of_units = controller.shares
         self._carry_out(event, layers)
         self.hits.restart()

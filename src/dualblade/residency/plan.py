@@ -10,7 +10,7 @@ from dualblade.errors import BudgetError, ConfigError
 from dualblade.geometry import UnitId
 from dualblade.residency.ladder import NOTHING, Ladder, Level, UnitDemand
 from dualblade.residency.speeds import DoorSpeeds, worth_caching
-from dualblade.units import MIB, format_size
+from dualblade.units import MIB, format_size, round_up
 
 MARGIN_FRACTION = 0.05
 """Left free under the budget: one step above it, a cyclic sweep of the page cache hits nothing
@@ -60,13 +60,9 @@ class BudgetShares:
                 f"{format_size(self.gather_bytes)}, tails and tables "
                 f"{format_size(self.tail_bytes + self.table_bytes)}",
                 needed_bytes=self.fixed_bytes,
-                hint=f"give it at least {round_up_mib(self.fixed_bytes)} MiB, or a shorter context",
+                hint=f"give it at least {round_up(self.fixed_bytes, MIB) // MIB} MiB, or a shorter "
+                "context",
             )
-
-
-def round_up_mib(size_bytes: int) -> int:
-    """Whole MiB that hold `size_bytes`."""
-    return -(-size_bytes // MIB)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +91,6 @@ class ResidencyPlan:
     """
 
     placements: tuple[Placement, ...]
-    page_cache_bytes_max: int
     level: Level = NOTHING
 
     @property
@@ -163,7 +158,6 @@ def decide(inputs: PlanInputs) -> ResidencyPlan:
             )
             for demand in inputs.demands
         ),
-        page_cache_bytes_max=room,
         level=level,
     )
 
@@ -180,4 +174,4 @@ def plan_fixed(demands: Sequence[UnitDemand], path: Path) -> ResidencyPlan:
         )
         for demand in demands
     )
-    return ResidencyPlan(placements=placements, page_cache_bytes_max=0)
+    return ResidencyPlan(placements=placements)
