@@ -133,12 +133,16 @@ class Placements:
         return self._watch.budget_bytes
 
     def look(self, shares: BudgetShares) -> None:
-        """Learn what memory there is, if it is time, or if pages are gone: a reading of before
-        does not know of whoever took them. Raises: Unsupported."""
-        if self._path is Path.DUAL:
-            lost = self._controller is not None and self._policy.are_few(self.hits.measured)
-            own = partial(self._own, shares, lost=lost)
-            self._watch.look(self._clock(), own, at_once=lost)
+        """Learn what memory there is, if it is time; at once if the controller waits for it, or if
+        pages are gone: an older reading does not know of whoever took them. Raises: Unsupported."""
+        if self._path is not Path.DUAL:
+            return
+        lost = awaited = False
+        if self._controller is not None:
+            lost = self._policy.are_few(self.hits.measured)
+            awaited = self._controller.awaits_reading
+        own = partial(self._own, shares, lost=lost)
+        self._watch.look(self._clock(), own, at_once=lost or awaited)
 
     def _own(self, shares: BudgetShares, *, lost: bool) -> OwnMemory:
         mapped = self._store.mapped_bytes

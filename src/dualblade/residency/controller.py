@@ -148,6 +148,11 @@ class Controller:
         """Bytes of all of that, as the last demands have them."""
         return self._planned_bytes
 
+    @property
+    def awaits_reading(self) -> bool:
+        """Whether the next reading of the memory says who else takes it: sooner is better."""
+        return self._unused_before is not None and self._settled_at is not None
+
     def decide(self, seen: Observation) -> Event | None:
         """What to move before the next step; None: nothing. Call at step boundaries, at each one
         that brings news."""
