@@ -135,9 +135,10 @@ struct Blocks {
 };
 
 // Query rows that are multiplied at a time. All panels have as many, the last one filled up with
-// zeros: at most twice as many bfloat16 as there is room for floats.
+// zeros: at most twice as many bfloat16 as there is room for floats. At least one, of which a query
+// without tokens has none.
 std::int64_t panel_rows(const Query& query) {
-    return std::min(query.rows(), kTileRows);
+    return std::clamp<std::int64_t>(query.rows(), 1, kTileRows);
 }
 
 // Packed for B: [panels, chunks of the row, pairs in a chunk, rows of a panel, 2]. Not scaled: the
@@ -231,7 +232,7 @@ struct TileSums {
     static constexpr std::int64_t kParts = 4;
 
     static std::int64_t panel(const Query& query) {
-        return std::min(query.rows(), kTileRows / kParts);
+        return std::clamp<std::int64_t>(query.rows(), 1, kTileRows / kParts);
     }
 
     // Floats of one state.

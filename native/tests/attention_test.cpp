@@ -20,6 +20,12 @@
 
 using namespace dualblade;
 
+#if defined(__x86_64__)
+namespace dualblade {
+extern const Kernel kernel_amx;
+}
+#endif
+
 #define CHECK(condition)                                                                 \
     do {                                                                                 \
         if (!(condition)) {                                                              \
@@ -242,6 +248,30 @@ void kernels_agree_with_plain_sums() {
     }
 }
 
+// Nothing is written, and nothing is divided by the rows. What the tile kernel does without its
+// registers is done on machines without them, too.
+void a_query_without_tokens_is_answered() {
+    for (const char* name : {"amx", "avx512", "avx2", "plain"}) {
+        const Kernel* kernel = find_kernel(name);
+        if (kernel == nullptr) continue;
+        Attention attention(2, *kernel);
+        for (const Element element : {Element::kFloat32, Element::kBfloat16}) {
+            const Case none({2, 2, 3, 0, 64, 64, 64, 100, true, false}, element);
+            CHECK(none.attend(attention, 1).empty());
+        }
+    }
+#if defined(__x86_64__)
+    if (find_kernel("avx512") == nullptr) return;
+    Work work;
+    work.query.element = Element::kBfloat16;
+    work.query.kv_heads = work.query.group = 1;
+    work.value_stride = 64;
+    CHECK(kernel_amx.sums(work) == 0);
+    kernel_amx.pack(work, 0);
+    kernel_amx.finish(work, nullptr, nullptr, 0);
+#endif
+}
+
 void pools_run_every_item_once() {
     for (const int threads : {1, 2, 4}) {
         Pool pool(threads);
@@ -285,5 +315,6 @@ int main() {
     pools_run_every_item_once();
     a_pool_outlives_an_item_that_throws();
     kernels_agree_with_plain_sums();
+    a_query_without_tokens_is_answered();
     return 0;
 }
