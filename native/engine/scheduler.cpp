@@ -18,10 +18,11 @@ constexpr std::uint32_t kNvmeRetriesMax = 3;
 
 // ECANCELED: the kernel made no worker for the piece (pids.max), or its process was frozen.
 std::uint32_t retries_max(Op op, int error_number) {
-    if (error_number == ECANCELED) return kRetriesMax;  // it never ran
-    // What a writeback ended with is told by one sync: the next would say that all is well.
+    // What a writeback ended with is told by one sync: the next would say that all is well. Not
+    // even ECANCELED: a file system may say it, and a ring keeps the worker that proved it.
     if (!moves_bytes(op) && error_number < kNvmeStatus) return 0;
-    if (error_number == EINTR || error_number == EAGAIN || error_number == ENOMEM) {
+    if (error_number == EINTR || error_number == EAGAIN || error_number == ENOMEM ||
+        error_number == ECANCELED) {
         return kRetriesMax;
     }
     if (error_number == ETIMEDOUT) return 1;
@@ -138,8 +139,8 @@ Scheduler::Verdict Scheduler::retry_or_fail(Request& request, int error_number) 
     if (moves_bytes(request.rest.op)) {
         fail(request, error_number);
         --in_flight_;
-    } else {
-        end_sync(request, error_number);
+    } else {  // callers read ECANCELED as "the engine was closed"
+        end_sync(request, error_number == ECANCELED ? EIO : error_number);
     }
     return Verdict::Ended;
 }

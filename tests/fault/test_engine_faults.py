@@ -89,14 +89,18 @@ def test_interrupted_calls_are_tried_again(path: Path, error: str, op: str, call
     assert (result["landed"], result["wrong"]) == (SIZE_BYTES, [])
 
 
+@pytest.mark.parametrize("error", ["ENOMEM", "ECANCELED"])
 @pytest.mark.parametrize(
     ("op", "call"), [("SYNC_RANGE", "sync_file_range"), ("DATASYNC", "fdatasync")]
 )
-def test_a_writeback_that_failed_is_not_asked_again(path: Path, op: str, call: str) -> None:
-    """The kernel tells of it once: the second sync would say that all is well."""
-    result = run(inject(path, call, "error=ENOMEM:when=1"), "posix", op, path)
+def test_a_writeback_that_failed_is_not_asked_again(
+    path: Path, op: str, call: str, error: str
+) -> None:
+    """The kernel tells of it once: the second sync would say that all is well. ECANCELED is told as
+    EIO, for it would read as an engine that was closed."""
+    result = run(inject(path, call, f"error={error}:when=1"), "posix", op, path)
     assert result["error"] is not None
-    assert result["error"][0] == errno.ENOMEM
+    assert result["error"][0] == (errno.EIO if error == "ECANCELED" else errno.ENOMEM)
     assert result["retries"] == 0
 
 
