@@ -68,8 +68,11 @@ int prove_ring(io_uring& ring) {
     // By a kernel worker, which syncs need: where none may be made they would be cancelled. A ring
     // that polls has no syncs.
     if (!(ring.flags & IORING_SETUP_IOPOLL)) io_uring_sqe_set_flags(sqe, IOSQE_ASYNC);
-    const int submitted = io_uring_submit_and_wait(&ring, 1);
-    if (submitted < 0) return -submitted;
+    int entered = 0;
+    do {  // stopping or freezing the process ends a wait early, and says nothing of the ring
+        entered = io_uring_submit_and_wait(&ring, 1);
+    } while (entered == -EINTR || (entered >= 0 && io_uring_cq_ready(&ring) == 0));
+    if (entered < 0) return -entered;
     io_uring_cqe* cqe = nullptr;
     if (const int error = io_uring_peek_cqe(&ring, &cqe)) return -error;
     const int result = cqe->res;

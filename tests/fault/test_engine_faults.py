@@ -154,6 +154,14 @@ def test_io_uring_forbidden(path: Path, call: str, error: str) -> None:
     assert error in run(wrapper, "io_uring", "READ", path)["unsupported"]
 
 
+def test_an_interrupted_wait_does_not_forbid_io_uring(path: Path) -> None:
+    """As by a stop or a freeze of the process while the ring is proven."""
+    wrapper = inject(path, "io_uring_enter", "error=EINTR:when=1..3", only_device=False)
+    result = run(wrapper, "auto", "READ", path)
+    assert (result["name"], result["reason"]) == ("io_uring", None)
+    assert (result["landed"], result["wrong"], result["error"]) == (SIZE_BYTES, [], None)
+
+
 @pytest.mark.parametrize("refused", [1, 2])
 def test_older_kernels_refuse_the_newer_flags(path: Path, refused: int) -> None:
     """EINVAL for what a kernel does not know yet: the next simpler ring is tried."""
