@@ -1,6 +1,5 @@
 // The engine for where io_uring is forbidden: queue_depth threads that call pread and pwrite, or
 // hand NVMe commands to the kernel by ioctl.
-#include <fcntl.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
 
@@ -15,9 +14,6 @@
 namespace dualblade {
 
 namespace {
-
-constexpr unsigned kSyncFlags =
-    SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
 
 std::int64_t transfer_once(const Transfer& piece) {
     void* memory = reinterpret_cast<void*>(piece.address);

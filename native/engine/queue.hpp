@@ -1,6 +1,8 @@
 // An engine's queue: a scheduler and the threads that work it off, whatever they do it with.
 #pragma once
 
+#include <fcntl.h>
+
 #include <algorithm>
 #include <atomic>
 #include <mutex>
@@ -12,6 +14,9 @@
 #include "scheduler.hpp"
 
 namespace dualblade {
+
+constexpr unsigned kSyncFlags =
+    SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
 
 class Queue : public Engine {
   public:

@@ -1,6 +1,5 @@
 #include "uring_queue.hpp"
 
-#include <fcntl.h>
 #include <liburing.h>
 #include <sys/poll.h>
 #include <unistd.h>
@@ -30,13 +29,10 @@ constexpr std::uint64_t kWakeTag = UINT64_MAX;
 constexpr unsigned kFilesMax = 64;
 constexpr unsigned kBuffersMax = 64;
 constexpr unsigned kUnpluggedMax = 2;  // IO_PLUG_THRESHOLD in the kernel's io_uring
-constexpr unsigned kSyncFlags =
-    SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
 
-struct BufferSlot {
-    std::uint64_t begin = 0;
-    std::uint64_t end = 0;  // 0: free
-    bool huge = false;
+struct Buffer {
+    std::uint64_t begin, end;
+    bool huge;
 };
 
 // What a piece was made into: a command, the answer to what cannot be said, or a plain transfer.
@@ -311,17 +307,14 @@ class UringQueue final : public Queue {
 
     int add_buffer(std::uint64_t address, std::uint64_t size_bytes, bool huge) {
         if (!have_buffers_) return EOPNOTSUPP;
-        for (unsigned i = 0; i < kBuffersMax; ++i) {
-            if (i < buffers_.size() && buffers_[i].end != 0) continue;
-            const iovec memory{reinterpret_cast<void*>(address), size_bytes};
-            const int result = io_uring_register_buffers_update_tag(&ring_, i, &memory, nullptr, 1);
-            if (result < 0) return -result;
-            auto lock = scheduler_.lock();
-            if (i == buffers_.size()) buffers_.emplace_back();
-            buffers_[i] = {address, address + size_bytes, huge};
-            return 0;
-        }
-        return ENOSPC;
+        if (buffers_.size() == kBuffersMax) return ENOSPC;
+        const auto slot = static_cast<unsigned>(buffers_.size());
+        const iovec memory{reinterpret_cast<void*>(address), size_bytes};
+        const int result = io_uring_register_buffers_update_tag(&ring_, slot, &memory, nullptr, 1);
+        if (result < 0) return -result;
+        auto lock = scheduler_.lock();
+        buffers_.push_back({address, address + size_bytes, huge});
+        return 0;
     }
 
     int add_file(int fd) {
@@ -371,7 +364,7 @@ class UringQueue final : public Queue {
     std::vector<std::uint32_t> free_slots_, completed_, starting_;
     std::vector<Carried> carried_;
     // Changed by the engine's thread under the scheduler's lock, which others need to read them.
-    std::vector<BufferSlot> buffers_;
+    std::vector<Buffer> buffers_;
     std::vector<int> files_;  // descriptor per slot, -1: free
     bool have_files_ = false;
     bool have_buffers_ = false;
