@@ -732,7 +732,7 @@ with a_step_old(attention="tiles"):
     time.sleep(0.1)  # they sleep by then
     child = os.fork()
     if child == 0:
-        kernel._native.cache_clear()
+        vars(kernel._of_thread).clear()
         sys.exit(3)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """

@@ -14,8 +14,8 @@ from dualblade import DualBladeCache, EngineConfig
 from dualblade.attention import GroupedAttention
 from dualblade.errors import ConfigError, DualBladeError, Unsupported
 from dualblade.hf import choice
-from dualblade.hf.lazy import made_real
-from dualblade.hf.tile_attention import tile_attention
+from dualblade.hf.lazy import CausalMask, made_real
+from dualblade.hf.tile_attention import tile_attention, tile_mask
 from tests.integration.tiny_models import EAGER_ONLY, FAMILIES, prompt, tiny_model
 from tests.stepping import take_turn
 
@@ -425,6 +425,17 @@ def test_a_mask_that_covers_what_is_to_come_is_none() -> None:
             ours = model(**part, cache=cache).logits
             expected = model(input_ids=ids[:, first:last], cache=theirs).logits
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mask_of_another_batch_is_what_transformers_makes_of_it() -> None:
+    """Fewer rows it refuses; of more it takes the first."""
+    mask = torch.ones(1, 10, dtype=torch.int64)
+    mask[0, :3] = 0
+    with pytest.raises(IndexError):
+        tile_mask(2, 1, 10, 9, attention_mask=mask)
+    more = tile_mask(2, 1, 10, 9, attention_mask=mask.expand(3, -1))
+    assert not isinstance(more, CausalMask)
+    assert torch.equal(more, made_real(tile_mask(2, 1, 10, 9, attention_mask=mask.expand(2, -1))))
 
 
 def test_a_mask_of_integers_is_refused() -> None:

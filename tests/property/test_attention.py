@@ -25,8 +25,8 @@ from dualblade.attention import (
     Rows,
     Running,
     grouped,
+    kernel,
 )
-from dualblade.attention.kernel import _native
 from dualblade.errors import ConfigError
 
 GROUP_TOKENS = 512
@@ -158,16 +158,16 @@ def test_groups_are_as_close_as_sdpa(problem: dict[str, object]) -> None:
 def a_kernel(name: str) -> Iterator[None]:
     """Attention is by the kernel of this name; skips where the machine has none."""
     with mock.patch.dict(os.environ, {"DUALBLADE_KERNEL": name}):
-        _native.cache_clear()
+        vars(kernel._of_thread).clear()
         try:
             try:
-                _native(os.getpid(), 0, 1)
+                kernel._native()
             except ConfigError:
                 assert name != "plain"
                 pytest.skip(f"this machine has no {name}")
             yield
         finally:
-            _native.cache_clear()
+            vars(kernel._of_thread).clear()
 
 
 @pytest.mark.parametrize("name", ["amx", "avx512", "avx2", "plain"])

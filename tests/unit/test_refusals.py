@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 from transformers import DynamicCache
 
-from dualblade.attention.kernel import _native
+from dualblade.attention import kernel
 from dualblade.errors import ConfigError, Unsupported
 from dualblade.hf import models
 from dualblade.hf.refusals import TESTED_TRANSFORMERS, check_model, warn_of_version
@@ -44,12 +44,12 @@ def test_a_newer_transformers_than_the_tested_one_is_told_once(
 
 def test_a_kernel_that_is_none_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DUALBLADE_KERNEL", "sse")
-    _native.cache_clear()
+    vars(kernel._of_thread).clear()
     try:
         with pytest.raises(ConfigError, match="names no kernel of this machine: sse"):
-            _native(0, 0, 1)
+            kernel._native()
     finally:
-        _native.cache_clear()
+        vars(kernel._of_thread).clear()
 
 
 def test_offline_is_what_the_hub_makes_of_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import threading
-from functools import lru_cache
 
 import torch
 
@@ -33,10 +32,14 @@ def kernel_name() -> str:
 
 
 class KernelAttention:
-    """One attention call. Not for two at a time in one thread: they would share scratch memory."""
+    """One attention call. Not for two at a time in one thread: they would share scratch memory.
+
+    Raises: ConfigError for what does not fit together; the kernel would read beyond it.
+    """
 
     def __init__(self, query: AttentionQuery, kv_heads: int, value_dim: int) -> None:
         rows = query.query
+        _check_query(query, kv_heads)
         sequence_stride, head_stride, token_stride, element_stride = rows.stride()
         if element_stride != 1:
             rows = rows.contiguous()
@@ -45,9 +48,12 @@ class KernelAttention:
         self._keep = (rows, query.first_visible)  # the kernel has their addresses
         self._sinks = None if query.sinks is None else query.sinks.float().contiguous()
         self._out = rows.new_empty(batch, tokens, heads, value_dim)
-        self._native = _native(os.getpid(), threading.get_ident(), torch.get_num_threads())
+        self._batch = batch
+        self._key_row = (kv_heads, key_dim, rows.dtype)
+        self._value_row = (kv_heads, value_dim, rows.dtype)
+        self._tokens = (0, 0, 0)  # first, count and rows of a tile: of the last keys
+        self._native = _native()
         starts = query.first_visible
-        assert starts is None or (starts.dtype == torch.int64 and starts.is_contiguous())
         self._native.begin(
             data=rows.data_ptr(),
             sequence_stride=sequence_stride,
@@ -82,15 +88,16 @@ class KernelAttention:
 
     def keys(self, rows: Rows) -> None:
         """See `Running`."""
-        self._native.keys(_run(rows))
+        self._native.keys(self._run(rows, self._key_row))
 
     def values(self, rows: Rows) -> None:
         """See `Running`."""
-        self._native.values(_run(rows))
+        self._native.values(self._run(rows, self._value_row))
 
     def both(self, keys: Rows, values: Rows) -> None:
         """See `Running`."""
-        self._native.both(_run(keys), _run(values))
+        run = self._run(keys, self._key_row)
+        self._native.both(run, self._run(values, self._value_row))
 
     def finish(self) -> torch.Tensor:
         """See `Running`."""
@@ -98,11 +105,81 @@ class KernelAttention:
         self._native.finish(sinks, self._out.data_ptr())
         return self._out
 
+    def _run(self, rows: Rows, wanted: tuple[int, int, torch.dtype]) -> _attention.Run:
+        tiles, table = rows.tiles, rows.table
+        tile_stride, sequence_stride, head_stride, row_stride, element_stride = tiles.stride()
+        count, sequences, kv_heads, tile_rows, dim = tiles.shape
+        is_wanted = element_stride == 1 and (kv_heads, dim, tiles.dtype) == wanted
+        if not is_wanted or rows.tokens > count * tile_rows:
+            raise ConfigError(
+                f"tiles {list(tiles.shape)} {tiles.dtype} are no {rows.tokens} rows of "
+                f"(KV heads, dim, dtype) {wanted}, elements side by side"
+            )
+        tokens = (rows.first_token, rows.tokens, tile_rows)
+        if wanted is self._key_row:
+            self._tokens = tokens
+        elif tokens != self._tokens:  # there are weights for those alone
+            raise ConfigError("values of other tokens than the last keys'")
+        if table is not None and not (
+            table.shape == (count, self._batch)
+            and table.dtype == "int32"
+            and table.flags.c_contiguous
+        ):
+            raise ConfigError(
+                f"the table of {count} tiles of {self._batch} sequences is "
+                f"{list(table.shape)} {table.dtype}"
+            )
+        return _attention.Run(
+            data=tiles.data_ptr(),
+            tile_stride=tile_stride,
+            sequence_stride=sequence_stride,
+            head_stride=head_stride,
+            row_stride=row_stride,
+            first_token=rows.first_token,
+            tokens=rows.tokens,
+            tile_rows=tile_rows,
+            first_sequence=rows.first_sequence,
+            sequences=sequences,
+            table=0 if table is None else table.ctypes.data,
+        )
 
-@lru_cache(maxsize=4)
-def _native(process: int, caller: int, threads: int) -> _attention.Attention:  # noqa: ARG001
+
+def _check_query(query: AttentionQuery, kv_heads: int) -> None:
+    rows, starts, sinks = query.query, query.first_visible, query.sinks
+    batch, heads = rows.shape[:2]
+    if rows.dtype not in _DTYPES:
+        raise ConfigError(f"the kernel has no {rows.dtype}")
+    if heads % kv_heads:
+        raise ConfigError(f"{heads} query heads do not share {kv_heads} KV heads evenly")
+    if starts is not None and not (
+        starts.shape == (batch,)
+        and starts.dtype == torch.int64
+        and starts.is_cpu
+        and starts.is_contiguous()
+    ):
+        raise ConfigError(
+            f"the first visible tokens of {batch} sequences are {list(starts.shape)} {starts.dtype}"
+        )
+    if sinks is not None and sinks.shape != (heads,):
+        raise ConfigError(f"the sinks of {heads} heads are {list(sinks.shape)}")
+
+
+_of_thread = threading.local()
+
+
+def _native() -> _attention.Attention:
     """The kernel, its scratch memory and its threads: one for each calling thread, for two models
-    may generate at a time; and another after a fork, which takes no threads along."""
+    may generate at a time, freed as it ends; and another after a fork, which takes no threads
+    along, or for another number of threads."""
+    process, threads = os.getpid(), torch.get_num_threads()
+    held: tuple[int, int, _attention.Attention] | None = getattr(_of_thread, "held", None)
+    if held is None or held[:2] != (process, threads):
+        held = _of_thread.held = None  # its threads end before others begin
+        held = _of_thread.held = (process, threads, _make_native(threads))
+    return held[2]
+
+
+def _make_native(threads: int) -> _attention.Attention:
     name = os.environ.get("DUALBLADE_KERNEL", "")
     try:
         return _attention.Attention(threads, name)
@@ -111,24 +188,3 @@ def _native(process: int, caller: int, threads: int) -> _attention.Attention:  #
             f"DUALBLADE_KERNEL names no kernel of this machine: {name}",
             hint="plain, avx2, avx512, amx, as far as the processor has them; unset: the best",
         ) from exc
-
-
-def _run(rows: Rows) -> _attention.Run:
-    tiles, table = rows.tiles, rows.table
-    tile_stride, sequence_stride, head_stride, row_stride, element_stride = tiles.stride()
-    _, sequences, _, tile_rows, _ = tiles.shape
-    assert element_stride == 1, "elements of a row lie side by side"
-    assert table is None or (table.dtype == "int32" and table.flags.c_contiguous)
-    return _attention.Run(
-        data=tiles.data_ptr(),
-        tile_stride=tile_stride,
-        sequence_stride=sequence_stride,
-        head_stride=head_stride,
-        row_stride=row_stride,
-        first_token=rows.first_token,
-        tokens=rows.tokens,
-        tile_rows=tile_rows,
-        first_sequence=rows.first_sequence,
-        sequences=sequences,
-        table=0 if table is None else table.ctypes.data,
-    )

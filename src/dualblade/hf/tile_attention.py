@@ -155,6 +155,8 @@ def tile_mask(
     padding = (
         None if padding is None else padding[:, :kv_length].bool()
     )  # may cover what is to come
+    if padding is not None and padding.shape[0] != batch_size:
+        return dense()  # of another batch: transformers' to judge
     if padding is not None and not padding.all():
         starts = _left_padding(padding)
         if starts is None:
