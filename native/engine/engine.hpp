@@ -40,8 +40,9 @@ class Engine {
     // Waits for what is in flight and joins the threads. Idempotent; any thread.
     virtual void close() = 0;
 
-    // 0 or a positive errno. Registered memory must stay mapped until the engine is closed. `huge`:
-    // it is in huge pages, so that a command may carry more of it than of scattered pages.
+    // 0 or a positive errno. Registered memory must stay mapped until the engine is closed; twice
+    // is once. `huge`: it is in huge pages, so that a command may carry more of it than of
+    // scattered pages.
     virtual int register_buffer(std::uint64_t address, std::uint64_t size_bytes, bool huge) = 0;
     // 0 or a positive errno. A registered descriptor must be unregistered before it is closed:
     // a new file under the same number would be taken for the old one.

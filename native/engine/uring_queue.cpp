@@ -307,6 +307,9 @@ class UringQueue final : public Queue {
 
     int add_buffer(std::uint64_t address, std::uint64_t size_bytes, bool huge) {
         if (!have_buffers_) return EOPNOTSUPP;
+        for (const Buffer& known : buffers_) {
+            if (known.begin == address && known.end == address + size_bytes) return 0;
+        }
         if (buffers_.size() == kBuffersMax) return ENOSPC;
         const auto slot = static_cast<unsigned>(buffers_.size());
         const iovec memory{reinterpret_cast<void*>(address), size_bytes};

@@ -42,7 +42,7 @@ from dualblade import (
 from dualblade.config import EngineConfig
 from dualblade.config import Path as KVPath
 from dualblade.hf import speeds
-from dualblade.io import Arena, open_engine
+from dualblade.io import Arena, Engine, open_engine
 from dualblade.pipeline import KVPipeline, KVSettings
 from dualblade.pipeline.gather import GatherBuffers
 from dualblade.pipeline.unit import Unit
@@ -500,6 +500,32 @@ def test_a_new_layer_that_ctrl_c_ends_leaves_no_blocks_behind(
         assert cache._store.free_bytes == cache._store.capacity_bytes
         cache.reset()
         step(cache, 200)
+
+
+def test_staging_that_ctrl_c_left_registered_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine keeps what it was given: a second arena would be memory beside the budget."""
+    plain, given = Engine.register_arena, list[int]()
+
+    def register(engine: Engine, arena: Arena) -> bool:
+        registered = plain(engine, arena)
+        given.append(arena.address)
+        if len(given) == 1:
+            raise KeyboardInterrupt
+        return registered
+
+    with DualBladeCache.for_model(
+        tiny_model(), store=tmp_path / "kv.store", memory_budget="32MiB", path="direct"
+    ) as cache:
+        monkeypatch.setattr(Engine, "register_arena", register)
+        with pytest.raises(KeyboardInterrupt):
+            step(cache, 200)
+        cache.reset()
+        step(cache, 200)
+        step(cache, 1)
+        assert len(given) == 2  # once more, for it may have been cut short; then no more
+        assert len(set(given)) == 1
 
 
 def test_segments_that_ctrl_c_left_half_cut_are_not_gone_on_with(

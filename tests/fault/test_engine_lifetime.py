@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -217,3 +218,20 @@ def test_registered_memory_outlives_its_arena(path: Path) -> None:
             engine.submit([Transfer(fd, Op.READ, other.address, 4096, 0)]).wait()
             assert other.buffer[:4096] == b"\x55" * 4096
     os.close(fd)
+
+
+def pinned_bytes() -> int:
+    (line,) = re.findall(r"VmPin:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(line) * 1024
+
+
+def test_memory_that_is_registered_twice_is_pinned_once() -> None:
+    """As after a Ctrl-C in the middle: whoever registers does it again."""
+    before = pinned_bytes()
+    with open_engine("io_uring") as engine, Arena(4 * MIB, huge=False) as arena:
+        if not engine.register_arena(arena):
+            pytest.skip(f"not registered: {engine.notes}")
+        pinned = pinned_bytes()
+        assert pinned - before >= 4 * MIB
+        assert engine.register_arena(arena)
+        assert pinned_bytes() == pinned

@@ -184,7 +184,8 @@ class Engine:
     def register_arena(self, arena: Arena) -> bool:
         """Spare the kernel pinning the pages of `arena` for each transfer; False if not allowed.
 
-        The arena's memory then lives as long as the engine. Waits for the engine's thread.
+        The arena's memory then lives as long as the engine. Twice is once. Waits for the engine's
+        thread.
         """
         if not arena.huge:
             self._note(

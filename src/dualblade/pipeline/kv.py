@@ -222,7 +222,8 @@ class KVPipeline(LayeredKV):
         if layer.index == 0:
             self._placements.look(self._budget.shares)
             self._budget.raise_to(self._placements.budget_bytes)
-        if self._budget.needs_claim(layer, tokens) or self._machinery is None:
+        is_made = self._machinery is not None and self._machinery.is_registered
+        if self._budget.needs_claim(layer, tokens) or not is_made:
             self._claim(layer, tokens)
         self._place(layer, tokens)
         for other in together:
@@ -264,8 +265,9 @@ class KVPipeline(LayeredKV):
             self._shape = shape
             self._maker = replace(self._maker, slot_bytes=shape.slot_bytes)
             self._machinery = Machinery(
-                shape, self._store, self._engine, device, sums, timeline, self._settings.copies
+                shape, self._store, device, sums, timeline, self._settings.copies
             )
+        self._machinery.register(self._engine)
 
     def _gather_whole_layers(self, layer: Layer, new_rows: int) -> None:
         """From here on layers are gathered whole. Raises: BudgetError when there is no room."""

@@ -17,13 +17,13 @@ from dualblade.store import Store
 
 
 class Machinery:
-    """Exists from the first rows on, when the shapes are known."""
+    """Exists from the first rows on, when the shapes are known. Its owner has it before the engine
+    hears of its arena: `register`."""
 
     def __init__(
         self,
         shape: StagingShape,
         store: Store,
-        engine: Engine,
         device: torch.device,
         checksums: Checksums,
         timeline: Timeline,
@@ -31,9 +31,8 @@ class Machinery:
     ) -> None:
         self.shape = shape
         self.arena = Arena(shape.total_bytes)
-        # Before the engine knows the arena, for it keeps what it was given.
+        self.is_registered = False
         self.copies: Copies = make_copies(device, self.arena)
-        engine.register_arena(self.arena)
         self._store = store
         self._checksums = checksums
         self._timeline = timeline
@@ -50,6 +49,14 @@ class Machinery:
             checksums,
             timeline,
         )
+
+    def register(self, engine: Engine) -> None:
+        """Make the arena known to the engine, which keeps it to its end. No part of the making:
+        Ctrl-C would leave it pinned with nobody who has it, and the next attempt pin another. What
+        was cut short is done again, and what the engine knows it does not pin twice."""
+        if not self.is_registered:
+            engine.register_arena(self.arena)
+            self.is_registered = True
 
     def store_tiles(self, unit: Unit, first_tile: int, rows: torch.Tensor) -> None:
         """Send `rows` [batch, kv_heads, n x tile_rows, dim] behind compute as whole tiles."""
