@@ -305,7 +305,7 @@ def test_a_foreign_member_is_refused(pair: list[str], other: list[str], engine: 
 
 
 def test_a_whole_store_is_no_member(files: list[str], engine: Engine, tmp_path: Path) -> None:
-    whole = str(tmp_path / "whole")
+    whole = str(tmp_path / "whole.store")
     for paths in (files, [whole]):
         Store.open(paths, engine, capacity_bytes=8 * MIB).close()
     refused([files[0], whole], engine, "is a whole store", whole)

@@ -300,7 +300,7 @@ def test_layers_share_what_a_store_has_left(tmp_path: Path) -> None:
     """None takes so much for tokens to come that another has no room for those that are there."""
     config = dualblade.EngineConfig(disk_capacity_bytes=64 * MIB)
     with DualBladeCache.for_model(
-        tiny_model(), store=tmp_path / "kv", memory_budget="256MiB", config=config
+        tiny_model(), store=tmp_path / "kv.store", memory_budget="256MiB", config=config
     ) as cache:
         with pytest.raises(NoSpace):
             for _ in range(1000):
@@ -339,7 +339,7 @@ def test_a_first_layer_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
     """There was room for its keys, not for its values."""
     config = dualblade.EngineConfig(disk_capacity_bytes=2 * MIB)
     with DualBladeCache.for_model(
-        tiny_model(), store=tmp_path / "kv", memory_budget="16MiB", config=config
+        tiny_model(), store=tmp_path / "kv.store", memory_budget="16MiB", config=config
     ) as cache:
         for _ in range(2):
             with pytest.raises(NoSpace):

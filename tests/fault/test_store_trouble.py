@@ -19,6 +19,7 @@ import pytest
 
 from dualblade.errors import (
     Closed,
+    ConfigError,
     DeviceError,
     NoSpace,
     NotAStore,
@@ -29,7 +30,7 @@ from dualblade.host import devices
 from dualblade.io import Arena, Engine, Op, open_engine
 from dualblade.store import Door, Store
 from dualblade.store.format import DATA_OFFSET, SUPERBLOCK_BYTES
-from dualblade.store.formatting import carry_out_wipe, plan_wipe
+from dualblade.store.formatting import carry_out_wipe, plan_formats, plan_wipe
 from dualblade.store.members import Members
 from dualblade.testing import Fault, FaultyEngine
 from dualblade.testing.contract import fork
@@ -216,6 +217,24 @@ def test_what_cannot_be_a_store_is_refused(tmp_path: Path, engine: Engine) -> No
         open_store(tmp_path / "no" / "kv.store", engine)
 
 
+@pytest.mark.parametrize("names", [["nvme"], ["a", "b"], ["kv.0", "b"]])
+def test_a_folder_that_is_not_there_is_no_name_for_a_file(
+    tmp_path: Path, engine: Engine, names: list[str]
+) -> None:
+    """Its drive is not mounted: KV would lie on another one, and stay after a crash."""
+    places = [tmp_path / name for name in names]
+    with pytest.raises(ConfigError, match=f"there is no {places[-1].parent}") as caught:
+        open_store(places, engine)
+    assert "mount the drive or make the folder" in str(caught.value)
+    with pytest.raises(ConfigError, match="there is no"):
+        plan_formats([str(place) for place in places])
+    assert list(tmp_path.iterdir()) == []
+    store = tmp_path / "old.store"
+    open_store(store, engine).close()
+    kept = store.rename(tmp_path / "old")
+    open_store(kept, engine).close()  # one that is there may have any name
+
+
 def test_a_folder_that_takes_no_files_is_told(engine: Engine) -> None:
     with pytest.raises(StorageError, match="cannot open the store /proc"):
         open_store(Path("/proc"), engine)
@@ -283,7 +302,7 @@ def test_a_file_system_in_memory_offers_the_page_cache(engine: Engine) -> None:
     shm = Path("/dev/shm")
     if not shm.is_dir() or not os.access(shm, os.W_OK):
         pytest.skip("no writable /dev/shm")
-    path = shm / f"dualblade-test-{os.getpid()}"
+    path = shm / f"dualblade-test-{os.getpid()}.store"
     try:
         with pytest.raises(Unsupported, match="page-cache"):
             open_store(path, engine)
@@ -351,7 +370,7 @@ def test_no_dirty_page_is_left_where_commands_will_write(tmp_path: Path, *, fail
 def test_a_member_whose_disk_is_full_leaves_the_others_as_they_were(
     small_disk: Path, tmp_path: Path, engine: Engine
 ) -> None:
-    roomy = tmp_path / "roomy"
+    roomy = tmp_path / "roomy.store"
     with Store.open([roomy, small_disk / "kv.store"], engine, capacity_bytes=128 * MIB) as store:
         store.allocate(8 * MIB, Door.DIRECT)
         before = roomy.stat()

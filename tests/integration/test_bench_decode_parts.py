@@ -15,7 +15,7 @@ import torch
 from dualblade.bench import child_run, decode, decode_child, decode_rows, workload
 from dualblade.bench.child_process import ChildOutcome
 from dualblade.bench.child_run import ChildOptions
-from dualblade.bench.decode import DecodeBenchOptions
+from dualblade.bench.decode import DecodeBenchOptions, run_decode_bench
 from dualblade.bench.decode_child import Steps
 from dualblade.bench.decode_rows import LayerShape, RandomRows, fill, kv_bytes, whole_layer
 from dualblade.bench.decode_run import DecodeWorkload, one_run
@@ -405,3 +405,9 @@ def test_a_folder_is_where_the_store_of_all_runs_lies(tmp_path: Path) -> None:
     assert in_folder.store == tmp_path / "dualblade-bench.store"
     named = tmp_path / "kv.store"
     assert DecodeWorkload(model="random:llama", store=named).store == named
+
+
+def test_a_folder_that_is_not_there_is_refused_before_a_run(tmp_path: Path) -> None:
+    options = DecodeBenchOptions(model="random:llama", modes=("direct",), store=tmp_path / "nvme")
+    with pytest.raises(ConfigError, match="there is no"):
+        run_decode_bench(options)

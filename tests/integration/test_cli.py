@@ -102,7 +102,15 @@ def test_prompt_lookup_takes_several_tokens_a_sweep(
     done = dualblade(
         *("generate", "-m", TINY, "-p", LONG_PROMPT, "--max-new-tokens", "12"),
         *("--prefill-chunk-size", "256", "--memory-budget", "9MiB", "--dtype", "float32"),
-        *("--path", "direct", "--prompt-lookup", "6", "--store", str(tmp_path / "kv"), "--json"),
+        *(
+            "--path",
+            "direct",
+            "--prompt-lookup",
+            "6",
+            "--store",
+            str(tmp_path / "kv.store"),
+            "--json",
+        ),
     )
     assert done.returncode == 0, done.stderr
     result, plain = json.loads(done.stdout), generated["direct"]

@@ -200,12 +200,14 @@ def test_a_kernel_that_cannot_bring_pages_is_read_from(
 def test_striped_stores_and_engines_that_must_see_all_are_read(tmp_path: Path) -> None:
     with (
         open_engine() as engine,
-        Store.open([tmp_path / "a", tmp_path / "b"], engine, capacity_bytes=16 * MIB) as striped,
+        Store.open(
+            [tmp_path / "a.store", tmp_path / "b.store"], engine, capacity_bytes=16 * MIB
+        ) as striped,
     ):
         assert striped.in_place(filled(striped)[0], *PART) is None
     with (
         FaultyEngine(open_engine()) as engine,
-        Store.open(tmp_path / "kv", engine, capacity_bytes=16 * MIB) as store,
+        Store.open(tmp_path / "kv.store", engine, capacity_bytes=16 * MIB) as store,
     ):
         assert store.in_place(filled(store)[0], *PART) is None
 
@@ -418,7 +420,8 @@ def test_layers_that_stay_in_several_pieces(
     """In the middle of one the pages are not there any more."""
     monkeypatch.setattr(read_ahead, "_TOGETHER_BYTES", UNIT_BYTES // 4)
     caches = [
-        decoding(tmp_path / name, STEADY_STEPS, in_place=name == "kv") for name in ("kv", "copied")
+        decoding(tmp_path / f"{name}.store", STEADY_STEPS, in_place=name == "kv")
+        for name in ("kv", "copied")
     ]
     plain, held = InPlace.hold, 0
 
@@ -477,7 +480,10 @@ def test_a_tile_larger_than_what_is_handed_out_together(
     attention would count twice."""
     monkeypatch.setattr(Cache, "batch", 4)
     monkeypatch.setattr(read_ahead, "_TOGETHER_BYTES", 16 * KIB)
-    caches = [Cache(tmp_path / "kv", in_place=True), Cache(tmp_path / "copied", in_place=False)]
+    caches = [
+        Cache(tmp_path / "kv.store", in_place=True),
+        Cache(tmp_path / "copied.store", in_place=False),
+    ]
     for made in caches:
         made.step(256)
         made.step()

@@ -82,7 +82,9 @@ def undisturbed(store: Path, steps: int) -> list[int]:
 @pytest.mark.skipif(REASON is not None, reason=f"no memory cgroup: {REASON}")
 def test_the_plan_follows_a_neighbour_and_the_tokens_do_not_change(tmp_path: Path) -> None:
     with MemoryCgroup() as group, group.popen(CHILD, **PIPES) as process:
-        child = Child(process, store=str(tmp_path / "a"), reserve_bytes=RESERVE_BYTES, steps=None)
+        child = Child(
+            process, store=str(tmp_path / "a.store"), reserve_bytes=RESERVE_BYTES, steps=None
+        )
         assert child.told() == {"loaded": True}
         group.limit.set(group.limit.needed_bytes() + ROOM_BYTES)
         child.go_on()
@@ -102,14 +104,16 @@ def test_the_plan_follows_a_neighbour_and_the_tokens_do_not_change(tmp_path: Pat
     assert events[-1]["to_bytes"] > squeezed["planned"]
     assert end["stats"]["path"] == "dual"
     assert end["stats"]["io"]["written_bytes"] == end["stats"]["stored_bytes"]
-    assert end["tokens"] == undisturbed(tmp_path / "b", len(end["tokens"]) - 1)
+    assert end["tokens"] == undisturbed(tmp_path / "b.store", len(end["tokens"]) - 1)
 
 
 @pytest.mark.skipif(REASON is not None, reason=f"no memory cgroup: {REASON}")
 def test_the_plan_follows_a_limit_that_changes(tmp_path: Path) -> None:
     """An administrator halves the room while it decodes, and gives it back."""
     with MemoryCgroup() as group, group.popen(CHILD, **PIPES) as process:
-        child = Child(process, store=str(tmp_path / "a"), reserve_bytes=RESERVE_BYTES, steps=None)
+        child = Child(
+            process, store=str(tmp_path / "a.store"), reserve_bytes=RESERVE_BYTES, steps=None
+        )
         child.told()
         limit = group.limit.needed_bytes() + ROOM_BYTES
         group.limit.set(limit)
@@ -124,7 +128,7 @@ def test_the_plan_follows_a_limit_that_changes(tmp_path: Path) -> None:
         assert process.wait() == 0
         assert group.limit.oom_kills() == 0
     assert {"budget fell", "room rose"} <= {event["cause"] for event in end["stats"]["events"]}
-    assert end["tokens"] == undisturbed(tmp_path / "b", len(end["tokens"]) - 1)
+    assert end["tokens"] == undisturbed(tmp_path / "b.store", len(end["tokens"]) - 1)
 
 
 @pytest.mark.skipif(REASON is not None, reason=f"no memory cgroup: {REASON}")
@@ -138,7 +142,7 @@ def test_two_caches_in_one_group_come_to_rest(tmp_path: Path) -> None:
     ):
         options = {"reserve_bytes": RESERVE_BYTES, "steps": PEER_STEPS}
         children = [
-            Child(process, store=str(tmp_path / name), **options)
+            Child(process, store=str(tmp_path / f"{name}.store"), **options)
             for process, name in ((first, "a"), (second, "b"))
         ]
         for child in children:
@@ -157,4 +161,4 @@ def test_two_caches_in_one_group_come_to_rest(tmp_path: Path) -> None:
         assert len(events) <= EVENTS_MAX, events
         assert len(ups) <= EVENTS_MAX // 2, events
         assert end["stats"]["io"]["written_bytes"] == end["stats"]["stored_bytes"]
-    assert ends[0]["tokens"] == ends[1]["tokens"] == undisturbed(tmp_path / "c", PEER_STEPS)
+    assert ends[0]["tokens"] == ends[1]["tokens"] == undisturbed(tmp_path / "c.store", PEER_STEPS)

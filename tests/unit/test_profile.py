@@ -164,11 +164,13 @@ def test_caches_measure_only_when_the_plan_has_something_to_gain(
     ]
     for options in quiet:
         given = {"memory_budget": 64 * MIB, **options}
-        with DualBladeCache.for_model(model, store=tmp_path / "kv", **given) as cache:
+        with DualBladeCache.for_model(model, store=tmp_path / "kv.store", **given) as cache:
             assert cache.stats().speeds is None
     assert asked == []
     for _ in range(2):  # the second time it is known
-        with DualBladeCache.for_model(model, store=tmp_path / "kv", memory_budget=64 * MIB) as one:
+        with DualBladeCache.for_model(
+            model, store=tmp_path / "kv.store", memory_budget=64 * MIB
+        ) as one:
             stats = one.stats()
         assert stats.speeds is not None
         assert stats.speeds.measured_by == "first use"
@@ -181,15 +183,15 @@ def test_a_first_use_that_does_not_work_out_is_no_error(
 ) -> None:
     with (
         open_engine() as engine,
-        Store.open(tmp_path / "kv", engine, capacity_bytes=16 * MIB) as store,
+        Store.open(tmp_path / "kv.store", engine, capacity_bytes=16 * MIB) as store,
     ):
-        assert measure_at_first_use(tmp_path / "kv", store, engine) is None  # no room
+        assert measure_at_first_use(tmp_path / "kv.store", store, engine) is None  # no room
         assert store.used_bytes == 0
-    with open_engine() as engine, Store.open(tmp_path / "kv", engine) as store:
+    with open_engine() as engine, Store.open(tmp_path / "kv.store", engine) as store:
         monkeypatch.setattr(Store, "cached_bytes", lambda *_: MIB)  # pages went as they came
-        assert measure_at_first_use(tmp_path / "kv", store, engine) is None
+        assert measure_at_first_use(tmp_path / "kv.store", store, engine) is None
         assert store.counters == DoorCounters()
-    assert load_profile(tmp_path / "kv") is None
+    assert load_profile(tmp_path / "kv.store") is None
 
 
 def test_a_folder_that_is_not_there_is_not_taken_for_its_parent(tmp_path: Path) -> None:
@@ -204,14 +206,14 @@ def test_a_folder_that_is_not_there_is_not_taken_for_its_parent(tmp_path: Path) 
 def test_the_tune_command_saves_what_plan_then_uses(tmp_path: Path) -> None:
     runner = CliRunner()
     plan = ["plan", "-m", TINY, "--context", "4096", "--memory-budget", "8MiB", "--json"]
-    before = json.loads(runner.invoke(app, [*plan, "--store", str(tmp_path / "kv")]).stdout)
+    before = json.loads(runner.invoke(app, [*plan, "--store", str(tmp_path / "kv.store")]).stdout)
     assert before["step"] is None
     tuned = runner.invoke(app, ["tune", str(tmp_path), "--size", "16MiB", "--json"])
     assert tuned.exit_code == 0, tuned.output
     assert json.loads(tuned.stdout)["direct_bytes_per_s"] > 0
     for compute in json.loads(tuned.stdout)["compute"].values():
         assert compute["layer_seconds"] > 0
-    after = json.loads(runner.invoke(app, [*plan, "--store", str(tmp_path / "kv")]).stdout)
+    after = json.loads(runner.invoke(app, [*plan, "--store", str(tmp_path / "kv.store")]).stdout)
     assert after["step"]["seconds"] > 0
     half, twice = after["other_memory"]
     assert half["factor"] == 0.5
@@ -221,10 +223,12 @@ def test_the_tune_command_saves_what_plan_then_uses(tmp_path: Path) -> None:
     faster = after["faster_drive"]
     assert faster["step"]["drive_seconds"] <= after["step"]["drive_seconds"]
     assert faster["step"]["compute_seconds"] == after["step"]["compute_seconds"]
-    shown = runner.invoke(app, [*plan[:-1], "--store", str(tmp_path / "kv")]).stdout
+    shown = runner.invoke(app, [*plan[:-1], "--store", str(tmp_path / "kv.store")]).stdout
     assert "a step: " in shown
     assert "with a drive twice as fast" in shown
-    on_a_gpu = runner.invoke(app, [*plan, "--store", str(tmp_path / "kv"), "--device", "cuda"])
+    on_a_gpu = runner.invoke(
+        app, [*plan, "--store", str(tmp_path / "kv.store"), "--device", "cuda"]
+    )
     assert json.loads(on_a_gpu.stdout)["step"]["compute_seconds"] == 0
 
 

@@ -25,7 +25,7 @@ from dualblade.host.memory import available_memory
 from dualblade.host.profile import DeviceProfile, device_identity
 from dualblade.io import Arena, open_engine
 from dualblade.store import Store
-from dualblade.store.backing import is_device
+from dualblade.store.backing import check_place, is_device
 from dualblade.store.measure import SWEEP_BYTES, measure_rates
 from dualblade.units import MIB, format_size
 
@@ -56,18 +56,13 @@ def measure_doors(
 ) -> DeviceProfile:
     """Speeds of both doors on the devices of `options.places`. Blocks for seconds.
 
-    Raises: ConfigError for a folder that is not there; BudgetError when the hits do not fit memory;
-        NotAStore for a device that is not formatted or in use; Unsupported without O_DIRECT;
-        NoSpace, DeviceError.
+    Raises: ConfigError, StorageError for a folder that is not there; BudgetError when the hits do
+        not fit memory; NotAStore for a device that is not formatted or in use; Unsupported without
+        O_DIRECT; NoSpace, DeviceError.
     """
     for place in options.places:
-        # A drive that is not mounted: its folder's parent is on another one.
-        if not (is_device(place) or place.suffix or place.exists()):
-            raise ConfigError(
-                f"there is no {place}",
-                hint="mount the drive or make the folder; a store file to be made has an ending, "
-                f"such as {place}.store",
-            )
+        if not is_device(place):
+            check_place(place)
     free = available_memory().available_bytes
     if free < 2 * options.size_bytes:
         raise BudgetError(
@@ -80,7 +75,7 @@ def measure_doors(
     if not any(map(is_device, places)):
         name = f".dualblade-tune-{os.getpid()}-{time.monotonic_ns()}"
         folders = [place if place.is_dir() else place.absolute().parent for place in places]
-        scratch = [folder / f"{name}-{index}" for index, folder in enumerate(folders)]
+        scratch = [folder / f"{name}-{index}.store" for index, folder in enumerate(folders)]
     try:
         with (
             Arena(options.sweep_bytes) as arena,  # outlives the engine that it is registered with

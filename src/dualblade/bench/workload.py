@@ -273,13 +273,16 @@ def is_device(store: Path | None) -> bool:
 def store_place(store: Path | None) -> Path:
     """What the store lies on: a folder (private ones: the cache directory), or its block device.
 
-    Raises: StorageError when that cannot be examined.
+    Raises: StorageError when that cannot be examined; ConfigError where no store file can be made.
     """
-    from dualblade.store import cache_directory  # loads the engine: not for --help
+    from dualblade.store.backing import cache_directory, check_place  # the engine: not for --help
 
     if store is None:
         return cache_directory()
-    return Path(find_drive(store).block_path) if is_device(store) else store.absolute().parent
+    if is_device(store):
+        return Path(find_drive(store).block_path)
+    check_place(store)
+    return store.absolute().parent
 
 
 def calibrate(workload: Workload, progress: Progress, *, step_tokens: int = 1) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 A private store, in the user's cache or in a folder that was named, has no name from its first
 moment (O_TMPFILE), so nothing is left after a crash. A named one is created 0600 and formatted when
-it does not exist; an existing file is taken only when it is a dualblade store that nobody has open.
+it does not exist and its name has an ending; an existing file is taken only when it is a dualblade
+store that nobody has open.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dualblade.errors import NotAStore, StorageError, Unsupported
+from dualblade.errors import ConfigError, NotAStore, StorageError, Unsupported
 from dualblade.host.devices import device_facts
 from dualblade.host.drives import find_drive
 from dualblade.host.page_cache import is_overlay
@@ -218,12 +219,12 @@ def _mode(path: str | os.PathLike[str]) -> int:
 def hold_file(
     path: str | os.PathLike[str] | None, *, direct: bool, existing_only: bool = False
 ) -> HeldFile:
-    """The store file at `path`, a new one where nothing is, or a private one: in `path` where that
-    is a folder, for None in the user's cache.
+    """The store file at `path`, a new one where nothing is (`check_place`), or a private one: in
+    `path` where that is a folder, for None in the user's cache.
 
     With `direct` the file system must do O_DIRECT. One that exists must be the user's own, and is
     made unreadable to others; with `existing_only`, to look at it or wipe it, it may be anybody's.
-    Raises: NotAStore, StorageError, Unsupported; nothing is left behind.
+    Raises: ConfigError, NotAStore, StorageError, Unsupported; nothing is left behind.
     """
     name = str(cache_directory()) if path is None else os.fspath(path)
     private = not existing_only and os.path.isdir(name)
@@ -263,8 +264,8 @@ def _open_private(folder: str) -> tuple[int, bool]:
 
 
 def _open_named(name: str, existing_only: bool) -> tuple[int, bool]:
-    check_parent(name)
     if not existing_only:
+        check_place(name)
         try:
             return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), True
         except FileExistsError:
@@ -278,12 +279,27 @@ def _open_named(name: str, existing_only: bool) -> tuple[int, bool]:
         raise storage_error("open", name, exc) from exc
 
 
-def check_parent(name: str) -> None:
-    """Raises: StorageError where a store file at `name` would have no directory to be in."""
+def check_place(path: str | os.PathLike[str]) -> None:
+    """That something is at `path`, or that a store file may be made there.
+
+    Raises: StorageError where it would have no directory to be in; ConfigError for a name that may
+        be a folder's whose drive is not mounted: a file would be made on another drive, and stay.
+    """
+    if os.path.exists(path):
+        return
+    name = os.fspath(path)
     parent = os.path.dirname(name) or "."
     if not os.path.isdir(parent):
         raise StorageError(
-            f"the store's directory {parent} does not exist", path=name, hint="make it first"
+            f"the store's directory {parent} does not exist",
+            path=name,
+            hint="mount the drive, or make the directory first",
+        )
+    if not os.path.splitext(name)[1]:
+        raise ConfigError(
+            f"there is no {name}",
+            hint="mount the drive or make the folder; a store file to be made has an ending, such "
+            f"as {name}.store",
         )
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from dualblade.errors import NotAStore, Unsupported
 from dualblade.host.drives import Drive, Finding, find_drive, findings, signatures
 from dualblade.host.page_cache import drop
-from dualblade.store.backing import check_parent, hold_file, is_device
+from dualblade.store.backing import check_place, hold_file, is_device
 from dualblade.store.device import (
     discard,
     hold_device,
@@ -80,7 +80,7 @@ def plan_wipes(paths: Sequence[str]) -> list[Plan]:
 def plan_format(path: str) -> Plan:
     """Whether a store may be made at `path`; only looks.
 
-    Raises: NotAStore listing all that stands against it, Unsupported, StorageError.
+    Raises: NotAStore listing all that stands against it, ConfigError, Unsupported, StorageError.
     """
     if not is_device(path):
         if os.path.lexists(path):
@@ -90,7 +90,7 @@ def plan_format(path: str) -> Plan:
                 path=path,
                 hint=f"name a new file; a store is removed by dualblade store wipe {path}",
             )
-        check_parent(path)
+        check_place(path)
         return Plan(path=path, drive=None, capacity_bytes=None)
     drive = find_drive(path)
     _refuse(drive, "format", findings(drive))
