@@ -580,3 +580,106 @@ def test_a_failed_writeback_is_an_error_of_its_write(tmp_path: Path, engine: Eng
         with contextlib.suppress(StorageError):
             store.close()
     arena.close()
+
+
+MISUSE = """
+import sys
+from pathlib import Path
+from dualblade.errors import ConfigError
+from dualblade.io import Arena, open_engine
+from dualblade.store import Door, Store
+
+MIB = 1 << 20
+folder = Path(sys.argv[1])
+
+def refused(call, *arguments):
+    before = {store: (store.used_bytes, str(store.counters)) for store in (mine, other, plain)}
+    try:
+        call(*arguments)
+    except ConfigError:
+        left = {store: (store.used_bytes, str(store.counters)) for store in before}
+        if left == before:
+            return
+        print("changed something:", call, arguments)
+    else:
+        print("not refused:", call, arguments)
+
+with (
+    Arena(2 * MIB) as arena,
+    open_engine("posix") as engine,
+    Store.open(folder / "mine.store", engine, capacity_bytes="16MiB") as mine,
+    Store.open(folder / "other.store", engine, capacity_bytes=16 * MIB) as other,
+    Store.open(folder / "plain.store", engine, capacity_bytes=16 * MIB, direct=False) as plain,
+):
+    own, cached = mine.allocate("4MiB", "direct"), mine.allocate(4 * MIB, Door.PAGE_CACHE)
+    foreign, stale = other.allocate(2 * MIB, Door.DIRECT), mine.allocate(2 * MIB, "page-cache")
+    mine.free(stale)
+    mine.free(stale)  # twice is once
+    at, size = arena.address, 4096
+    arena.buffer[:size] = b"k" * size
+    mine.write(own, 0, at, size).wait()
+    for call in (mine.read, mine.write, mine.read_again):
+        for extent in (foreign, stale, None):
+            refused(call, extent, 0, at, size)
+        for extent in (own, cached):
+            for offset, count in ((-4096, size), (4 * MIB, size), (0, 5 * MIB), (2 * MIB, 3 * MIB)):
+                refused(call, extent, offset, at, count)
+            for offset, count in ((100, size), (0, 100), (0, 0), (4096, -4096)):
+                refused(call, extent, offset, at, count)
+        refused(call, own, 0, at + 512, size)
+    for extent in (foreign, stale):
+        refused(mine.in_place, extent, 0, size)
+        refused(mine.move, extent, Door.DIRECT)
+        refused(mine.split, extent, 2 * MIB)
+        refused(mine.join, own, extent)
+    refused(mine.in_place, cached, -4096, size)
+    refused(mine.in_place, cached, 0, 5 * MIB)
+    refused(mine.free, foreign)
+    for size_bytes in (0, -1, "many"):
+        refused(mine.allocate, size_bytes, Door.DIRECT)
+    for door in ("directly", Door.FREE, Door.DEMOTING, None):
+        refused(mine.allocate, 2 * MIB, door)
+        refused(mine.move, own, door)
+    refused(plain.allocate, 2 * MIB, Door.DIRECT)
+    refused(plain.move, plain.allocate(2 * MIB, Door.PAGE_CACHE), "direct")
+    for at_bytes in (0, MIB, 4 * MIB):
+        refused(mine.split, own, at_bytes)
+    refused(mine.join, own, cached)  # of two doors
+    rest = mine.split(own, 2 * MIB)
+    refused(mine.join, rest, own)
+    mine.join(own, rest)
+    refused(mine.read, rest, 0, at, size)
+    mine.free(rest)  # it went into the other
+    arena.buffer[:size] = bytes(size)
+    mine.read(own, 0, at, size).wait()
+    if bytes(arena.buffer[:size]) != b"k" * size:
+        print("overwritten")
+"""
+
+
+@pytest.mark.parametrize("flags", [[], ["-O"]])
+def test_what_is_asked_of_a_store_wrongly_is_refused_and_changes_nothing(
+    tmp_path: Path, flags: list[str]
+) -> None:
+    """Also where assertions are off: it would write over other KV, or beyond its extent."""
+    done = subprocess.run(
+        [sys.executable, *flags, "-c", MISUSE, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_demotion_that_failed_is_tried_again(tmp_path: Path, engine: Engine) -> None:
+    with FaultyEngine(engine) as faulty, open_store(tmp_path / "kv.store", faulty) as store:
+        extent = store.allocate(2 * MIB, Door.PAGE_CACHE)
+        faulty.inject(Fault(op=Op.SYNC_RANGE, errno=errno.EIO))
+        with pytest.raises(DeviceError):
+            store.move(extent, Door.DIRECT)
+        with Arena(2 * MIB) as arena, pytest.raises(ConfigError, match="did not end"):
+            store.read(extent, 0, arena.address, 2 * MIB)
+        with pytest.raises(ConfigError, match="did not end"):
+            store.move(extent, Door.PAGE_CACHE)
+        store.move(extent, Door.DIRECT)
+        assert extent.door is Door.DIRECT

@@ -12,6 +12,7 @@ import torch
 
 from dualblade.attention import AttentionQuery
 from dualblade.config import EngineConfig
+from dualblade.errors import ConfigError
 from dualblade.host import mapped
 from dualblade.host.groups import FilePages
 from dualblade.host.memory import MemoryProbe, OwnMemory
@@ -20,8 +21,8 @@ from dualblade.pipeline import read_ahead
 from dualblade.pipeline.checksums import SAMPLE_SWEEPS
 from dualblade.pipeline.read_ahead import _Lying, _Read
 from dualblade.store import Door, InPlace, Store
+from dualblade.store.extent import Extent
 from dualblade.store.formatting import carry_out_format, plan_format
-from dualblade.store.store import Extent
 from dualblade.testing import FaultyEngine
 from dualblade.testing.contract import pattern
 from dualblade.units import BLOCK_BYTES, KIB, MIB
@@ -183,7 +184,7 @@ def test_only_a_store_without_its_other_door_lets_the_kernel_read_ahead(
     monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: advised.append(arguments[-1]))
     with Store.open(place, engine, direct=False, read_ahead=read_ahead):
         assert (os.POSIX_FADV_RANDOM in advised) != read_ahead
-    with pytest.raises(AssertionError):
+    with pytest.raises(ConfigError, match="written directly"):
         Store.open(place, engine, read_ahead=True)
 
 

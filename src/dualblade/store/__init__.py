@@ -2,9 +2,10 @@
 
 from dualblade.store.backing import cache_directory
 from dualblade.store.doors import Door
+from dualblade.store.extent import Extent
 from dualblade.store.in_place import InPlace
 from dualblade.store.members import Place, as_places, member_count
-from dualblade.store.store import Extent, Store
+from dualblade.store.store import Store
 
 __all__ = [
     "Door",

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+from dualblade.errors import ConfigError
+
 
 class Door(Enum):
     """Where an extent is in its life."""
@@ -29,3 +31,14 @@ LEGAL_MOVES: dict[Door, frozenset[Door]] = {
     Door.PAGE_CACHE: frozenset({Door.DEMOTING, Door.FREE}),
     Door.DEMOTING: frozenset({Door.DIRECT, Door.FREE}),
 }
+
+
+def as_door(door: Door | str) -> Door:
+    """One of the two doors, also by its word. Raises: ConfigError."""
+    try:
+        found = Door(door)
+    except ValueError:
+        found = Door.FREE
+    if found not in (Door.DIRECT, Door.PAGE_CACHE):
+        raise ConfigError(f"{door!r} is no door", hint="use Door.DIRECT or Door.PAGE_CACHE")
+    return found

@@ -16,7 +16,8 @@ import numpy as np
 from dualblade.errors import BudgetError
 from dualblade.io import Arena
 from dualblade.store.doors import Door
-from dualblade.store.store import Extent, Store
+from dualblade.store.extent import Extent
+from dualblade.store.store import Store
 from dualblade.units import MIB, format_size
 
 SWEEP_BYTES = 8 * MIB

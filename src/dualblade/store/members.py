@@ -7,6 +7,7 @@ says of itself, then all with one another.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 import uuid as uuid_module
@@ -14,12 +15,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from dualblade.errors import ConfigError, NoSpace, NotAStore
+from dualblade.errors import ConfigError, NoSpace, NotAStore, StorageError
 from dualblade.io import Engine
 from dualblade.store.backing import check_engine, hold_file, is_device
 from dualblade.store.device import hold_store
 from dualblade.store.format import DATA_OFFSET, MEMBERS_MAX, MemberSection, Superblock
-from dualblade.store.place import Backing, Held, Location
+from dualblade.store.place import Backing, Held, Location, storage_error
 from dualblade.store.stripes import Stripes
 from dualblade.units import EXTENT_ALIGN_BYTES, format_size, round_up
 
@@ -55,6 +56,38 @@ class Members:
         """(member, offset, bytes) of a range of the store, one for each member that has some."""
         found = self.stripes.ranges(offset, size_bytes)
         return [(self.backings[member], at, size) for member, at, size in found]
+
+    def allocate(self, offset: int, size_bytes: int) -> None:
+        """Have blocks for a range of the store on all; where that fails (Ctrl-C too: they may take
+        seconds to come) those that came are given back. Raises: NoSpace, StorageError."""
+        ends: list[tuple[Backing, int]] = []
+        try:
+            for backing, at, size in self.ranges(offset, size_bytes):
+                ends.append((backing, backing.end))
+                backing.allocate(at, size)
+        except BaseException as exc:
+            for grown, end in ends:  # what there was room for: the file system would stay full
+                with contextlib.suppress(OSError):
+                    grown.cut(end)
+            if not isinstance(exc, OSError):
+                raise
+            kind = NoSpace if exc.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
+            raise kind(
+                f"{backing.path} cannot grow by {size} bytes: {exc.strerror}",
+                operation="allocate",
+                path=backing.path,
+                offset=at,
+                size_bytes=size,
+                hint="free some space there, or name a store on another drive",
+            ) from exc
+
+    def discard(self, offset: int, size_bytes: int) -> None:
+        """As Backing.discard, for a range of the store. Raises: StorageError."""
+        for backing, at, size in self.ranges(offset, size_bytes):
+            try:
+                backing.discard(at, size)
+            except OSError as exc:
+                raise storage_error("discard", backing.path, exc) from exc
 
     def locate(self, offset: int) -> Location:
         """Where `offset` of the store is on its member."""

@@ -3,48 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-from dualblade.errors import Closed, NoSpace, StorageError
+from dualblade.errors import Closed, ConfigError, StorageError
 from dualblade.host.mapped import FileMemory
 from dualblade.host.page_cache import cached_bytes, drop
 from dualblade.io import Engine, Op, Ticket, Transfer
-from dualblade.store.doors import LEGAL_MOVES, Door
+from dualblade.store.doors import Door, as_door
+from dualblade.store.extent import Extent
 from dualblade.store.extents import ExtentAllocator, Range
 from dualblade.store.format import DATA_OFFSET
 from dualblade.store.in_place import DoorCounters, InPlace
 from dualblade.store.members import Members, Place, open_members
-from dualblade.store.place import Backing, Location, storage_error
-from dualblade.units import BLOCK_BYTES, EXTENT_ALIGN_BYTES
+from dualblade.store.place import Location
+from dualblade.units import EXTENT_ALIGN_BYTES, parse_size
 
 log = logging.getLogger("dualblade.store")
 
 _DROP_TRIES = 3
 
 
-@dataclass(slots=True, eq=False)
-class Extent:
-    """A contiguous range of the store. All but its size belongs to the store. `tickets` are those
-    of its transfers that may not have ended, and what each does."""
-
-    range: Range
-    door: Door = Door.FREE
-    tickets: dict[Ticket, Op] = field(default_factory=dict)
-    memory: FileMemory | None = None
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes it can hold."""
-        return self.range.size_bytes
-
-
 class Store:
     """Extents in one place, or striped over several. Used by one thread; transfers end on the
-    engine's.
+    engine's. The engine, and the memory of transfers, must outlive it.
 
     A write through the page-cache door counts as stored only when its ticket has ended: it
     carries a sync_file_range that waits for writeback on the descriptor that wrote, so that a
@@ -70,6 +53,7 @@ class Store:
         self._live: set[Extent] = set()
         self._process = os.getpid()
         self._closed = False
+        self._has_direct = all(backing.direct_fd is not None for backing in members.backings)
         self._coherent = all(backing.coherent for backing in members.backings)
         self._paths = members.descriptors
         # Stripes of several members do not lie side by side; an engine that must see all reads
@@ -91,7 +75,7 @@ class Store:
         engine: Engine,
         *,
         direct: bool = True,
-        capacity_bytes: int | None = None,
+        capacity_bytes: int | str | None = None,
         keep_blocks: bool = False,
         discard: bool = False,
         read_ahead: bool = False,
@@ -100,12 +84,20 @@ class Store:
         are the members of one striped store.
 
         `discard`: a device is told of each extent that is freed, not only of all at close.
+        `capacity_bytes`: most that extents may occupy, also in words (`16MiB`); None: all but a
+            reserve.
         `direct`: the direct door will be used, so the file system must do O_DIRECT.
         `read_ahead`: the kernel may read more than it is asked for, and in larger folios; never
         with `direct`, for that runs into extents whose direct door is open.
         Raises: ConfigError, NotAStore, NoSpace, StorageError, Unsupported.
         """
-        assert not (direct and read_ahead), "pages of extents that are written directly"
+        if direct and read_ahead:
+            raise ConfigError(
+                "read_ahead reads pages of extents that are written directly",
+                hint="leave it out, or open the store with direct=False",
+            )
+        if capacity_bytes is not None:
+            capacity_bytes = parse_size(capacity_bytes)
         members = open_members(path, engine, direct=direct, capacity_bytes=capacity_bytes)
         return cls(members, engine, keep_blocks=keep_blocks, discard=discard, read_ahead=read_ahead)
 
@@ -148,80 +140,83 @@ class Store:
         """Bytes that live extents occupy."""
         return self._allocator.used_bytes
 
-    def allocate(self, size_bytes: int, door: Door) -> Extent:
+    def allocate(self, size_bytes: int | str, door: Door | str) -> Extent:
         """An extent of at least `size_bytes` (2 MiB multiples), its blocks allocated, open
-        through `door`. Blocks come before the first write so that no write can meet a full disk.
+        through `door`; both also in words. Blocks come before the first write so that no write can
+        meet a full disk.
 
-        Raises: NoSpace (nothing is taken), Closed.
+        Raises: NoSpace, ConfigError (nothing is taken), Closed.
         """
         self.check_open()
+        door, size_bytes = self._door(door), parse_size(size_bytes)
+        if size_bytes < 1:
+            raise ConfigError("an extent of no bytes")
         taken = self._allocator.allocate(size_bytes)
-        ends: list[tuple[Backing, int]] = []
-        try:
-            for backing, offset, size in self._members.ranges(taken.offset, taken.size_bytes):
-                ends.append((backing, backing.end))
-                backing.allocate(offset, size)
-        except BaseException as exc:  # Ctrl-C too: blocks may take seconds to come
-            self._allocator.free(taken)
-            for grown, end in ends:  # what there was room for: the file system would stay full
-                with contextlib.suppress(OSError):
-                    grown.cut(end)
-            if not isinstance(exc, OSError):
-                raise
-            kind = NoSpace if exc.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
-            raise kind(
-                f"{backing.path} cannot grow by {size} bytes: {exc.strerror}",
-                operation="allocate",
-                path=backing.path,
-                offset=offset,
-                size_bytes=size,
-                hint="free some space there, or name a store on another drive",
-            ) from exc
-        self._end = max(self._end, taken.end)
         extent = Extent(range=taken)
         try:
+            self._members.allocate(taken.offset, taken.size_bytes)
+            self._end = max(self._end, taken.end)
             if not self._coherent:
                 self._write_back_what_is_left(extent)
             if door is Door.PAGE_CACHE:
                 self._drop_stale(extent)
-        except BaseException:
+        except BaseException:  # Ctrl-C too
             self._allocator.free(taken)
             raise
         self._live.add(extent)
-        self._move(extent, door)
+        extent.go(door)
         return extent
+
+    def _door(self, door: Door | str) -> Door:
+        """`door`, which can be opened. Raises: ConfigError."""
+        door = as_door(door)
+        if door is Door.DIRECT and not self._has_direct:
+            raise ConfigError(
+                f"the store {self.path} was opened without a direct door",
+                hint="open it with direct=True, or use the page-cache door",
+            )
+        return door
+
+    def _check(self, *extents: Extent) -> None:
+        """Raises: Closed; ConfigError for what is not, or not any more, an extent of this store."""
+        self.check_open()
+        for extent in extents:
+            if extent not in self._live:
+                raise ConfigError(
+                    f"not an extent of the store {self.path}, or not any more",
+                    hint="use what its allocate gave, until it is freed or joined to another",
+                )
 
     def free(self, extent: Extent) -> None:
         """Give `extent` back; waits for its transfers, whose outcome no longer matters. Twice is
         once, and what Ctrl-C left of it is done by the next call.
 
-        Raises: Closed; StorageError when a device took no discard; the extent is free anyway.
+        Raises: Closed; ConfigError for another store's; StorageError when a device took no discard;
+            the extent is free anyway.
         """
         self.check_open()
-        if extent not in self._live:
+        if extent not in self._live and extent.door is Door.FREE:
             return
+        self._check(extent)
         self._settle(extent)
         if extent.door is not Door.DIRECT:
             self._drop(extent)
+        if extent.door is not Door.FREE:  # else Ctrl-C came behind this line
+            extent.go(Door.FREE)
         self._live.discard(extent)
         self._allocator.free(extent.range)
-        self._move(extent, Door.FREE)
         if self._discard:
-            self._discard_range(extent.range)
-
-    def _discard_range(self, freed: Range) -> None:
-        for backing, offset, size in self._members.ranges(freed.offset, freed.size_bytes):
-            try:
-                backing.discard(offset, size)
-            except OSError as exc:
-                raise storage_error("discard", backing.path, exc) from exc
+            self._members.discard(extent.range.offset, extent.range.size_bytes)
 
     def read(self, extent: Extent, offset: int, address: int, size_bytes: int) -> Ticket:
         """Start reading [offset, offset + size_bytes) of `extent` into memory at `address`.
 
-        The memory belongs to the engine until the ticket has ended.
-        Raises: Closed here; DeviceError from the ticket's wait().
+        Offset and size, and for the direct door the address, are multiples of 4096 bytes. The
+        memory (of an Arena) belongs to the engine until the ticket has ended.
+        Raises: Closed, ConfigError here; DeviceError from the ticket's wait().
         """
+        self._check(extent)
+        extent.check_transfer(offset, address, size_bytes)
         if extent.door is Door.DIRECT:
             self.counters.direct_read_bytes += size_bytes
         else:
@@ -232,9 +227,11 @@ class Store:
         """[offset, offset + size_bytes) of `extent` where the page cache has it, to be read
         without a copy; None where it is not all cached or cannot be mapped: `read` it.
 
-        It is good until the extent moves or is freed, and to be held before use. Raises: Closed.
+        It is good until the extent moves or is freed, and to be held before use.
+        Raises: Closed, ConfigError.
         """
-        self.check_open()
+        self._check(extent)
+        extent.check_range(offset, size_bytes)
         if extent.door is not Door.PAGE_CACHE or not self._maps:
             return None
         if extent.memory is None:
@@ -259,7 +256,8 @@ class Store:
         """`read`, for bytes that were read wrong: from the device, whatever the door. All clean
         pages of the extent are dropped for it, since large folios go whole or not at all.
         """
-        self.check_open()
+        self._check(extent)
+        extent.check_transfer(offset, address, size_bytes)
         if extent.door is Door.PAGE_CACHE:
             self._drop(extent)
         return self.read(extent, offset, address, size_bytes)
@@ -271,24 +269,34 @@ class Store:
     def write(self, extent: Extent, offset: int, address: int, size_bytes: int) -> Ticket:
         """Start writing memory at `address` to [offset, offset + size_bytes) of `extent`.
 
-        When the ticket has ended the bytes are stored: through the page-cache door it includes
-        the writeback. Raises: Closed here; DeviceError from the ticket's wait().
+        Offset, size, address and memory: as for `read`. When the ticket has ended the bytes are
+        stored: through the page-cache door it includes the writeback.
+        Raises: Closed, ConfigError here; DeviceError from the ticket's wait().
         """
+        self._check(extent)
+        extent.check_transfer(offset, address, size_bytes)
         if extent.door is Door.DIRECT:
             self.counters.direct_write_bytes += size_bytes
         else:
             self.counters.page_cache_write_bytes += size_bytes
         return self._submit(extent, Op.WRITE, offset, address, size_bytes)
 
-    def move(self, extent: Extent, door: Door) -> None:
+    def move(self, extent: Extent, door: Door | str) -> None:
         """Open `extent` through `door` instead; no data moves but dirty pages to the device.
 
         Blocks until its transfers have ended. Raises: DeviceError when one of its writes, or the
-        writeback, failed. A read that failed is told to who asked for it.
+        writeback, failed; move it again, or free it. A read that failed is told to who asked for
+        it. ConfigError, Closed.
         """
-        self.check_open()
+        self._check(extent)
+        door = self._door(door)
         if extent.door is door:
             return
+        if extent.door is Door.DEMOTING and door is Door.PAGE_CACHE:
+            raise ConfigError(
+                "the extent's move to the direct door did not end",
+                hint="move it there again, or free it",
+            )
         for ticket, op in extent.tickets.items():
             try:
                 ticket.wait()  # a transfer through the old door must not meet the new one
@@ -297,22 +305,26 @@ class Store:
                     raise
         extent.tickets.clear()
         if door is Door.DIRECT:
-            self._move(extent, Door.DEMOTING)
+            if extent.door is not Door.DEMOTING:  # else the last try failed
+                extent.go(Door.DEMOTING)
             self._write_back_and_drop(extent)
             self.counters.demotions += 1
         else:
             self._drop_stale(extent)
             self.counters.promotions += 1
-        self._move(extent, door)
+        extent.go(door)
 
     def split(self, extent: Extent, at_bytes: int) -> Extent:
         """Make two of `extent`, side by side and with the same door: it keeps its first `at_bytes`
         (whole 2 MiB), the rest is returned. No data moves, and transfers go on."""
-        self.check_open()
+        self._check(extent)
         whole = extent.range
-        assert at_bytes % EXTENT_ALIGN_BYTES == 0, "a page of the page cache would belong to both"
-        assert 0 < at_bytes < whole.size_bytes, "nothing on one side"
-        self._unmap(extent)
+        if at_bytes % EXTENT_ALIGN_BYTES or not 0 < at_bytes < whole.size_bytes:
+            raise ConfigError(
+                f"an extent of {whole.size_bytes} bytes is not split at {at_bytes}",
+                hint=f"split it at a multiple of {EXTENT_ALIGN_BYTES}, inside it",
+            )
+        extent.unmap()
         extent.range = Range(whole.offset, at_bytes)
         rest = Extent(
             range=Range(whole.offset + at_bytes, whole.size_bytes - at_bytes),
@@ -325,14 +337,17 @@ class Store:
     def join(self, extent: Extent, rest: Extent) -> None:
         """Make one of `extent` and `rest`, which begins where it ends and has the same door; `rest`
         is no more. No data moves, and transfers go on."""
-        self.check_open()
-        assert extent.range.end == rest.range.offset, "not side by side"
-        assert extent.door is rest.door, "of two doors"
+        self._check(extent, rest)
+        if extent.range.end != rest.range.offset or extent.door is not rest.door:
+            raise ConfigError(
+                "extents that are not side by side, or have two doors, are not joined"
+            )
         for one in (extent, rest):
-            self._unmap(one)
+            one.unmap()
         extent.range = Range(extent.range.offset, extent.size_bytes + rest.size_bytes)
         extent.tickets |= rest.tickets
         self._live.discard(rest)
+        rest.go(Door.FREE)
 
     def page_cache_bytes(self) -> int:
         """Bytes of this store in the page cache now, as the kernel counts them."""
@@ -375,9 +390,6 @@ class Store:
         self.close()
 
     def _submit(self, extent: Extent, op: Op, offset: int, address: int, size_bytes: int) -> Ticket:
-        self.check_open()
-        assert 0 <= offset <= extent.size_bytes - size_bytes, "outside its extent"
-        assert offset % BLOCK_BYTES == size_bytes % BLOCK_BYTES == 0, "not whole blocks"
         at = extent.range.offset + offset
         fds = self._descriptors(extent)
         transfers = [
@@ -394,9 +406,8 @@ class Store:
     def _descriptors(self, extent: Extent) -> list[int]:
         """Of the open door, one for each member."""
         if extent.door is Door.DIRECT:
-            fds = [backing.direct_fd for backing in self._members.backings]
-            assert None not in fds, "opened without a direct door"
-            return fds  # type: ignore[return-value]  # the line above
+            direct = (backing.direct_fd for backing in self._members.backings)
+            return [fd for fd in direct if fd is not None]  # none is: see `_door`
         assert extent.door is Door.PAGE_CACHE, f"transfer on an extent that is {extent.door.value}"
         return [backing.buffered_fd for backing in self._members.backings]
 
@@ -413,7 +424,7 @@ class Store:
         return [(backing.buffered_fd, at, size) for backing, at, size in found]
 
     def _drop(self, extent: Extent) -> None:
-        self._unmap(extent)  # the kernel drops no page that is mapped
+        extent.unmap()  # the kernel drops no page that is mapped
         for fd, at, size in self._buffered(extent):
             drop(fd, at, size)
 
@@ -470,12 +481,6 @@ class Store:
         )
 
     @staticmethod
-    def _unmap(extent: Extent) -> None:
-        if extent.memory is not None:
-            extent.memory.close()
-            extent.memory = None
-
-    @staticmethod
     def _settle(extent: Extent) -> None:
         """Wait until no transfer touches the extent or its memory; failures were told before."""
         for ticket in extent.tickets:
@@ -484,8 +489,3 @@ class Store:
             except StorageError:
                 continue
         extent.tickets.clear()
-
-    @staticmethod
-    def _move(extent: Extent, door: Door) -> None:
-        assert door in LEGAL_MOVES[extent.door], f"{extent.door.value} to {door.value}"
-        extent.door = door
