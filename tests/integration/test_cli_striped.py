@@ -71,8 +71,23 @@ def test_verify_says_what_is_wrong_together(files: list[Path], tmp_path: Path) -
     result = invoke("store", "verify", files[0], tmp_path / "kv.c")
     assert result.exit_code == 1
     assert "is a whole store, no member of a striped one" in result.output
+    assert "name it alone" in result.output
     facts = told("doctor", files[0], tmp_path / "kv.c")
     assert "is a whole store" in facts["members_problem"]
+
+
+@pytest.mark.parametrize("options", [(), ("--superblocks-only",)])
+def test_one_member_is_no_whole_store(files: list[Path], options: tuple[str, ...]) -> None:
+    invoke("store", "format", *files)
+    result = invoke("store", "verify", files[1], *options)
+    assert result.exit_code == 1
+    assert "is whole" not in result.output
+    assert "is member 2 of 2 of a striped store; name all 2 members" in result.output
+    shown = invoke("store", "verify", files[1], "--json", *options).stdout
+    facts = json.loads(shown[: shown.rindex("}") + 1])
+    assert (facts["is_store"], facts["read_all"]) == (False, False)
+    assert not told("store", "inspect", files[1])["is_store"]
+    assert told("store", "inspect", *files)["is_store"]
 
 
 @needs_root

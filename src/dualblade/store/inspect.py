@@ -45,7 +45,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What is at `path`. `problem` None: it is a store that would open."""
+    """What is at `path`. `problem` None: it is a store that would open, or a member of one."""
 
     path: str
     drive: Drive | None
@@ -64,7 +64,7 @@ class Report:
             "path": self.path,
             "kind": "file" if self.drive is None else "device",
             "drive": None if self.drive is None else asdict(self.drive),
-            "is_store": self.problem is None,
+            "is_store": store_problem([self]) is None,  # a member alone is none
             "problem": self.problem,
             "in_use_now": self.in_use_now,
             "superblocks": [copy.to_dict() for copy in self.copies],
@@ -89,15 +89,15 @@ def inspect_store(path: str) -> Report:
 
 
 def store_problem(reports: Sequence[Report]) -> str | None:
-    """Why the places looked at do not make up one store; None: they do, or one is a member."""
+    """Why the places looked at do not make up one store, and what to do; None: they do."""
     problem = next((report.problem for report in reports if report.problem is not None), None)
-    if problem is not None or len(reports) == 1:
+    if problem is not None:
         return problem
     found = [(report.path, report.superblock) for report in reports]
     try:
         check_members([(path, block) for path, block in found if block is not None])
     except NotAStore as refusal:
-        return refusal.message
+        return "; ".join(filter(None, (refusal.message, refusal.hint)))
     return None
 
 
