@@ -146,3 +146,39 @@ def test_wrong_bytes_are_noticed(options: IoBenchOptions, monkeypatch: pytest.Mo
 def test_wrong_options(options: IoBenchOptions, wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError):
         replace(options, **wrong)
+
+
+def test_ctrl_c_ends_the_engine_before_its_files_are_closed(
+    options: IoBenchOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transfers may be under way: their descriptors would be other files' by then."""
+    used: set[int] = set()
+    closed: list[str] = []
+    register, close = Engine.register_file, Engine.close
+
+    def noted(engine: Engine, fd: int) -> bool:
+        used.add(fd)
+        return register(engine, fd)
+
+    def ended(engine: Engine) -> None:
+        closed.append("files" if any(not _is_open(fd) for fd in used) else "engine")
+        close(engine)
+
+    monkeypatch.setattr(Engine, "register_file", noted)
+    monkeypatch.setattr(Engine, "close", ended)
+
+    def interrupt(_line: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_io_bench(options, interrupt)
+    assert used
+    assert closed == ["engine"]
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True

@@ -114,11 +114,12 @@ def run_io_bench(options: IoBenchOptions, progress: Progress = lambda _: None) -
     if options.compare_fio:
         find_fio()
     with (
+        _scratch_files(options) as fds,
+        Arena(_arena_bytes(options)) as arena,
+        # The engine ends first: after Ctrl-C transfers on all these may be under way.
         open_engine(
             options.io_engine, queue_depth=options.depth, chunk_bytes=options.chunk_bytes
         ) as engine,
-        _scratch_files(options) as fds,
-        Arena(_arena_bytes(options)) as arena,
     ):
         registered = engine.register_arena(arena)
         for fd in fds:
