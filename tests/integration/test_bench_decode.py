@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from dualblade.bench.child_process import ChildOutcome
 from dualblade.bench.decode import DecodeBenchOptions, run_decode_bench
 from dualblade.bench.series import Watch
 from dualblade.bench.workload import MODES, OFFLOADED
-from dualblade.errors import DualBladeError
+from dualblade.errors import ConfigError, DualBladeError
 from dualblade.host.cgroup import MemoryCgroup, _find_parent
 from dualblade.units import MIB
 
@@ -212,9 +213,12 @@ def test_an_error_of_a_run_is_told_and_stops_nothing() -> None:
 
 
 def test_when_no_run_gets_through_it_is_an_error() -> None:
-    options = DecodeBenchOptions(model="random:nonesuch", modes=("memory",))
-    with pytest.raises(DualBladeError, match=r"no run got through.*nonesuch"):
+    options = DecodeBenchOptions(**SHAPE, modes=("direct",), memory_budget="64KiB")
+    with pytest.raises(DualBladeError, match=r"no run got through: .*budget"):
         run_decode_bench(options)
+    unknown = replace(options, model="random:nonesuch")
+    with pytest.raises(ConfigError, match="unknown random model 'nonesuch'"):  # before a run
+        run_decode_bench(unknown)
 
 
 @needs_cgroup

@@ -12,17 +12,20 @@ from typing import Any
 import pytest
 import torch
 
-from dualblade.bench import child_run, decode, decode_child, decode_rows, workload
+from dualblade.bench import child_run, decode, decode_child, decode_rows, figures, workload
 from dualblade.bench.child_process import ChildOutcome
 from dualblade.bench.child_run import ChildOptions
-from dualblade.bench.decode import DecodeBenchOptions, run_decode_bench
+from dualblade.bench.decode import DecodeBenchOptions, plan_decode, run_decode_bench
 from dualblade.bench.decode_child import Steps
 from dualblade.bench.decode_rows import LayerShape, RandomRows, fill, kv_bytes, whole_layer
 from dualblade.bench.decode_run import DecodeWorkload, one_run
+from dualblade.bench.envelope import EnvelopeOptions, run_envelope
 from dualblade.bench.fio import FioYardstick
+from dualblade.bench.prefill import PrefillBenchOptions, run_prefill_bench
+from dualblade.bench.report import write_report
 from dualblade.bench.workload import LeftForCache, Limit, parse_limit, parse_mode, static_percent
 from dualblade.cli.bench_decode import _decode_row
-from dualblade.errors import ConfigError, NoSpace, StorageError, Unsupported
+from dualblade.errors import BudgetError, ConfigError, NoSpace, StorageError, Unsupported
 from dualblade.host.cgroup import MemoryLimit
 from dualblade.host.process import ProcessIO
 from dualblade.units import GIB, MIB
@@ -39,7 +42,8 @@ CPU = torch.device("cpu")
         ("25%", 0.25),
         ("110%", 1.1),
         ("1", 1.0),
-        ("4096", 4096),
+        ("1.1", 1.1),  # of results that were kept
+        ("4096B", 4096),
         ("2GiB", 2 * GIB),
         ("1.5G", 3 * GIB // 2),
         ("+2GiB", LeftForCache(2 * GIB)),
@@ -50,6 +54,19 @@ def test_a_limit_is_a_size_or_a_fraction(text: str, value: float | LeftForCache 
     parsed = parse_limit(text)
     assert parsed == value
     assert type(parsed) is type(value)
+
+
+@pytest.mark.parametrize("text", ["25", "4", "1.5", "4294967296"])
+def test_a_number_without_its_unit_is_refused(text: str) -> None:
+    """25 was 25 bytes, and 4 was four times the KV."""
+    for make in (
+        lambda: DecodeBenchOptions(model="random:llama", memory_limits=(text,)),
+        lambda: PrefillBenchOptions(model="random:llama", memory_limits=(text,)),
+        lambda: EnvelopeOptions(limits=(text,)),
+    ):
+        with pytest.raises(ConfigError, match=f"write {text}% for a part of the KV"):
+            make()
+    DecodeBenchOptions(model="random:llama", memory_limits=("1", "0.25", "150%", "4096B", "none"))
 
 
 @pytest.mark.parametrize("text", ["", "half", "-1", "25 %%", "2XiB", "+half"])
@@ -411,3 +428,57 @@ def test_a_folder_that_is_not_there_is_refused_before_a_run(tmp_path: Path) -> N
     options = DecodeBenchOptions(model="random:llama", modes=("direct",), store=tmp_path / "nvme")
     with pytest.raises(ConfigError, match="there is no"):
         run_decode_bench(options)
+
+
+def test_each_limit_has_a_trace_of_its_own(tmp_path: Path) -> None:
+    limits = ("none", "25%", "+1GiB")
+    options = DecodeBenchOptions(
+        model="random:llama",
+        modes=("dual", "memory"),
+        memory_limits=limits,
+        repeats=2,
+        trace=tmp_path / "t.json",
+    )
+    traced = [decode._traced(options, planned) for planned in plan_decode(options)]
+    files = [Path(each["trace"]).name for each in traced if each]
+    assert len(files) == len(set(files)) == 2 * len(limits)
+    assert {"t-dual-0.json", "t-dual-25%-0.json", "t-dual-+1GiB-1.json"} < set(files)
+
+
+@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize("bench", ["decode", "prefill", "envelope"])
+def test_a_model_that_cannot_fit_is_refused_before_the_first_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bench: str, *, limited: bool
+) -> None:
+    """The kernel killed child after child while it loaded."""
+
+    def no_child(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(workload, "run_child", no_child)
+    monkeypatch.setattr(workload, "require_cgroup", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    limits = ("25%",) if limited else ()
+    shape: dict[str, Any] = {
+        "model": "random:llama-3-8b?layers=2,vocab=1000000000",
+        "store": tmp_path,
+    }
+    with pytest.raises(BudgetError, match="of memory before any KV"):
+        if bench == "decode":
+            run_decode_bench(DecodeBenchOptions(memory_limits=limits, **shape))
+        elif bench == "prefill":
+            run_prefill_bench(PrefillBenchOptions(memory_limits=limits, **shape))
+        else:
+            run_envelope(EnvelopeOptions(**shape), tmp_path / "log.jsonl")
+
+
+def test_where_a_figure_or_page_cannot_be_is_told_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no folder"):
+        figures.require_figures(tmp_path / "no" / "x.svg")
+    folder = tmp_path / "folder.svg"
+    folder.mkdir()
+    with pytest.raises(ConfigError, match="cannot write"):
+        figures.require_figures(folder)
+    figures.require_figures(tmp_path / "x.svg")
+    with pytest.raises(ConfigError, match="there is no folder"):  # before it looks for results
+        write_report(tmp_path / "none", tmp_path / "no" / "r.html")

@@ -37,6 +37,7 @@ from dualblade.bench.workload import (
     is_stored,
     parse_limit,
     require_cgroup,
+    require_memory,
     store_left_as_found,
     store_place,
     tokens_agree,
@@ -55,7 +56,8 @@ class DecodeBenchOptions(DecodeWorkload):
 
     memory_limits   sizes (`2GiB`), fractions of the KV (`0.25`, `25%`), `none`; empty: none.
     memory_budget   for the caches of runs without a limit.
-    trace           FILE.json: stored runs are traced to FILE-MODE-REPEAT.json (the last limit's).
+    trace           FILE.json: stored runs are traced to FILE-MODE-LIMIT-REPEAT.json; without a
+                    limit there is no LIMIT.
     ablation        a name for each mode: they are steps from a baseline to the whole.
     """
 
@@ -136,6 +138,7 @@ def run_decode_bench(options: DecodeBenchOptions, watch: Watch | None = None) ->
 def _run_rest(options: DecodeBenchOptions, plan: Plan[Planned], log: RunLog, watch: Watch) -> None:
     """Run what the log lacks."""
     log.require_same_machine(machine_facts(store_place(options.store)))
+    require_memory(options)
     calibration = log.facts["calibration"]
     if calibration is not None:
         require_cgroup()
@@ -144,9 +147,7 @@ def _run_rest(options: DecodeBenchOptions, plan: Plan[Planned], log: RunLog, wat
         def run(planned: Planned) -> Run:
             beside = fio.measure(planned.mode)
             limit = calibrated_limit(planned.limit or "none", options.memory_budget, calibration)
-            done = one_run(
-                options, planned.mode, limit, **_traced(options, planned.mode, planned.repeat)
-            )
+            done = one_run(options, planned.mode, limit, **_traced(options, planned))
             used = _utilisation(done, beside["fio_read_bytes_per_second"])
             return {**done, "repeat": planned.repeat, **beside, "ssd_utilisation": used}
 
@@ -179,11 +180,13 @@ def _result(options: DecodeBenchOptions, facts: dict[str, Any], runs: list[Run])
     }
 
 
-def _traced(options: DecodeBenchOptions, mode: str, repeat: int) -> dict[str, Any]:
+def _traced(options: DecodeBenchOptions, planned: Planned) -> dict[str, Any]:
     """What a traced run is given besides."""
-    if options.trace is None or not is_stored(mode):
+    if options.trace is None or not is_stored(planned.mode):
         return {}
-    file = options.trace.with_stem(f"{options.trace.stem}-{mode}-{repeat}")
+    limit = [] if planned.limit is None else [planned.limit]
+    words = [options.trace.stem, planned.mode, *limit, str(planned.repeat)]
+    file = options.trace.with_stem("-".join(words))
     return {"trace": str(file), "settings": {"trace_events": TRACE_EVENTS}}
 
 

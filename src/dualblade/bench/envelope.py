@@ -30,10 +30,12 @@ from dualblade.bench.workload import (
     Progress,
     at_least,
     calibrate,
+    check_limit,
     limit_bytes,
     parse_limit,
     quiet,
     require_cgroup,
+    require_memory,
     static_percent,
     store_left_as_found,
     store_place,
@@ -94,7 +96,7 @@ class EnvelopeOptions(DecodeWorkload):
         if len(set(self.limits)) < len(self.limits) or len(set(self.splits)) < len(self.splits):
             raise ConfigError("a limit or split stands there twice")
         for limit in self.limits:
-            if parse_limit(limit) is None:
+            if check_limit(limit) is None:
                 raise ConfigError("an envelope is measured under limits, not without one")
 
 
@@ -176,6 +178,7 @@ def _engine(options: EnvelopeOptions) -> dict[str, Any]:
 
 def _measure(options: EnvelopeOptions, log: RunLog, watch: Watch) -> None:
     log.require_same_machine(machine_facts(store_place(options.store)))
+    require_memory(options)
     require_cgroup()
     calibration = log.facts["calibration"]
     is_written = False

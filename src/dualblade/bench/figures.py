@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -406,11 +407,22 @@ def _figure(width: float = 7.2, height: float = 4.2) -> Iterator[tuple[Figure, A
 
 def require_figures(path: Path | None = None) -> None:
     """Before the work: can figures be drawn, and written to `path`? Raises: Unsupported,
-    ConfigError for a name that ends otherwise than .svg or .png."""
+    ConfigError for a name that ends otherwise than .svg or .png, or a place that takes no file."""
     if path is not None and path.suffix not in (".svg", ".png"):
         raise ConfigError(f"a figure is a .svg or .png file, not {path.name!r}")
+    if path is not None:
+        require_place(path)
     with _figure():
         pass
+
+
+def require_place(path: Path) -> None:
+    """Before the work: can a file be written at `path`? Raises: ConfigError."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"cannot write {path}: there is no folder {folder}")
+    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise ConfigError(f"cannot write {path}", hint="name a file in a folder of your own")
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -52,6 +52,7 @@ from dualblade.bench.workload import (
     parse_limit,
     parse_mode,
     require_cgroup,
+    require_memory,
     stolen_text,
     store_left_as_found,
     store_place,
@@ -170,6 +171,7 @@ def _run_rest(
 ) -> None:
     """Run what the log lacks."""
     log.require_same_machine(machine_facts(store_place(options.store)))
+    require_memory(options)
     calibration = log.facts["calibration"]
     if calibration is not None:
         require_cgroup()

@@ -79,6 +79,7 @@ def write_report(folder: Path, output: Path) -> Page:
     except ImportError as exc:
         raise Unsupported("a report needs jinja2", hint="pip install 'dualblade[report]'") from exc
     figures.require_figures()
+    figures.require_place(output)
     page = collect(folder)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

@@ -29,6 +29,7 @@ from dualblade.errors import ConfigError, DualBladeError, Unsupported
 from dualblade.host.cgroup import MemoryCgroup
 from dualblade.host.drives import find_drive
 from dualblade.host.machine import STOLEN_MAX
+from dualblade.host.memory import available_memory
 from dualblade.units import MIB, format_size, parse_size
 
 YARDSTICK = "dynamic-cache"
@@ -58,7 +59,7 @@ ALLOWANCE_BYTES = 16 * MIB
 """Of every limit, on top of what was calibrated: allocator arenas and kernel structures that
 differ from run to run (8 MiB here between runs of one model)."""
 
-FRACTION_MAX = 16.0
+_BARE_NUMBER = r"\d+(?:\.\d+)?"
 
 Progress = Callable[[str], None]
 
@@ -119,7 +120,7 @@ def check_modes(modes: Sequence[str], store: Path | None) -> None:
 def check_memory(limits: Sequence[str], budget: str) -> None:
     """Raises: ConfigError for what is no limit, or no budget."""
     for limit in limits:
-        parse_limit(limit)
+        check_limit(limit)
     if budget != "auto":
         parse_size(budget)
 
@@ -206,17 +207,14 @@ Wanted = float | int | LeftForCache
 
 def parse_limit(text: str) -> Wanted | None:
     """A fraction of the KV as a float, a size in bytes as an int, `+SIZE` as what is left for the
-    cache, None for `none`.
-
-    A number without a unit is a fraction up to 16, bytes above. Raises: ConfigError.
+    cache, None for `none`. A number without a unit is a fraction. Raises: ConfigError.
     """
     if text == "none":
         return None
     percent = re.fullmatch(r"(\d+(?:\.\d+)?)%", text)
     if percent:
         return float(percent[1]) / 100
-    number = re.fullmatch(r"\d+(?:\.\d+)?", text)
-    if number and float(text) <= FRACTION_MAX:
+    if re.fullmatch(_BARE_NUMBER, text):
         return float(text)
     try:
         size = parse_size(text.removeprefix("+"))
@@ -226,6 +224,18 @@ def parse_limit(text: str) -> Wanted | None:
             hint="write 2GiB, +2GiB for what is left for the cache, or 0.25 for a part of the KV",
         ) from exc
     return LeftForCache(size) if text.startswith("+") else size
+
+
+def check_limit(text: str) -> Wanted | None:
+    """`parse_limit` of what is asked for now. Results that were kept may have `1.1`; but 25 is a
+    forgotten percent sign, or a forgotten unit. Raises: ConfigError."""
+    wanted = parse_limit(text)
+    if re.fullmatch(_BARE_NUMBER, text) and float(text) > 1:
+        raise ConfigError(
+            f"not a memory limit: {text!r} has no unit",
+            hint=f"write {text}% for a part of the KV, or a size such as {text}GiB",
+        )
+    return wanted
 
 
 def limit_bytes(wanted: Wanted, calibration: Mapping[str, Any]) -> int:
@@ -285,6 +295,24 @@ def store_place(store: Path | None) -> Path:
     return store.absolute().parent
 
 
+def require_memory(workload: Workload) -> None:
+    """Before a child loads it: does the model fit the memory there is? Raises: BudgetError.
+
+    With a GPU the weights are not in host memory; of quantised ones nobody knows before.
+    """
+    import torch  # here: costs seconds to import
+
+    from dualblade.hf.footprint import footprint
+    from dualblade.hf.models import config_of, is_packed
+
+    config = config_of(workload.model)
+    if torch.cuda.is_available() or getattr(config, "quantization_config", None) is not None:
+        return
+    dtype = getattr(torch, workload.dtype)
+    needed = footprint(config, dtype, rows=1, staging_bytes=0, is_packed=is_packed(workload.model))
+    needed.require(workload.model, available_memory())
+
+
 def calibrate(workload: Workload, progress: Progress, *, step_tokens: int = 1) -> dict[str, Any]:
     """What the process needs besides its cache. Raises: DualBladeError when that fails, Unsupported
     where there are no cgroups.
@@ -295,6 +323,7 @@ def calibrate(workload: Workload, progress: Progress, *, step_tokens: int = 1) -
     page cache and charged to no later run, so that all of them start alike.
     """
     require_cgroup()
+    require_memory(workload)
     progress("calibrating: memory of the model and one step")
     for task in ("warm", "calibrate"):
         with contextlib.ExitStack() as stack:

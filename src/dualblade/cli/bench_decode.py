@@ -58,7 +58,7 @@ def bench_decode(
 
     Each run is a process of its own. The KV is filled with seeded random rows instead of a long
     prefill. With a limit (as root) each run is in a memory cgroup; a run that is killed there is
-    reported, not an error.
+    reported, not an error. With --trace each run has a file of its own, FILE-MODE-LIMIT-REPEAT.
 
     \b
     Examples:
