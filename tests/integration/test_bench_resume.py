@@ -62,13 +62,17 @@ def test_runs_that_ended_with_an_error_are_taken_again_in_their_places(
     children(failing=("direct",))
     before = run_decode_bench(OPTIONS, watch)
     assert [run["error"] for run in before["runs"]] == [FULL, None, None, FULL]
+    assert "retaken_after_error" not in before
     again = children()
     result = run_decode_bench(OPTIONS, watch)
     assert again == ["direct", "direct"]
     places = [(run["repeat"], run["mode"], run["error"]) for run in result["runs"]]
     assert places == [(n, mode, None) for n in (0, 1) for mode in in_turn(OPTIONS.modes, n)]
+    assert result["retaken_after_error"] == {"direct": 2}
     nothing = children()
-    assert run_decode_bench(OPTIONS, watch)["summary"] == result["summary"]
+    last = run_decode_bench(OPTIONS, watch)
+    assert last["summary"] == result["summary"]
+    assert last["retaken_after_error"] == {"direct": 2}, "that they failed stays told"
     assert nothing == []
 
 
@@ -140,11 +144,12 @@ def test_the_log_keeps_what_failed(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     with RunLog(log, {}, dict) as first:
         for error in (None, FULL):
-            first.append({"error": error})
+            first.append({"error": error, "mode": "dual"})
         assert len(first.runs) == 2, "done for this time"
     with RunLog(log, {}, dict) as second:
-        assert second.runs == [{"error": None}]
-    assert json.loads(log.read_text().splitlines()[-1]) == {"error": FULL}
+        assert second.runs == [{"error": None, "mode": "dual"}]
+        assert second.retaken() == {"retaken_after_error": {"dual": 1}}
+    assert json.loads(log.read_text().splitlines()[-1]) == {"error": FULL, "mode": "dual"}
 
 
 def test_a_log_of_other_code_or_another_machine_gets_no_more_runs(

@@ -132,7 +132,7 @@ def run_decode_bench(options: DecodeBenchOptions, watch: Watch | None = None) ->
     ):
         if plan.next_run(log.runs) is not None:
             _run_rest(options, plan, log, watch)
-        return _result(options, log.facts, plan.in_order(log.runs))
+        return {**_result(options, log.facts, plan.in_order(log.runs)), **log.retaken()}
 
 
 def _run_rest(options: DecodeBenchOptions, plan: Plan[Planned], log: RunLog, watch: Watch) -> None:

@@ -128,7 +128,7 @@ def run_envelope(
                     log,
                     Watch(progress=progress, log_path=log_path),
                 )
-        return _result(options, log)
+        return {**_result(options, log), **log.retaken()}
 
 
 def next_run(options: EnvelopeOptions, runs: Sequence[dict[str, Any]]) -> Planned | None:

@@ -163,7 +163,7 @@ def run_prefill_bench(options: PrefillBenchOptions, watch: Watch | None = None) 
     ):
         if plan.next_run(log.runs) is not None:
             _run_rest(options, plan, log, stores, watch)
-        return _result(options, log.facts, plan.in_order(log.runs))
+        return {**_result(options, log.facts, plan.in_order(log.runs)), **log.retaken()}
 
 
 def _run_rest(

@@ -3,8 +3,8 @@
 The first line says what was asked for and what was found out before the first run; every other
 line is a run, or what was asked for when more was asked for. A line is on the drive before the next
 run begins. One process writes at a time. Runs that ended with an error stay in the file, but when
-it is opened again they are not among its runs: they are taken anew. One that its limit killed is
-done.
+it is opened again they are not among its runs: they are taken anew, and counted. One that its
+limit killed is done.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class RunLog:
         self._path = path
         self._may_grow = may_grow
         self.runs: list[dict[str, Any]] = []
+        self._failed: Counter[str] = Counter()
         self._is_locked = False
         self._grown: dict[str, Any] | None = None  # the head that goes before the first run more
         try:
@@ -52,7 +54,10 @@ class RunLog:
             if lines:
                 heads = [line for line in lines if _is_head(line)]
                 self.facts = heads[0]["facts"]
-                self.runs = [each for each in lines if not _is_head(each) and _got_through(each)]
+                runs = [each for each in lines if not _is_head(each)]
+                self.runs = [each for each in runs if _got_through(each)]
+                failed = (each for each in runs if not _got_through(each))
+                self._failed.update(str(each.get("mode")) for each in failed)
                 if self._check(heads[-1]["options"], _plain(options)):
                     self._grown = {"options": _plain(options), "facts": self.facts}
             else:
@@ -81,6 +86,11 @@ class RunLog:
                 f"{self._path} was begun with {'; '.join(differ)}",
                 hint="go on there, or name another --output (or remove the file) to start anew",
             )
+
+    def retaken(self) -> dict[str, Any]:
+        """For the result: `retaken_after_error`, of each mode how many runs failed and were taken
+        again when the log was opened anew; nothing where none was."""
+        return {"retaken_after_error": dict(self._failed)} if self._failed else {}
 
     def append(self, run: Mapping[str, Any]) -> None:
         """Keep one finished run."""
