@@ -15,6 +15,7 @@ def test_every_way_is_timed_in_every_shape(monkeypatch: pytest.MonkeyPatch) -> N
         shapes=[AttentionShape.parse("2,4,2,192,64")], query_tokens=20, repeats=1
     )
     result = run_attention_bench(options, lambda _: None)
+    assert result["benchmark"] == "attention"
     assert [run["dtype"] for run in result["runs"]] == ["bfloat16", "float32"]
     for run in result["runs"]:
         assert run["kv_bytes"] == 2 * 2 * 2 * 192 * 64 * (2 if run["dtype"] == "bfloat16" else 4)

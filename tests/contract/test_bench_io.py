@@ -34,7 +34,7 @@ def test_prints_what_it_promises(options: IoBenchOptions, engine: str) -> None:
     options = replace(options, io_engine=engine)
     for _ in range(2):  # the second time the file is there
         result = json.loads(json.dumps(run_io_bench(options, lines.append)))
-        assert result["engine"] == engine
+        assert (result["benchmark"], result["engine"]) == ("io", engine)
         for key in ("read_bytes_per_second", "write_bytes_per_second"):
             assert result[key] > 0
         assert result["cpu_seconds_per_gib_read"] >= 0

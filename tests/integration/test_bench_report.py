@@ -328,6 +328,8 @@ def test_what_cannot_be_reported_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot write"):
         write_report(tmp_path, tmp_path / "nowhere" / "page.html")
     assert kind_of({"benchmark": "decode", "summary": [1, 2]}) == "decode"
+    for word in ("benchmark", "bench"):  # the older one
+        assert kind_of({word: "attention", "runs": []}) == "attention"
     assert kind_of(None) is None
 
 

@@ -107,7 +107,7 @@ def run_attention_bench(options: AttentionBenchOptions, tell: Progress) -> dict[
                 tell(f"{shape.words} {dtype}")
                 runs.append(_run(shape, dtype, options))
     return {
-        "bench": "attention",
+        "benchmark": "attention",
         "command": command_line(),
         "machine": machine_facts(),
         "kernel": kernel_name(),

@@ -136,6 +136,7 @@ def run_io_bench(options: IoBenchOptions, progress: Progress = lambda _: None) -
             writes.append(sweep.run(Op.WRITE))
             progress(f"write {index + 1}: {format_size(writes[-1].bytes_per_second)}/s")
         result = {
+            "benchmark": "io",
             "command": command_line(),
             "engine": engine.name,
             "engine_reason": engine.reason,

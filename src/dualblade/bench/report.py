@@ -152,16 +152,16 @@ def kind_of(result: Any) -> str | None:
         "flexllmgen": {"flexllmgen_commit", "rounds", "machine"},
         "envelope": {"benchmark", "calibration", "target"},
         "io": {"read_bytes_per_second", "effective_queue_depth", "machine"},
-        "attention": {"bench", "kernel", "threads", "machine"},
         "demo": {"kv_to_budget", "answer", "machine"},
         "generate": {"prefill_seconds", "decode_seconds_per_token", "tokens_per_sweep", "cache"},
     }
     kind = next((kind for kind, mark in marks.items() if mark <= set(result)), None)
-    if result.get("benchmark") == "decode":
+    benchmark = result.get("benchmark", result.get("bench"))  # as attention said it at first
+    if benchmark == "decode":
         kind = "growth" if is_growth(result) else "decode"
         if (result.get("options") or {}).get("ablation"):
             kind = "ablation"
-    return "prefill" if result.get("benchmark") == "prefill" else kind
+    return benchmark if benchmark in ("prefill", "attention") else kind
 
 
 def _section_key(kind: str, name: str, result: dict[str, Any]) -> Any:
