@@ -185,9 +185,10 @@ def test_changes_that_are_not_committed_stop_nothing(
 ) -> None:
     watch = Watch(log_path=tmp_path / "log.jsonl")
     children()
-    here = run_decode_bench(OPTIONS, watch)["machine"]
-    git = {**(here["git"] or {"commit": None}), "dirty": True}
-    now = {**here, "git": git, "date": "tomorrow", "memory_available_bytes": 1}
+    here = {**machine_facts(), "git": {"commit": "a" * 40, "dirty": True}}
+    monkeypatch.setattr(decode, "machine_facts", lambda *_: here)
+    run_decode_bench(OPTIONS, watch)
+    now = {**here, "date": "tomorrow", "memory_available_bytes": 1}
     monkeypatch.setattr(decode, "machine_facts", lambda *_: now)
     assert len(run_decode_bench(replace(OPTIONS, repeats=3), watch)["runs"]) == 6
 
