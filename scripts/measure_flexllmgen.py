@@ -61,7 +61,7 @@ WARMUP_STEPS = 3  # as ours
 def flexllmgen(
     options: argparse.Namespace, *, steps: int, limit_bytes: int | None
 ) -> dict[str, float | None]:
-    """One run of a prompt and `steps` decode steps after its first token; with --storage-only two
+    """One run of a prompt and `steps` decode steps after its first token; with --storage-only three
     more before those."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(
