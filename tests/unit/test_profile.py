@@ -159,7 +159,7 @@ def test_caches_measure_only_when_the_plan_has_something_to_gain(
         {"path": "direct"},
         {"path": "page-cache"},
         {"max_tokens": 512},
-        {"memory_budget": 6 * MIB},
+        {"memory_budget": 7 * MIB},
         {"config": EngineConfig(cache_percent=50)},
     ]
     for options in quiet:

@@ -35,6 +35,7 @@ from dualblade.hf.geometry import (
 )
 from dualblade.hf.layer import MemoryLayer, StoredLayer
 from dualblade.hf.linear import rows_in_turn
+from dualblade.hf.plan import PlanRequest, gathers_on_host
 from dualblade.hf.refusals import (
     check_budget,
     check_kinds,
@@ -162,7 +163,7 @@ class DualBladeCache(WholeSteps):
             pipeline = memory if choice.over_tiles else None
             return cls(layers, path=way, attention=choice, model=model, pipeline=pipeline)
         budget, source = _budget(memory_budget, settings)
-        check_budget(model, budget, settings)
+        check_budget(model.config, _one_token(model, way, choice, budget, settings), max_tokens)
         kv = KVSettings(
             path=way,
             budget_bytes=budget,
@@ -328,6 +329,25 @@ def _budget(asked: str | int, config: EngineConfig) -> tuple[int, MemorySource]:
     # Who states a budget has thought of the others: no reserve unless one is stated too.
     probe = MemoryProbe(reserve_bytes=reserve or 0)
     return stated, MemorySource(asked_bytes=stated, read=probe.read)
+
+
+def _one_token(
+    model: PreTrainedModel, path: Path, choice: AttentionChoice, budget: int, config: EngineConfig
+) -> PlanRequest:
+    """The least that is to be planned for."""
+    is_on_cpu = model.device.type == "cpu"
+    return PlanRequest(
+        tokens=1,
+        batch=1,
+        item_bytes=item_bytes(model.dtype),
+        budget_bytes=budget,
+        path=path,
+        engine=config,
+        gather_on_host=gathers_on_host(model.device.type),
+        over_tiles=choice.over_tiles,
+        weights_bytes=weights_per_token(model) if is_on_cpu else 0,
+        rows_in_turn=rows_in_turn(model.dtype),
+    )
 
 
 def _open_pipeline(

@@ -10,7 +10,7 @@ import torch
 from transformers import PretrainedConfig
 
 from dualblade.config import EngineConfig, Path
-from dualblade.errors import ConfigError
+from dualblade.errors import BudgetError, ConfigError
 from dualblade.geometry import Part, TileGeometry, UnitId, choose_tile_rows
 from dualblade.hf.geometry import LayerShape, are_alike, layer_shapes
 from dualblade.host.profile import ComputeSpeeds
@@ -31,7 +31,10 @@ from dualblade.residency import (
     plan_fixed,
     predict,
 )
-from dualblade.units import round_up
+from dualblade.units import MIB, format_size, round_up
+
+_TRIES_MAX = 64
+"""Of a larger budget staging and tails take less than half, so each try halves what is missing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,13 +121,53 @@ def plan_cache(config: PretrainedConfig, request: PlanRequest) -> CachePlan:
         ]
         return _plan([*whole, *kept], None, [], token_bytes, request)
     rows = _tile_rows(stored, request)
-    turns = min(request.batch, request.rows_in_turn) if request.path is Path.DIRECT else 1
     division = _division(stored, rows, request)
-    shares = _shares(division, request, request.weights_bytes // len(shapes) * turns)
-    shares.require()
+    shares = _shares(division, request, _layer_weights(request, len(shapes)))
+    if shares.fixed_bytes > request.budget_bytes:
+        raise too_small(config, request, shares)
     placed = _residency(stored, division, shares, request)
     made = _plan([*map(describe, placed.placements), *kept], shares, rows, token_bytes, request)
     return replace(made, step=_step(placed, shares, made.kv_bytes, len(shapes), request))
+
+
+def budget_shares(config: PretrainedConfig, request: PlanRequest) -> BudgetShares | None:
+    """How the budget is divided, enough or not; None: nothing is stored. Raises: Unsupported."""
+    shapes = layer_shapes(config)
+    stored = [shape for shape in shapes if shape.offloaded]
+    if request.path is Path.MEMORY or not stored:
+        return None
+    division = _division(stored, _tile_rows(stored, request), request)
+    return _shares(division, request, _layer_weights(request, len(shapes)))
+
+
+def too_small(config: PretrainedConfig, request: PlanRequest, shares: BudgetShares) -> BudgetError:
+    """That `shares` pass a budget, with the least, in whole MiB, that `request` fits in."""
+    needed = shares.budget_bytes
+    for _ in range(_TRIES_MAX):
+        told = budget_shares(config, replace(request, budget_bytes=needed))
+        if told is None or told.fixed_bytes <= needed:
+            break
+        needed = round_up(max(told.fixed_bytes, needed + 1), MIB)
+    each = f"{request.batch} x {request.tokens}" if request.batch > 1 else f"{request.tokens}"
+    return BudgetError(
+        f"the memory budget of {format_size(shares.budget_bytes)} is too small: staging "
+        f"{format_size(shares.staging_bytes)}, {buffer_name(request)} "
+        f"{format_size(shares.gather_bytes)}, tails and tables "
+        f"{format_size(shares.tail_bytes + shares.table_bytes)}",
+        needed_bytes=needed,
+        hint=f"give it at least {needed // MIB} MiB, which do for {each} tokens",
+    )
+
+
+def buffer_name(request: PlanRequest) -> str:
+    """What attention puts together: a layer, or over tiles a group of them."""
+    return "group buffer" if request.over_tiles else "gather buffer"
+
+
+def _layer_weights(request: PlanRequest, layer_count: int) -> int:
+    """What is multiplied between two layers' attention."""
+    turns = min(request.batch, request.rows_in_turn) if request.path is Path.DIRECT else 1
+    return request.weights_bytes // layer_count * turns
 
 
 def _plan(

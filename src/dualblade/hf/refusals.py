@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from dualblade.config import EngineConfig, check_attention
-from dualblade.errors import BudgetError, ConfigError, Unsupported
-from dualblade.hf.footprint import staging_and_tails
-from dualblade.hf.geometry import item_bytes
-from dualblade.units import format_size
+from dualblade.errors import ConfigError, Unsupported
+from dualblade.hf.plan import PlanRequest, budget_shares, too_small
 
 log = logging.getLogger("dualblade.hf")
 
@@ -109,15 +108,15 @@ def warn_of_boundary(model: PreTrainedModel, max_tokens: int | None) -> None:
         )
 
 
-def check_budget(model: PreTrainedModel, budget: int, config: EngineConfig) -> None:
-    """Refuse at once a budget that not even one sequence's staging and tails fit in. Raises:
-    BudgetError, with the bytes needed."""
-    staging, tails = staging_and_tails(model.config, item_bytes(model.dtype), budget, config)
-    needed = staging + tails
-    if needed > budget:
-        raise BudgetError(
-            f"the memory budget of {format_size(budget)} is too small: staging alone needs "
-            f"{format_size(staging)}",
-            needed_bytes=needed,
-            hint=f"give it at least {format_size(needed)}, and more for longer contexts",
-        )
+_TOKENS_ADVISED = 2048
+"""Where nobody says how many there will be: a prompt's chunk, with which buffers of attention over
+tiles are as large as they get."""
+
+
+def check_budget(config: PretrainedConfig, request: PlanRequest, tokens_max: int | None) -> None:
+    """Refuse at once a budget that the tokens of `request`, which are certain, do not fit in.
+    Raises: BudgetError, with the bytes that `tokens_max` (None: not known) would do with."""
+    shares = budget_shares(config, request)
+    if shares is not None and shares.fixed_bytes > request.budget_bytes:
+        tokens = max(request.tokens, tokens_max or _TOKENS_ADVISED)
+        raise too_small(config, replace(request, tokens=tokens), shares)
