@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 import dualblade
-from dualblade.cli.generation import Generation, Sampling, check_length, generate_text
+from dualblade.cli.generation import Generation, Sampling, check_candidates, generate_text
 from dualblade.errors import Unsupported
 from dualblade.hf.models import LoadedModel
 from dualblade.hf.random_models import ByteTokenizer
@@ -133,8 +133,9 @@ def test_prompt_lookup_of_a_model_with_a_state_is_refused_before_its_prompt() ->
     on = loaded()
     on.model._is_stateful = True
     with pytest.raises(Unsupported, match="cannot take tokens back"):
-        check_length(on, 10, 5, candidates=4)
-    assert check_length(on, 10, 5) == 5
+        check_candidates(on.name, on.model)
+    on.model._is_stateful = False
+    check_candidates(on.name, on.model)
 
 
 @pytest.mark.parametrize("attention", ["exact", "tiles"])

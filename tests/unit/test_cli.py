@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from dualblade import DualBladeCache, EngineConfig
 from dualblade.cli import generation, output
 from dualblade.cli.app import app
 from dualblade.cli.demo_run import QUESTION, demo_prompt
-from dualblade.cli.generate import _check_memory
 from dualblade.cli.generation import Generation, PrefillProgress, TokenStream, check_length
 from dualblade.config import Path as KVPath
 from dualblade.errors import BudgetError, ConfigError
@@ -128,21 +126,6 @@ def test_a_plan_leaves_room_for_the_weights(monkeypatch: pytest.MonkeyPatch) -> 
     assert refused.exit_code == 1
     assert "the weights alone take" in refused.stderr
     assert "--memory-budget" in refused.stderr
-
-
-def test_quantised_weights_are_not_counted_as_if_they_were_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    config = config_of("random:llama-3-8b")
-    config.quantization_config = {"quant_method": "bitsandbytes"}
-    monkeypatch.setattr("dualblade.hf.models.config_of", lambda _: config)
-
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("its weights were counted")
-
-    monkeypatch.setattr("dualblade.hf.footprint.footprint", refuse)
-    request = SimpleNamespace(device="cpu", model="./quantised", dtype="auto")
-    _check_memory(request)  # type: ignore[arg-type]
 
 
 def test_version() -> None:

@@ -15,6 +15,7 @@ from dualblade.errors import ConfigError
 from dualblade.units import parse_size
 
 if TYPE_CHECKING:
+    from dualblade.cli.before_loading import Prepared
     from dualblade.cli.generation import Generation
     from dualblade.config import EngineConfig
     from dualblade.hf.cache import DualBladeCache
@@ -25,7 +26,7 @@ _PREFILL_CHUNK_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Request:
+class Request:
     """The command line, checked as far as it can be without a model."""
 
     model: str
@@ -136,7 +137,7 @@ def generate(
       dualblade generate --model random:llama-3.2-1b -p hello --max-new-tokens 8 --path direct
     """
     _run(
-        _Request(
+        Request(
             model=model,
             prompt=_prompt_text(prompt, prompt_file),
             system=None if system is None else _utf8("system text", system),
@@ -197,7 +198,7 @@ def _utf8(what: str, text: str) -> str:
     return text
 
 
-def _run(request: _Request) -> None:
+def _run(request: Request) -> None:
     from dualblade.cli.output import Reporter, write_json
 
     for name in options.without_effect(request.path, request.store, request.engine):
@@ -205,20 +206,21 @@ def _run(request: _Request) -> None:
     with Reporter() as reporter:
         began = time.perf_counter()
         reporter.tell(f"loading {request.model}")
+        from dualblade.cli.before_loading import prepare
         from dualblade.hf.models import load_model, parse_dtype
 
-        _check_memory(request)
+        prepared = prepare(request, reporter.tell)
         loaded = load_model(
             request.model,
             dtype=parse_dtype(request.dtype),
             device=request.device,
             seed=request.seed,
+            text=prepared.text,
             tell=reporter.tell,
         )
         load_seconds = time.perf_counter() - began
-        prompt = loaded.encode(request.prompt, system=request.system, chat=request.chat)
-        generation, at_first, cache_stats = _generate(request, loaded, prompt, reporter)
-    result = _result(request, loaded, prompt, load_seconds, generation, cache_stats)
+        generation, at_first, cache_stats = _generate(request, loaded, prepared, reporter)
+    result = _result(request, loaded, prepared, load_seconds, generation, cache_stats)
     result["read_bytes_per_token"] = _read_per_token(generation, at_first, cache_stats)
     if request.json:
         write_json(result)
@@ -228,52 +230,16 @@ def _run(request: _Request) -> None:
         show_stats(result)
 
 
-def _check_memory(request: _Request) -> None:
-    """Refuse a model that cannot fit before its weights are read. Raises: BudgetError.
-
-    With a GPU of its own memory, host memory is not what the weights need; what quantised ones
-    take is not known from the configuration.
-    """
-    import torch
-
-    from dualblade.hf.footprint import footprint, staging_and_tails
-    from dualblade.hf.models import (
-        config_of,
-        default_dtype,
-        is_packed,
-        parse_dtype,
-        told_shortly,
-    )
-    from dualblade.host.memory import available_memory
-
-    if (request.device or ("cuda" if torch.cuda.is_available() else "cpu")) != "cpu":
-        return
-    config = config_of(request.model)
-    if getattr(config, "quantization_config", None) is not None:
-        return
-    dtype = parse_dtype(request.dtype) or default_dtype(config, "cpu")
-    budget = 0 if request.memory_budget == "auto" else int(request.memory_budget)
-    staging, _ = staging_and_tails(config, dtype.itemsize, budget, request.engine)
-    with told_shortly(request.model):
-        needed = footprint(
-            config,
-            dtype,
-            # A token has a byte at least.
-            rows=min(request.prefill_chunk_tokens, len(request.prompt.encode())),
-            staging_bytes=0 if request.path == "memory" else staging,
-            is_packed=is_packed(request.model),
-        )
-    needed.require(request.model, available_memory())
-
-
 def _generate(
-    request: _Request, loaded: LoadedModel, prompt: list[int], reporter: Any
+    request: Request, loaded: LoadedModel, prepared: Prepared, reporter: Any
 ) -> tuple[Generation, dict[str, Any], dict[str, Any]]:
     """The text, and what the cache says at its first token and at its end."""
-    from dualblade.cli.generation import Sampling, check_length, generate_text
+    from dualblade.cli.generation import Sampling, check_candidates, generate_text
     from dualblade.hf.cache import DualBladeCache
 
-    new_tokens = check_length(loaded, len(prompt), request.max_new_tokens, request.prompt_lookup)
+    if request.prompt_lookup:
+        check_candidates(loaded.name, loaded.model)
+    prompt, new_tokens = prepared.prompt, prepared.new_tokens
     with DualBladeCache.for_model(
         loaded.model,
         store=request.store,
@@ -347,9 +313,9 @@ def _no_text(_text: str) -> None:
 
 
 def _result(
-    request: _Request,
+    request: Request,
     loaded: LoadedModel,
-    prompt: list[int],
+    prepared: Prepared,
     load_seconds: float,
     generation: Generation,
     cache_stats: dict[str, Any],
@@ -362,7 +328,7 @@ def _result(
         "source": loaded.source,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": str(loaded.model.device),
-        "prompt_tokens": len(prompt),
+        "prompt_tokens": len(prepared.prompt),
         "new_tokens": len(generation.tokens),
         "text": loaded.decode(generation.tokens),
         "tokens_sha256": generation.sha256(),

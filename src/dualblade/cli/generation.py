@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dualblade.errors import ConfigError, Unsupported
-from dualblade.hf.models import LoadedModel
+from dualblade.hf.models import LoadedModel, ModelText
 
 NEW_TOKENS_DEFAULT = 256
 
@@ -156,37 +156,39 @@ class PrefillProgress:
         self._tell(min(1.0, self._done / self._total))
 
 
+def check_candidates(name: str, model: Any) -> None:
+    """Raises: Unsupported for prompt lookup of a `model` that cannot take tokens back."""
+    if getattr(model, "_is_stateful", False):
+        raise Unsupported(
+            f"{name} has layers that cannot take tokens back, which prompt lookup does",
+            hint="leave out --prompt-lookup",
+        )
+
+
 def check_length(
-    loaded: LoadedModel, prompt_tokens: int, wanted: int | None, candidates: int = 0
+    text: ModelText, prompt_tokens: int, wanted: int | None, candidates: int = 0
 ) -> int:
     """New tokens that there is room for: `wanted`, or 256 and what the positions leave. The model
     computes up to `candidates` tokens past them.
 
-    Raises: ConfigError when the prompt, or prompt and wanted tokens, pass the model's positions;
-            Unsupported for candidates of a model that cannot take them back.
+    Raises: ConfigError when the prompt, or prompt and wanted tokens, pass the model's positions.
     """
-    if candidates and getattr(loaded.model, "_is_stateful", False):
-        raise Unsupported(
-            f"{loaded.name} has layers that cannot take tokens back, which prompt lookup does",
-            hint="leave out --prompt-lookup",
-        )
     if prompt_tokens == 0:
         raise ConfigError("the prompt is empty", hint="give one with --prompt or --prompt-file")
-    positions = loaded.positions_max
+    positions = text.positions_max
     if positions is None:
         return wanted or NEW_TOKENS_DEFAULT
     room = positions - candidates - prompt_tokens
     beside = f", beside {candidates} of prompt lookup" if candidates else ""
     if room < 1:
         raise ConfigError(
-            f"the prompt has {prompt_tokens} tokens{beside}; {loaded.name} has {positions} "
-            "positions",
+            f"the prompt has {prompt_tokens} tokens{beside}; {text.name} has {positions} positions",
             hint="shorten the prompt, or use a model with a longer context",
         )
     if wanted is not None and wanted > room:
         raise ConfigError(
             f"prompt and new tokens ({prompt_tokens} + {wanted}{beside}) pass the {positions} "
-            f"positions of {loaded.name}",
+            f"positions of {text.name}",
             hint=f"use --max-new-tokens {room} or less",
         )
     return min(wanted or NEW_TOKENS_DEFAULT, room)

@@ -171,6 +171,9 @@ def _into_a_folder(file: Path | None) -> Path | None:
     """Refused now, not when all is done. Raises: BadParameter."""
     if file is not None and not os.access(file.absolute().parent, os.W_OK):
         raise typer.BadParameter(f"no file can be made in {file.absolute().parent}")
+    if file is not None and file.exists() and (file.is_dir() or not os.access(file, os.W_OK)):
+        what = "is a folder" if file.is_dir() else "cannot be written"
+        raise typer.BadParameter(f"{file} {what}: name a file, such as trace.json")
     return file
 
 

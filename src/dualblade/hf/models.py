@@ -49,17 +49,14 @@ def _quiet(_line: str) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedModel:
-    """A model ready to generate, and its way between text and tokens.
+class ModelText:
+    """A model's way between text and tokens; its weights need not be there.
 
-    `source` says where it came from; `chat` whether it has a chat template; `positions_max` is
-    None for models without a bound.
+    `chat` says whether it has a chat template; `positions_max` is None for models without a bound.
     """
 
-    model: PreTrainedModel
     tokenizer: Any
     name: str
-    source: str
     chat: bool
     positions_max: int | None
 
@@ -95,6 +92,14 @@ class LoadedModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel(ModelText):
+    """A model ready to generate. `source` says where it came from."""
+
+    model: PreTrainedModel
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Source:
     """Where `from_pretrained` finds a model: `place` is a folder or a hub id."""
 
@@ -121,6 +126,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
+    text: ModelText | None = None,
     tell: Callable[[str], None] = _quiet,
 ) -> LoadedModel:
     """The model that `spec` names (see the module's text), in evaluation mode.
@@ -129,17 +135,17 @@ def load_model(
             at a tenth of its speed); bfloat16 for `random:`.
     device  None: a GPU if there is one.
     seed    of the weights, for `random:`.
+    text    of `text_of`, where that was asked before: the tokenizer is not read again.
     tell    hears what takes long.
 
     Raises: ConfigError (no such model), Unsupported (cannot be fetched, or does not generate).
     """
-    target = _device(device)
+    target = parse_device(device)
+    text = text or text_of(spec, tell=tell)
     with _silence():
         if spec.startswith(PREFIX):
-            config = random_config(spec)
-            model = random_model(config, dtype or torch.bfloat16, target, seed)
-            tokenizer: Any = ByteTokenizer(config.get_text_config(decoder=True).vocab_size)
-            return _loaded(model, tokenizer, spec, f"random weights, seed {seed}")
+            model = random_model(random_config(spec), dtype or torch.bfloat16, target, seed)
+            return _loaded(model, text, f"random weights, seed {seed}")
         source = _find(spec, tell)
         with told_shortly(spec):
             model = AutoModelForCausalLM.from_pretrained(
@@ -148,9 +154,23 @@ def load_model(
                 **source.options(),
                 **(gguf_options() if source.gguf_file else {}),
             )
-            tokenizer = AutoTokenizer.from_pretrained(source.place, **source.options())
         model.to(target)  # type: ignore[arg-type]  # its stubs lack the overload for a device
-        return _loaded(model.eval(), tokenizer, source.name, source.told)
+        return _loaded(model.eval(), text, source.told)
+
+
+def text_of(spec: str, *, tell: Callable[[str], None] = _quiet) -> ModelText:
+    """How the model that `spec` names reads and writes; no weights are read. Raises: as
+    `load_model`."""
+    with _silence():
+        if spec.startswith(PREFIX):
+            config = random_config(spec)
+            tokenizer: Any = ByteTokenizer(config.get_text_config(decoder=True).vocab_size)
+            return _text(config, tokenizer, spec)
+        source = _find(spec, tell)
+        with told_shortly(spec):
+            config = source.config()  # first: its errors say more
+            tokenizer = AutoTokenizer.from_pretrained(source.place, **source.options())
+            return _text(config, tokenizer, source.name)
 
 
 def config_of(spec: str, *, tell: Callable[[str], None] = _quiet) -> PretrainedConfig:
@@ -187,8 +207,17 @@ def parse_dtype(word: str) -> torch.dtype | None:
     return dtypes[word]
 
 
-def _loaded(model: PreTrainedModel, tokenizer: Any, name: str, source: str) -> LoadedModel:
-    text = model.config.get_text_config(decoder=True)
+def _text(config: PretrainedConfig, tokenizer: Any, name: str) -> ModelText:
+    decoder = config.get_text_config(decoder=True)
+    return ModelText(
+        tokenizer=tokenizer,
+        name=name,
+        chat=bool(tokenizer.chat_template),
+        positions_max=getattr(decoder, "max_position_embeddings", None),
+    )
+
+
+def _loaded(model: PreTrainedModel, text: ModelText, source: str) -> LoadedModel:
     if model.device.type == "cpu":
         widen_linears(model)
     if model.generation_config is not None:
@@ -196,15 +225,16 @@ def _loaded(model: PreTrainedModel, tokenizer: Any, name: str, source: str) -> L
         model.generation_config.num_return_sequences = 1  # one answer, whatever came with it
     return LoadedModel(
         model=model,
-        tokenizer=tokenizer,
-        name=name,
+        tokenizer=text.tokenizer,
+        name=text.name,
         source=source,
-        chat=bool(tokenizer.chat_template),
-        positions_max=getattr(text, "max_position_embeddings", None),
+        chat=text.chat,
+        positions_max=text.positions_max,
     )
 
 
-def _device(word: str | torch.device | None) -> torch.device:
+def parse_device(word: str | torch.device | None) -> torch.device:
+    """None: a GPU if there is one. Raises: ConfigError, Unsupported."""
     if word is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,0 +1,82 @@
+"""Whether a store can be at a place, asked before the work that would want it there."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dualblade.errors import NotAStore
+from dualblade.host.drives import find_drive
+from dualblade.io import open_engine
+from dualblade.store import as_places
+from dualblade.store.backing import check_engine, check_parent, hold_file, is_device
+from dualblade.store.device import hold_store, recognise
+from dualblade.store.format import Superblock
+from dualblade.store.members import check_kinds, check_members
+from dualblade.store.place import Held, read_superblock, storage_error
+
+if TYPE_CHECKING:
+    from dualblade.config import EngineConfig
+
+
+def check_store(stores: Sequence[Path] | None, config: EngineConfig, *, direct: bool) -> None:
+    """Take what a store would stand on, and give it back: nothing is written, and a file that was
+    not there is gone. Raises: as `Store.open`, but for the room that there is."""
+    places = as_places(stores)
+    if places is not None:
+        check_kinds(places)
+    held: list[Held] = []
+    with open_engine(
+        config.io_engine, chunk_bytes=config.chunk_bytes, io_poll=config.io_poll
+    ) as engine:
+        try:
+            for place in places or (None,):
+                check_engine(place, engine, direct=direct)
+                if place is not None and is_device(place):
+                    held.append(hold_store(place, engine, direct=direct))
+                else:
+                    held.append(hold_file(place, direct=direct))
+            found = [(each.path, each.superblock) for each in held]
+            _check_together([(path, block) for path, block in found if block is not None])
+        finally:
+            for each in held:
+                each.let_go()
+
+
+def look_at_store(stores: Sequence[Path] | None) -> None:
+    """Only look: at what is there, not at who has it, nor for direct I/O. Raises: StorageError,
+    NotAStore, Unsupported as `Store.open`."""
+    places = as_places(stores) or ()
+    check_kinds(places)
+    found = [(os.fspath(place), _superblock(os.fspath(place))) for place in places]
+    _check_together([(path, block) for path, block in found if block is not None])
+
+
+def _check_together(found: list[tuple[str, Superblock]]) -> None:
+    if found:
+        check_members(found)
+
+
+def _superblock(place: str) -> Superblock | None:
+    """Of the store at `place`; None for a folder, and where a file would be made."""
+    try:
+        if is_device(place):
+            drive = find_drive(place)
+            with open(drive.block_path, "rb", buffering=0) as node:
+                return recognise(node.fileno(), drive)
+        if not os.path.lexists(place):
+            check_parent(place)
+            return None
+        mode = os.stat(place).st_mode
+        if stat.S_ISDIR(mode):
+            return None
+        if not stat.S_ISREG(mode):
+            raise NotAStore(f"{place} is not a regular file", path=place)
+        with open(place, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            return Superblock.decode(read_superblock(file.fileno(), 0), path=place, file_bytes=size)
+    except OSError as exc:
+        raise storage_error("open", place, exc) from exc
