@@ -20,6 +20,7 @@ from dualblade import DualBladeCache, EngineConfig
 from dualblade.cli import generation, output
 from dualblade.cli.app import app
 from dualblade.cli.demo_run import QUESTION, demo_prompt
+from dualblade.cli.generate import _prompt_text
 from dualblade.cli.generation import Generation, PrefillProgress, TokenStream, check_length
 from dualblade.config import Path as KVPath
 from dualblade.errors import BudgetError, ConfigError
@@ -135,7 +136,6 @@ def test_version() -> None:
 USAGE_ERRORS = [
     (["generate", "-p", "x"], "--model"),
     (["generate", "-m", TINY], "no prompt is given"),
-    (["generate", "-m", TINY, "-p", "x", "--prompt-file", "y"], "both --prompt"),
     (["generate", "-m", TINY, "--prompt-file", "/nope"], "cannot read the prompt"),
     (["generate", "-m", TINY, "-p", ""], "the prompt is empty"),
     (["generate", "-m", "random:lama", "-p", "x"], "did you mean 'llama'?"),
@@ -218,6 +218,16 @@ def test_a_prompt_that_is_no_text(tmp_path: Path) -> None:
     result = invoke("generate", "-m", TINY, "--prompt-file", str(tmp_path / "prompt"))
     assert result.exit_code == 2
     assert "not UTF-8 text (byte 3)" in result.stderr
+
+
+def test_a_question_about_a_file_comes_after_it(tmp_path: Path) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("A long story.\n\n\n")
+    assert _prompt_text("Who did it?", str(text)) == "A long story.\n\nWho did it?"
+    assert _prompt_text(None, str(text)) == "A long story.\n\n\n", "alone as it is"
+    both = ["-p", "Who?", "--prompt-file", str(text), "--max-new-tokens", "1", "--path", "memory"]
+    result = invoke("generate", "-m", TINY, *both, "--json")
+    assert json.loads(result.stdout)["prompt_tokens"] == len("A long story.\n\nWho?")
 
 
 def test_a_traceback_only_with_debug() -> None:

@@ -56,7 +56,15 @@ class Request:
         self.engine.check_path(config.Path.parse(self.path))
 
 
-Prompt = Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt.")]
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt",
+        "-p",
+        metavar="TEXT",
+        help="The prompt; with --prompt-file what is asked about that text, and put after it.",
+    ),
+]
 PromptFile = Annotated[
     str | None,
     typer.Option("--prompt-file", metavar="FILE", help="Read the prompt; - is stdin."),
@@ -133,7 +141,7 @@ def generate(
     \b
     Examples:
       dualblade generate --model demo -p "What is the capital of France?"
-      dualblade generate --model ./llama --prompt-file book.txt --memory-budget 512MiB --stats
+      dualblade generate --model ./llama --prompt-file book.txt -p "Who did it?" --stats
       dualblade generate --model random:llama-3.2-1b -p hello --max-new-tokens 8 --path direct
     """
     _run(
@@ -171,13 +179,20 @@ def generate(
 
 
 def _prompt_text(prompt: str | None, prompt_file: str | None) -> str:
-    """The one prompt that was given. Raises: ConfigError for none, both, or an unreadable file."""
-    if (prompt is None) == (prompt_file is None):
-        what = "no prompt is given" if prompt is None else "both --prompt and --prompt-file"
-        raise ConfigError(what, hint="give one of them; --prompt-file - reads stdin")
-    if prompt_file is None:
-        assert prompt is not None
-        return _utf8("prompt", prompt)
+    """The file's text, then a blank line and the prompt. Raises: ConfigError for neither, and for
+    an unreadable file."""
+    parts = [] if prompt_file is None else [_file_text(prompt_file)]
+    if prompt is not None:
+        parts = [*(text.rstrip() for text in parts), _utf8("prompt", prompt)]
+    if not parts:
+        raise ConfigError(
+            "no prompt is given",
+            hint="give --prompt, --prompt-file (- reads stdin), or both: a text and a question",
+        )
+    return "\n\n".join(parts)
+
+
+def _file_text(prompt_file: str) -> str:
     if prompt_file == "-" and sys.stdin is None:
         raise ConfigError("stdin is closed", hint="give a file, or --prompt")
     try:
