@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from dualblade.hf.cache import DualBladeCache
     from dualblade.hf.models import LoadedModel
 
-_PREFILL_CHUNK_TOKENS = 2048
-"""A whole prompt at once needs memory for its activations; each chunk reads the earlier KV back."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
@@ -116,7 +113,7 @@ def generate(
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
-    prefill_chunk_size: PrefillChunk = _PREFILL_CHUNK_TOKENS,
+    prefill_chunk_size: PrefillChunk = options.PREFILL_CHUNK_TOKENS,
     prompt_lookup: PromptLookup = 0,
     dtype: options.Dtype = "auto",
     device: options.Device = None,

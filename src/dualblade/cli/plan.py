@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dualblade.config import EngineConfig
     from dualblade.hf.plan import CachePlan, PlanRequest
 
-_PATHS = ("memory", "page-cache", "direct")
+PATHS = ("memory", "page-cache", "direct")
 
 
 def plan(
@@ -28,10 +28,14 @@ def plan(
     attention: options.Attention = "auto",
     dtype: options.Dtype = "auto",
     device: Annotated[
-        str, typer.Option("--device", help="cuda: the gather buffer is in the GPU's own memory.")
-    ] = "cpu",
+        str | None,
+        typer.Option(
+            "--device",
+            metavar="DEVICE",
+            help="cpu or cuda, which need not be here; by default a GPU if there is.",
+        ),
+    ] = None,
     store: options.Store = None,
-    queue_depth: options.QueueDepth = None,
     json: options.Json = False,
     debug: options.Debug = False,  # noqa: ARG001 - read by Command
 ) -> None:
@@ -41,56 +45,148 @@ def plan(
     path of its keys and values, their bytes, and the reason. Where `tune` has measured the store's
     device and this processor, also the time of a step (reads and computing overlap, so the longer
     one), and what half and twice the memory or a drive of twice the speed would change. On a GPU
-    only the reads are predicted.
+    only the reads are predicted. Then what that takes of memory and of the drive, beside what this
+    machine has.
 
     \b
     Examples:
-      dualblade plan --model random:llama-3-8b --context 128k --memory-budget 4GiB
+      dualblade plan --model random:llama-3.1-8b --context 128k --memory-budget 4GiB
       dualblade plan --model ./llama --context 32k --batch 4 --memory-budget 2GiB --json
     """
+    from dualblade.cli.output import write_json
+    from dualblade.cli.store_place import look_at_store
     from dualblade.config import Path as KVPath
     from dualblade.config import check_attention
 
     way = KVPath.parse(path)
     check_attention(attention)
-    if device not in ("cpu", "cuda"):
+    if device not in (None, "cpu", "cuda"):
         raise ConfigError(f"unknown device {device!r}", hint="use cpu or cuda")
-    engine = options.engine_config(
-        io_engine="auto", queue_depth=queue_depth, cache_percent=cache_percent
-    )
-
-    from dualblade.cli.output import write_json
-    from dualblade.hf.choice import choose
-    from dualblade.hf.footprint import skeleton
-    from dualblade.hf.geometry import item_bytes
-    from dualblade.hf.models import config_of, default_dtype, parse_dtype, told_shortly
-    from dualblade.hf.plan import PlanRequest, gathers_on_host, plan_cache
-
-    config = config_of(model)
-    element = parse_dtype(dtype) or default_dtype(config, device)
-    with told_shortly(model):
-        unloaded = skeleton(config, element)
-    way_in = choose(unloaded, attention, device).word
-    request = PlanRequest(
+    engine = options.engine_config(io_engine="auto", queue_depth=None, cache_percent=cache_percent)
+    if way is not KVPath.MEMORY:
+        look_at_store(store)
+    subject = _Subject.of(model, dtype, device, attention)
+    request = subject.request(
         tokens=options.parse_tokens(context),
         batch=batch,
-        item_bytes=item_bytes(element),
-        budget_bytes=_budget_bytes(memory_budget, unloaded, device),
+        budget_bytes=0 if way is KVPath.MEMORY else _budget_bytes(memory_budget, subject),
         path=way,
         engine=engine,
-        gather_on_host=gathers_on_host(device),
-        over_tiles=way_in == "tiles",
-        **_measured(unloaded, device, store, engine),
+        store=store,
     )
-    made = plan_cache(config, request)
-    result = _result(model, str(element).removeprefix("torch."), request, made)
-    if made.shares is not None and way is KVPath.DUAL:
-        result["other_memory"] = [_other_memory(config, request, by) for by in (0.5, 2.0)]
-        result["faster_drive"] = _faster_drive(config, request, 2.0)
-    write_json(result) if json else _show(result)
+    result = _planned(subject, request)
+    result |= _needs(subject, request, result, store)
+    if json:
+        write_json(result)
+    else:
+        from dualblade.cli.plan_text import show_plan
+
+        show_plan(result)
 
 
-def _budget_bytes(asked: str, unloaded: Any, device: str) -> int:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Subject:
+    """The model that is planned for, `unloaded` without memory, on `device`, cpu or cuda."""
+
+    name: str
+    config: Any
+    unloaded: Any
+    device: str
+    over_tiles: bool
+
+    @classmethod
+    def of(cls, name: str, dtype: str, device: str | None, attention: str) -> _Subject:
+        import torch
+
+        from dualblade.hf.choice import choose
+        from dualblade.hf.footprint import skeleton
+        from dualblade.hf.models import config_of, default_dtype, parse_dtype, told_shortly
+
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        config = config_of(name)
+        with told_shortly(name):
+            unloaded = skeleton(config, parse_dtype(dtype) or default_dtype(config, place))
+        return cls(
+            name=name,
+            config=config,
+            unloaded=unloaded,
+            device=place,
+            over_tiles=choose(unloaded, attention, place).over_tiles,
+        )
+
+    @property
+    def dtype(self) -> str:
+        """The word for it."""
+        return str(self.unloaded.dtype).removeprefix("torch.")
+
+    @property
+    def weights_bytes(self) -> int:
+        """What they take in memory."""
+        return sum(parameter.nbytes for parameter in self.unloaded.parameters())
+
+    def request(self, *, store: Any, engine: EngineConfig, **asked: Any) -> PlanRequest:
+        """What is `asked`, as the model and the drive below `store` have it."""
+        from dualblade.hf.geometry import item_bytes
+        from dualblade.hf.plan import PlanRequest, gathers_on_host
+
+        return PlanRequest(
+            **asked,
+            engine=engine,
+            item_bytes=item_bytes(self.unloaded.dtype),
+            gather_on_host=gathers_on_host(self.device),
+            over_tiles=self.over_tiles,
+            **_measured(self.unloaded, self.device, store, engine),
+        )
+
+
+def _planned(subject: _Subject, request: PlanRequest) -> dict[str, Any]:
+    from dualblade.config import Path as KVPath
+    from dualblade.hf.plan import plan_cache
+
+    made = plan_cache(subject.config, request)
+    result = _result(subject, request, made)
+    if made.shares is not None and request.path is KVPath.DUAL:
+        result["other_memory"] = [_other_memory(subject.config, request, by) for by in (0.5, 2.0)]
+        result["faster_drive"] = _faster_drive(subject.config, request, 2.0)
+    return result
+
+
+def _needs(
+    subject: _Subject, request: PlanRequest, result: dict[str, Any], store: Any
+) -> dict[str, Any]:
+    """What it takes of memory and of the drive, and what there is. Of quantised weights it is not
+    known (None)."""
+    from dualblade.cli.store_place import store_room
+    from dualblade.config import Path as KVPath
+    from dualblade.hf.footprint import footprint
+    from dualblade.hf.models import is_packed
+    from dualblade.host.memory import available_memory
+    from dualblade.units import EXTENT_ALIGN_BYTES, round_up
+
+    weights = activations = loading = None
+    if getattr(subject.config, "quantization_config", None) is None:
+        rows = min(request.tokens, options.PREFILL_CHUNK_TOKENS) * request.batch
+        dtype, packed = subject.unloaded.dtype, is_packed(subject.name)
+        needed = footprint(subject.config, dtype, rows=rows, staging_bytes=0, is_packed=packed)
+        weights, activations = needed.weights_bytes, needed.activation_bytes
+        loading = weights + needed.loading_bytes
+    takes_store = request.path is not KVPath.MEMORY
+    stored = [unit for unit in result["units"] if unit["path"] != KVPath.MEMORY.value]
+    there = available_memory()
+    return {
+        "device": subject.device,
+        "weights_bytes": weights,
+        "loading_bytes": loading,
+        "activation_bytes": activations,
+        "memory_available_bytes": there.available_bytes,
+        "memory_source": there.source,
+        "store": [str(place) for place in store or ()] or None,
+        "store_bytes": sum(round_up(unit["bytes"], EXTENT_ALIGN_BYTES) for unit in stored),
+        "store_free_bytes": store_room(store) if takes_store else None,
+    }
+
+
+def _budget_bytes(asked: str, subject: _Subject) -> int:
     """What is asked for; of `auto` what will be there once the weights are loaded.
 
     Raises: ConfigError for no size, BudgetError if the weights leave nothing.
@@ -101,9 +197,9 @@ def _budget_bytes(asked: str, unloaded: Any, device: str) -> int:
     if asked != "auto":
         return parse_size(asked)
     there = auto_budget_bytes()
-    if device != "cpu":
+    if subject.device != "cpu":
         return there
-    weights: int = sum(parameter.nbytes for parameter in unloaded.parameters())
+    weights = subject.weights_bytes
     if weights >= there:
         raise BudgetError(
             f"the weights alone take {format_size(weights)}; there are {format_size(there)}",
@@ -132,26 +228,28 @@ def _measured(unloaded: Any, device: str, store: Any, engine: EngineConfig) -> d
     return told
 
 
-def _result(model: str, dtype: str, request: PlanRequest, made: CachePlan) -> dict[str, Any]:
+def _result(subject: _Subject, request: PlanRequest, made: CachePlan) -> dict[str, Any]:
     from dualblade.config import Path as KVPath
 
     shares = made.shares
+    decoder = subject.config.get_text_config(decoder=True)
     return {
         "command": "plan",
-        "model": model,
-        "dtype": dtype,
+        "model": subject.name,
+        "dtype": subject.dtype,
         "context": request.tokens,
+        "positions_max": getattr(decoder, "max_position_embeddings", None),
         "batch": request.batch,
         "path": request.path.value,
         "cache_percent": request.engine.cache_percent,
         "attention": "tiles" if request.over_tiles else "exact",
         "kv_bytes": made.kv_bytes,
         "kv_bytes_per_token": made.token_bytes,
-        "budget_bytes": request.budget_bytes,
+        "budget_bytes": None if request.path is KVPath.MEMORY else request.budget_bytes,
         "shares": None
         if shares is None
         else {**asdict(shares), "page_cache_bytes": shares.page_cache_bytes},
-        "bytes_by_path": {word: made.bytes_on(KVPath(word)) for word in _PATHS},
+        "bytes_by_path": {word: made.bytes_on(KVPath(word)) for word in PATHS},
         "tile_rows": sorted(set(made.tile_rows)),
         "units": [asdict(placement) for placement in made.placements],
         "step": _step(made),
@@ -206,113 +304,3 @@ def _other_memory(config: Any, request: PlanRequest, factor: float) -> dict[str,
     except BudgetError as exc:
         return {**told, "error": str(exc).splitlines()[0]}
     return {**told, "direct_bytes": made.bytes_on(KVPath.DIRECT), "step": _step(made)}
-
-
-def _show(result: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    from dualblade.cli.output import result_console
-
-    console = result_console()
-    console.print(
-        f"{result['model']}, {result['dtype']}: {result['batch']} x {result['context']} tokens, "
-        f"KV {format_size(result['kv_bytes'])}, budget {format_size(result['budget_bytes'])}"
-    )
-    table = Table(box=None, pad_edge=False)
-    for name in ("layer", "part", "path", "per layer", "reason"):
-        table.add_column(name, justify="right" if name in ("layer", "per layer") else "left")
-    for first, last, unit in _runs(result["units"]):
-        layers = str(first) if first == last else f"{first}-{last}"
-        size = format_size(unit["bytes"]) if unit["bytes"] >= 0 else "?"
-        path = unit["path"]
-        if path == "dual":
-            path += f", {format_size(unit['cached_bytes'])} cached"
-        table.add_row(layers, unit["part"], path, size, unit["reason"])
-    console.print(table)
-    for line in _totals(result):
-        console.print(line)
-
-
-def _runs(units: list[dict[str, Any]]) -> list[tuple[int, int, dict[str, Any]]]:
-    """Neighbouring layers that are alike in all their units, as (first, last, unit) lines."""
-    layers: dict[int, list[dict[str, Any]]] = {}
-    for unit in units:
-        layers.setdefault(unit["layer"], []).append(unit)
-
-    def likeness(layer: int) -> list[dict[str, Any]]:
-        return [{**unit, "layer": None} for unit in layers[layer]]
-
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and likeness(runs[-1][0]) == likeness(layer):
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return [(run[0], run[-1], unit) for run in runs for unit in _merged(layers[run[0]])]
-
-
-def _merged(units: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Keys and values in one line when they go the same way."""
-    if len(units) == 2 and {**units[0], "part": ""} == {**units[1], "part": ""}:
-        both = {word: 2 * units[0][word] for word in ("bytes", "cached_bytes")}
-        return [{**units[0], **both, "part": "keys, values"}]
-    return units
-
-
-def _totals(result: dict[str, Any]) -> list[str]:
-    sizes = result["bytes_by_path"]
-    lines = [", ".join(f"{word} {format_size(sizes[word])}" for word in _PATHS if sizes[word])]
-    shares = result["shares"]
-    if shares is not None:
-        lines.append(
-            f"of the budget: staging {format_size(shares['staging_bytes'])}, gather buffer "
-            f"{format_size(shares['gather_bytes'])}, tails "
-            f"{format_size(shares['tail_bytes'])}, left for the page cache "
-            f"{format_size(shares['page_cache_bytes'])}"
-        )
-        read = sizes["direct"]
-        lines.append(
-            "everything fits: a warm step reads nothing from the drive"
-            if read == 0 and result["path"] == "dual"
-            else f"read directly from the drive at each step: {format_size(read)}"
-        )
-        step = result["step"]
-        lines.append(
-            "no profile of the store's device: dualblade tune STORE measures it"
-            if step is None
-            else _step_line(step)
-        )
-        lines += [_other_line(other) for other in result["other_memory"]]
-        faster = result["faster_drive"]
-        if faster is not None:
-            lines.append(
-                f"with a drive twice as fast ({format_size(int(faster['direct_bytes_per_s']))}/s): "
-                f"{format_size(faster['direct_bytes'])} of each step from the drive, "
-                f"{_milliseconds(faster['step'])}"
-            )
-    return lines
-
-
-def _step_line(step: dict[str, Any]) -> str:
-    reads = max(step["drive_seconds"], step["copy_seconds"])
-    if not step["compute_seconds"]:
-        return f"reads of a step: {_milliseconds(step)}, bound by {step['bound']}"
-    return (
-        f"a step: {_milliseconds(step)}, bound by {step['bound']} "
-        f"(reads {1000 * reads:.1f} ms, computing {1000 * step['compute_seconds']:.1f} ms)"
-    )
-
-
-def _milliseconds(step: dict[str, Any]) -> str:
-    milliseconds: float = step["seconds"] * 1000
-    return f"{milliseconds:.1f} ms"
-
-
-def _other_line(other: dict[str, Any]) -> str:
-    words = "half" if other["factor"] < 1 else "twice"
-    head = f"with {words} the memory ({format_size(other['budget_bytes'])}): "
-    if "error" in other:
-        return f"{head}{other['error']}"
-    step = other["step"]
-    reads = f"{format_size(other['direct_bytes'])} of each step from the drive"
-    return head + (reads if step is None else f"{reads}, {_milliseconds(step)}")

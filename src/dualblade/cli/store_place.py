@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dualblade.errors import NotAStore
 from dualblade.host.drives import find_drive
 from dualblade.io import open_engine
-from dualblade.store import as_places
+from dualblade.store import as_places, cache_directory
 from dualblade.store.backing import check_engine, check_parent, hold_file, is_device
 from dualblade.store.device import hold_store, recognise
 from dualblade.store.format import Superblock
@@ -53,6 +53,23 @@ def look_at_store(stores: Sequence[Path] | None) -> None:
     check_kinds(places)
     found = [(os.fspath(place), _superblock(os.fspath(place))) for place in places]
     _check_together([(path, block) for path, block in found if block is not None])
+
+
+def store_room(stores: Sequence[Path] | None) -> int:
+    """Bytes of KV that there is room for at the places of one store (None: a private one). Raises:
+    as `look_at_store`."""
+    places = [os.fspath(place) for place in as_places(stores) or (cache_directory(),)]
+    folders = [
+        place if os.path.exists(place) else os.path.dirname(place) or "." for place in places
+    ]
+    systems = [os.stat(folder).st_dev for folder in folders]
+    rooms = []
+    for place, folder, system in zip(places, folders, systems, strict=True):
+        block = _superblock(place) if is_device(place) else None
+        space = os.statvfs(folder)
+        free = space.f_bavail * space.f_frsize // systems.count(system)
+        rooms.append(free if block is None else block.capacity_bytes)
+    return min(rooms) * len(rooms)
 
 
 def _check_together(found: list[tuple[str, Superblock]]) -> None:

@@ -155,6 +155,18 @@ PRESETS: dict[str, tuple[str, dict[str, int]]] = {
             "positions": 8192,
         },
     ),
+    "llama-3.1-8b": (
+        "llama",
+        {
+            "layers": 32,
+            "hidden": 4096,
+            "heads": 32,
+            "kv_heads": 8,
+            "intermediate": 14336,
+            "vocab": 128256,
+            "positions": 131072,
+        },
+    ),
     "llama-3.2-1b": (
         "llama",
         {
