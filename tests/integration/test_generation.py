@@ -129,6 +129,18 @@ def test_settings_of_the_model_choose_no_token(settings: dict[str, Any], lookup:
     assert generated(on, lookup=lookup)[0].tokens == plain
 
 
+@pytest.mark.parametrize("lookup", [0, 6])
+def test_how_an_answer_ended_is_told(lookup: int) -> None:
+    on = loaded()
+    on.model.generation_config.eos_token_id = None
+    made = generated(on, lookup=lookup)[0]
+    assert (len(made.tokens), made.ended) == (24, "limit")
+    # One that comes: the text is over there, also where that is the last that was asked for.
+    on.model.generation_config.eos_token_id = made.tokens[0]
+    assert generated(on, lookup=lookup)[0].ended == "end of text"
+    assert generated(on, lookup=lookup, count=1)[0].ended == "end of text"
+
+
 def test_prompt_lookup_of_a_model_with_a_state_is_refused_before_its_prompt() -> None:
     on = loaded()
     on.model._is_stateful = True

@@ -138,6 +138,9 @@ USAGE_ERRORS = [
     (["generate", "-m", TINY], "no prompt is given"),
     (["generate", "-m", TINY, "--prompt-file", "/nope"], "cannot read the prompt"),
     (["generate", "-m", TINY, "-p", ""], "the prompt is empty"),
+    (["generate", "-m", TINY, "-p", " \n "], "the prompt is empty"),
+    (["generate", "-m", TINY, "--prompt-file", "/dev/null"], "the text of /dev/null is empty"),
+    (["generate", "-m", TINY, "--prompt-file", "/dev/null", "-p", "Who?"], "of /dev/null is empty"),
     (["generate", "-m", "random:lama", "-p", "x"], "did you mean 'llama'?"),
     (["generate", "-m", TINY, "-p", "x", "--path", "fast"], "dual, page-cache, direct, memory"),
     (["generate", "-m", TINY, "-p", "x", "--memory-budget", "lots"], "not a size"),
@@ -228,6 +231,19 @@ def test_a_question_about_a_file_comes_after_it(tmp_path: Path) -> None:
     both = ["-p", "Who?", "--prompt-file", str(text), "--max-new-tokens", "1", "--path", "memory"]
     result = invoke("generate", "-m", TINY, *both, "--json")
     assert json.loads(result.stdout)["prompt_tokens"] == len("A long story.\n\nWho?")
+
+
+def test_an_answer_that_was_cut_off_is_told() -> None:
+    """Where nobody said how long it may be; a stand-in never ends by itself."""
+    command = ["generate", "-m", TINY, "--path", "memory", "--json"]
+    whole = invoke(*command, "-p", "x")
+    assert json.loads(whole.stdout)["ended"] == "limit"
+    assert "stopped at 256 tokens: --max-new-tokens takes more" in whole.stderr
+    asked = invoke(*command, "-p", "x", "--max-new-tokens", "3")
+    assert json.loads(asked.stdout)["ended"] == "limit"
+    assert "stopped at" not in asked.stderr
+    full = invoke(*command, "-p", "x" * 590)
+    assert "stopped at 10 tokens, where the model's positions end" in full.stderr
 
 
 def test_a_traceback_only_with_debug() -> None:

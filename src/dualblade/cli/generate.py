@@ -76,7 +76,12 @@ Chat = Annotated[
 ]
 MaxNewTokens = Annotated[
     int | None,
-    typer.Option("--max-new-tokens", min=1, metavar="N", help="At most; by default 256."),
+    typer.Option(
+        "--max-new-tokens",
+        min=1,
+        metavar="N",
+        help="At most; by default 256, and a note says where an answer would have gone on.",
+    ),
 ]
 Temperature = Annotated[
     float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")
@@ -176,8 +181,8 @@ def generate(
 
 
 def _prompt_text(prompt: str | None, prompt_file: str | None) -> str:
-    """The file's text, then a blank line and the prompt. Raises: ConfigError for neither, and for
-    an unreadable file."""
+    """The file's text, then a blank line and the prompt. Raises: ConfigError for neither, for
+    blanks alone, and for an unreadable file."""
     parts = [] if prompt_file is None else [_file_text(prompt_file)]
     if prompt is not None:
         parts = [*(text.rstrip() for text in parts), _utf8("prompt", prompt)]
@@ -186,6 +191,9 @@ def _prompt_text(prompt: str | None, prompt_file: str | None) -> str:
             "no prompt is given",
             hint="give --prompt, --prompt-file (- reads stdin), or both: a text and a question",
         )
+    if not all(text.strip() for text in parts):  # a chat template makes a question of nothing
+        what = "prompt" if prompt is not None and not prompt.strip() else f"text of {prompt_file}"
+        raise ConfigError(f"the {what} is empty", hint="give --prompt or --prompt-file some text")
     return "\n\n".join(parts)
 
 
@@ -246,7 +254,7 @@ def _generate(
     request: Request, loaded: LoadedModel, prepared: Prepared, reporter: Any
 ) -> tuple[Generation, dict[str, Any], dict[str, Any]]:
     """The text, and what the cache says at its first token and at its end."""
-    from dualblade.cli.generation import Sampling, check_candidates, generate_text
+    from dualblade.cli.generation import LIMIT, Sampling, check_candidates, generate_text
     from dualblade.hf.cache import DualBladeCache
 
     if request.prompt_lookup:
@@ -293,7 +301,18 @@ def _generate(
             write("\n")
             if request.trace is not None:  # after Ctrl-C too: what was done until then
                 reporter.note(_write_trace(cache, request.trace))
+        if request.max_new_tokens is None and generation.ended == LIMIT:
+            reporter.note(_stopped(new_tokens))
         return generation, at_first, cache.stats().to_dict()
+
+
+def _stopped(count: int) -> str:
+    """That an answer may go on, where nobody said how long it is to be."""
+    from dualblade.cli.generation import NEW_TOKENS_DEFAULT
+
+    if count < NEW_TOKENS_DEFAULT:
+        return f"stopped at {count} tokens, where the model's positions end"
+    return f"stopped at {count} tokens: --max-new-tokens takes more"
 
 
 def _write_trace(cache: DualBladeCache, path: Path) -> str:
@@ -342,6 +361,7 @@ def _result(
         "device": str(loaded.model.device),
         "prompt_tokens": len(prepared.prompt),
         "new_tokens": len(generation.tokens),
+        "ended": generation.ended,
         "text": loaded.decode(generation.tokens),
         "tokens_sha256": generation.sha256(),
         "load_seconds": load_seconds,

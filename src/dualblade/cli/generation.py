@@ -19,6 +19,9 @@ from dualblade.hf.models import LoadedModel, ModelText
 
 NEW_TOKENS_DEFAULT = 256
 
+END_OF_TEXT, LIMIT = "end of text", "limit"
+"""How an answer ended: by itself, or where it was to be no longer."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
@@ -35,11 +38,13 @@ class Sampling:
 @dataclass(slots=True, kw_only=True)
 class Generation:
     """What was generated, and when: seconds since the start, one entry a token. `sweeps` counts
-    the forward passes after the prompt's, each a sweep over the KV."""
+    the forward passes after the prompt's, each a sweep over the KV; `ended` is END_OF_TEXT or
+    LIMIT once it has."""
 
     tokens: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     sweeps: int = 0
+    ended: str | None = None
 
     @property
     def prefill_seconds(self) -> float | None:
@@ -220,7 +225,7 @@ def generate_text(
         stream = TokenStream(loaded.decode, write, first)
 
         def generate(ids: torch.Tensor, count: int, **options: Any) -> torch.Tensor:
-            made: torch.Tensor = model.generate(
+            text: torch.Tensor = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 cache=cache,
@@ -228,25 +233,28 @@ def generate_text(
                 **options,
                 **_choice(sampling.temperature),
             )
-            return made
+            return text
 
         if not sampling.prompt_lookup:
             generate(ids, sampling.max_new_tokens, prefill_chunk_size=chunk, streamer=stream)
-            return stream.generation
-        # The prompt and the first token as ever, in chunks: with candidates transformers (5.24)
-        # takes all of a prompt in one pass, with the memory that this needs.
-        started = generate(ids, 1, prefill_chunk_size=chunk)
-        stream.put(ids)
-        stream.put(started[0, ids.shape[1] :])
-        left = sampling.max_new_tokens - 1
-        if left and int(started[0, -1]) not in _ends(model):
-            stream.expect_prompt()
-            with _going_on(model):
-                lookup = {"prompt_lookup_num_tokens": sampling.prompt_lookup}
-                generate(started, left, streamer=stream, **lookup)
         else:
-            stream.end()
-    return stream.generation
+            # The prompt and the first token as ever, in chunks: with candidates transformers (5.24)
+            # takes all of a prompt in one pass, with the memory that this needs.
+            started = generate(ids, 1, prefill_chunk_size=chunk)
+            stream.put(ids)
+            stream.put(started[0, ids.shape[1] :])
+            left = sampling.max_new_tokens - 1
+            if left and int(started[0, -1]) not in _ends(model):
+                stream.expect_prompt()
+                with _going_on(model):
+                    lookup = {"prompt_lookup_num_tokens": sampling.prompt_lookup}
+                    generate(started, left, streamer=stream, **lookup)
+            else:
+                stream.end()
+    made = stream.generation
+    is_over = made.tokens[-1] in _ends(model) or len(made.tokens) < sampling.max_new_tokens
+    made.ended = END_OF_TEXT if is_over else LIMIT
+    return made
 
 
 @contextlib.contextmanager
