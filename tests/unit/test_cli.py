@@ -27,6 +27,8 @@ from dualblade.errors import BudgetError, ConfigError
 from dualblade.hf.footprint import footprint, skeleton, weights_per_token
 from dualblade.hf.models import LoadedModel, config_of, load_model
 from dualblade.hf.plan import PlanRequest, gathers_on_host, plan_cache
+from dualblade.io import open_engine
+from dualblade.store import Store
 from dualblade.units import GIB, MIB
 
 TINY = "random:llama?layers=3,hidden=64,heads=4,kv_heads=2,vocab=300,positions=600"
@@ -198,7 +200,6 @@ FAILURES = [
     (["generate", "-m", TINY, "-p", "x", "--store", "/nope/kv"], "does not exist"),
     (["generate", "-m", TINY, "-p", "x", "--store", "/etc/hostname"], "not a dualblade store"),
     (["plan", "-m", TINY, "--context", "600", "--memory-budget", "2MiB"], "give it at least"),
-    (["doctor", "/nope/at/all"], "cannot examine"),
     (["store", "format", "/nope/kv", "--dry-run"], "the store's directory /nope does not exist"),
 ]
 
@@ -428,6 +429,47 @@ def test_doctor_reads_a_store_and_leaves_it(tmp_path: Path) -> None:
     place.write_bytes(b"something else")
     foreign = json.loads(invoke("doctor", str(place), "--json").stdout)["store"]
     assert "not a dualblade store" in foreign["store_problem"]
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("/dev/nvme99n1", "No such file or directory"),
+        ("/etc/hostname", "is not a dualblade store"),
+        ("/proc/cpuinfo", "is not a dualblade store"),
+        ("/dev/null", "no NVMe namespace"),
+    ],
+)
+def test_doctor_marks_what_will_be_refused(place: str, said: str) -> None:
+    rows = [line.split(maxsplit=2) for line in invoke("doctor", place).stdout.splitlines()]
+    (row,) = [row for row in rows if row[1:2] == ["store"]]
+    assert row[0] == "!"
+    assert said in " ".join(invoke("doctor", place).stdout.split())
+
+
+def test_doctor_of_a_place_that_cannot_be_looked_at_tells_the_rest(tmp_path: Path) -> None:
+    result = invoke("doctor", "/nope/at/all", str(tmp_path / "kv"))
+    assert result.exit_code == 1
+    rows = [line.split(maxsplit=2) for line in result.stdout.splitlines()]
+    assert ["ok", "kernel"] in [row[:2] for row in rows]
+    stores = [(row[0], row[2].strip()) for row in rows if row[1:2] == ["store"]]
+    assert stores[0] == ("!", "cannot examine /nope/at/all: No such file or directory")
+    assert stores[1][0] == "ok"
+    facts = json.loads(invoke("doctor", "/nope/at/all", "--json").stdout)
+    assert "cannot examine" in facts["store"]["error"]
+    assert facts["machine"]["kernel"]
+
+
+def test_doctor_marks_a_member_that_is_named_alone(tmp_path: Path) -> None:
+    places = [tmp_path / "a.store", tmp_path / "b.store"]
+    with open_engine() as engine, Store.open(places, engine):
+        pass
+    both = invoke("doctor", *map(str, places))
+    assert "members of one striped store" in both.stdout
+    alone = invoke("doctor", str(places[0])).stdout
+    assert "refused:" in alone
+    (row,) = [line.split()[0] for line in alone.splitlines() if line.split()[1:2] == ["store"]]
+    assert row == "!"
 
 
 def test_doctor_says_why_not_direct() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import resource
 import stat
 import tempfile
@@ -14,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dualblade.cli import device_checks
-from dualblade.errors import DualBladeError, NotAStore, StorageError
+from dualblade.cli.store_place import look_at_store, superblock_at
+from dualblade.errors import DualBladeError
 from dualblade.host.cgroup import MemoryCgroup
 from dualblade.host.devices import device_facts
 from dualblade.host.machine import machine_facts
@@ -22,10 +21,9 @@ from dualblade.host.memory import auto_budget_bytes, available_memory, find_memo
 from dualblade.host.page_cache import cached_bytes
 from dualblade.host.profile import load_profile
 from dualblade.io import Arena, open_engine
+from dualblade.store import cache_directory
 from dualblade.store.fiemap import contiguous_pieces, file_extents
-from dualblade.store.format import SUPERBLOCK_BYTES, Superblock
-from dualblade.store.inspect import inspect_store, store_problem
-from dualblade.store.members import as_places, check_kinds
+from dualblade.store.inspect import inspect_store
 from dualblade.units import BLOCK_BYTES, MIB
 
 _ARENA_BYTES = 4 * MIB
@@ -73,18 +71,27 @@ def engine() -> dict[str, Any]:
 
 
 def store(path: Path | None) -> dict[str, Any]:
-    """What a store at `path` (None: the cache directory) would stand on, or stands on.
+    """What a store at `path` (None: the cache directory) would stand on, or stands on; with `error`
+    alone what keeps it from being looked at.
 
-    Nothing is written to an existing file. Raises: StorageError when neither it nor its folder
-    exists.
+    Nothing is written to an existing file.
     """
-    place = _cache_place() if path is None else path
+    try:
+        place = cache_directory() if path is None else path
+        return _store_at(place, is_default=path is None)
+    except DualBladeError as exc:
+        return {"path": str(path), "is_default": path is None, "error": exc.message}
+
+
+def _store_at(place: Path, *, is_default: bool) -> dict[str, Any]:
     device = device_checks.examine(str(place))
     facts = device_facts(place if device is None else device["drive"]["block_path"])
     queue = facts.queue
     return {
         "path": str(place),
-        "is_default": path is None,
+        "is_default": is_default,
+        "error": None,
+        "refused": _refusal(place),
         "speeds": _speeds(place),
         "file_system": facts.file_system,
         "mount_point": facts.mount_point,
@@ -106,16 +113,21 @@ def store(path: Path | None) -> dict[str, Any]:
 
 
 def together(paths: Sequence[Path]) -> str | None:
-    """Why `paths` could not be opened as the members of one store; None: they could, or would be
-    made."""
+    """Why `paths` could not be opened as one store; None: they could, or would be made."""
     try:
-        places = as_places(paths) or ()
-        check_kinds(places)
-        if not any(os.path.lexists(place) for place in places):
-            return None
-        return store_problem([inspect_store(str(place)) for place in places])
+        look_at_store(paths)
     except DualBladeError as exc:
         return exc.message
+    return None
+
+
+def _refusal(place: Path) -> str | None:
+    """Why no store, and no member of one, can be at `place`; None: one is, or would be made."""
+    try:
+        superblock_at(str(place))
+    except DualBladeError as exc:
+        return exc.message
+    return None
 
 
 def _torch() -> dict[str, Any]:
@@ -126,13 +138,6 @@ def _torch() -> dict[str, Any]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     names = [torch.cuda.get_device_name(index) for index in range(count)]
     return {"torch_error": None, "threads": torch.get_num_threads(), "gpus": names}
-
-
-def _cache_place() -> Path:
-    """The cache directory, or the nearest folder above that exists: looking makes nothing."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    place = Path(base) / "dualblade"
-    return next(folder for folder in (place, *place.absolute().parents) if folder.exists())
 
 
 def _content(place: Path) -> dict[str, Any]:
@@ -146,31 +151,19 @@ def _content(place: Path) -> dict[str, Any]:
         return {**empty, "kind": "directory"}
     if not stat.S_ISREG(mode):
         return {**empty, "kind": "other"}
-    try:
-        with place.open("rb") as file:
-            return {**empty, "kind": "file", **_store_facts(file.fileno(), place)}
-    except OSError as exc:
-        raise StorageError(f"cannot read {place}: {exc.strerror}", path=str(place)) from exc
+    report = inspect_store(str(place))
+    found = {**empty, "kind": "file", "store_problem": report.problem, "pieces": _pieces(place)}
+    if report.problem is not None or report.superblock is None:
+        return found
+    told = device_checks.superblock_facts(report.superblock)
+    return {**found, "store": told, "in_use_now": report.in_use_now}
 
 
-def _store_facts(fd: int, place: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = {}
-    with contextlib.suppress(OSError):  # a file system that cannot tell
-        facts["pieces"] = contiguous_pieces(file_extents(fd))
-    try:
-        size = os.fstat(fd).st_size
-        block = Superblock.decode(
-            os.pread(fd, SUPERBLOCK_BYTES, 0), path=str(place), file_bytes=size
-        )
-    except NotAStore as exc:
-        return {**facts, "store_problem": exc.message}
-    facts["store"] = device_checks.superblock_facts(block)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        facts["in_use_now"] = False
-    except BlockingIOError:
-        facts["in_use_now"] = True
-    return facts
+def _pieces(place: Path) -> int | None:
+    """Contiguous ranges on the device; None for a file system that cannot tell."""
+    with contextlib.suppress(OSError), place.open("rb") as file:
+        return contiguous_pieces(file_extents(file.fileno()))
+    return None
 
 
 def _cachestat_works(place: Path) -> bool | None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from dualblade.cli import options
+from dualblade.cli.command import FAILED
 from dualblade.host.machine import cpu_text
 from dualblade.units import format_size
 
@@ -31,7 +32,7 @@ def doctor(
     """Say what this machine and drive can do, and why.
 
     The memory budget seen and from where, the I/O engine that would be in force, and what a store
-    would stand on. Existing files are only read.
+    would stand on. Existing files are only read. Ends with 1 where a place cannot be looked at.
 
     \b
     Examples:
@@ -47,16 +48,19 @@ def doctor(
         "machine": checks.machine(),
         "memory": checks.memory(),
         "engine": checks.engine(),
-        "store": checks.store(store[0] if store else None),
     }
+    places = [checks.store(path) for path in store or (None,)]
+    result["store"] = places[0]
     if store is not None and len(store) > 1:
-        others = [checks.store(path) for path in store[1:]]
-        problem = checks.together(store)
-        result |= {"members": [result["store"], *others], "members_problem": problem}
+        result |= {"members": places, "members_problem": checks.together(store)}
+    elif store and places[0]["error"] is None:
+        places[0]["refused"] = checks.together(store)  # a member alone is refused too
     if json:
         write_json(result)
     else:
         _show(result)
+    if any(place["error"] is not None for place in places):
+        raise typer.Exit(FAILED)
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -145,12 +149,16 @@ def _members_rows(result: dict[str, Any]) -> _Rows:
 
 def _store_rows(result: dict[str, Any]) -> _Rows:
     facts = result["store"]
+    if facts["error"] is not None:
+        return [(_POOR, "store", facts["error"])]
+    if facts["refused"] is not None and facts["kind"] in ("missing", "other"):
+        return [(_POOR, "store", facts["refused"])]  # what is around it says nothing of a store
     default = " (default)" if facts["is_default"] else ""
     align = facts["direct_align_bytes"]
     direct = f"works, aligned to {align} bytes" if align else "works"
     told = {True: "cachestat", False: "mincore (older kernel)", None: "could not be tried here"}
     return [
-        (_GOOD, "store", f"{facts['path']}{default}: {_state(facts)}"),
+        (_mark(facts["refused"] is None), "store", f"{facts['path']}{default}: {_state(facts)}"),
         (
             _GOOD,
             "file system",
@@ -217,20 +225,17 @@ def _speeds(facts: dict[str, Any]) -> str:
 
 
 def _state(facts: dict[str, Any]) -> str:
+    if facts["store"] is None and facts["refused"] is not None:
+        return str(facts["refused"])
     if facts["store"] is not None:
         store = facts["store"]
         state = "in use now" if facts["in_use_now"] else "free"
         unclean = "" if store["closed_cleanly"] or facts["in_use_now"] else ", not closed cleanly"
         pieces = "" if facts["pieces"] is None else f", in {facts['pieces']} pieces on the device"
         what = f"{store['member']} of a store" if store["member"] else "a dualblade store"
-        return f"{what}, {state}{unclean}{pieces}"
-    if facts["store_problem"] is not None:
-        return str(facts["store_problem"])
-    words = {
-        "missing": "would be made here",
-        "directory": "a folder; stores are files in it",
-        "other": "neither a file, nor a folder, nor a device that can hold a store",
-    }
+        alone = "" if facts["refused"] is None else f"; refused: {facts['refused']}"
+        return f"{what}, {state}{unclean}{pieces}{alone}"
+    words = {"missing": "would be made here", "directory": "a folder; stores are files in it"}
     return words[facts["kind"]]
 
 

@@ -51,7 +51,7 @@ def look_at_store(stores: Sequence[Path] | None) -> None:
     NotAStore, Unsupported as `Store.open`."""
     places = as_places(stores) or ()
     check_kinds(places)
-    found = [(os.fspath(place), _superblock(os.fspath(place))) for place in places]
+    found = [(os.fspath(place), superblock_at(os.fspath(place))) for place in places]
     _check_together([(path, block) for path, block in found if block is not None])
 
 
@@ -65,7 +65,7 @@ def store_room(stores: Sequence[Path] | None) -> int:
     systems = [os.stat(folder).st_dev for folder in folders]
     rooms = []
     for place, folder, system in zip(places, folders, systems, strict=True):
-        block = _superblock(place) if is_device(place) else None
+        block = superblock_at(place) if is_device(place) else None
         space = os.statvfs(folder)
         free = space.f_bavail * space.f_frsize // systems.count(system)
         rooms.append(free if block is None else block.capacity_bytes)
@@ -77,7 +77,7 @@ def _check_together(found: list[tuple[str, Superblock]]) -> None:
         check_members(found)
 
 
-def _superblock(place: str) -> Superblock | None:
+def superblock_at(place: str) -> Superblock | None:
     """Of the store at `place`; None for a folder, and where a file would be made."""
     try:
         if is_device(place):
