@@ -181,6 +181,7 @@ USAGE_ERRORS = [
     (["bench", "envelope", "--output", "x", "--memory-limit", "none"], "under limits"),
     (["bench", "io", "--store", "x", "--size", "1KiB"], "not whole chunks"),
     (["demo", "--dtype", "int8"], "unknown dtype"),
+    (["demo", "--io-engine", "uring-cmd"], "the demo's stores are private files"),
     (["frobnicate"], "No such command"),
 ]
 

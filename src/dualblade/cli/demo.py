@@ -9,7 +9,7 @@ import typer
 
 from dualblade.cli import options
 from dualblade.config import check_word
-from dualblade.errors import DualBladeError
+from dualblade.errors import ConfigError, DualBladeError
 from dualblade.units import MIB, format_size, parse_size
 
 if TYPE_CHECKING:
@@ -42,7 +42,15 @@ def demo(
         int, typer.Option("--max-new-tokens", min=2, metavar="N", help="Of the answer, at most.")
     ] = 64,
     dtype: Annotated[str, typer.Option("--dtype", help="bfloat16 or float32.")] = "bfloat16",
-    io_engine: options.IOEngine = "auto",
+    io_engine: Annotated[
+        str,
+        typer.Option(
+            "--io-engine",
+            metavar="ENGINE",
+            help="auto, io_uring (O_DIRECT) or posix (threads); not uring-cmd, for its stores are "
+            "private files.",
+        ),
+    ] = "auto",
     json: options.Json = False,
     debug: options.Debug = False,  # noqa: ARG001 - read by Command
 ) -> None:
@@ -61,6 +69,11 @@ def demo(
 
     check_word("dtype", dtype, ("bfloat16", "float32"))
     options.engine_config(io_engine=io_engine, queue_depth=None)
+    if io_engine == "uring-cmd":  # else it would be told after the path `memory`
+        raise ConfigError(
+            "io_engine uring-cmd needs an NVMe namespace, and the demo's stores are private files",
+            hint="leave it out; generate and bench take --store",
+        )
     budget = None if memory_budget == "auto" else parse_size(memory_budget)
     with Reporter() as reporter:
         result = _run(
