@@ -171,6 +171,8 @@ USAGE_ERRORS = [
     (["bench", "decode", "-m", TINY, "--mode", "mapped"], "unknown mode"),
     (["bench", "decode", "-m", TINY, "--mode", "dual", "--memory-limit", "x"], "memory limit"),
     (["generate", "-m", TINY, "-p", "x", "--checksums", "some"], "off, sample, all"),
+    (["generate", "-m", TINY, "-p", "x", "--engine", "staging=1"], "unknown setting 'staging'"),
+    (["generate", "-m", TINY, "-p", "x", "--engine", "lookahead"], "write it like"),
     (["bench", "decode", "-m", TINY, "--mode", "direct", "--engine", "checksums"], "checksums=all"),
     (
         ["bench", "decode", "-m", TINY, "--mode", "direct", "--engine", "cheksums=all"],
@@ -246,6 +248,25 @@ def test_an_answer_that_was_cut_off_is_told() -> None:
     assert "stopped at" not in asked.stderr
     full = invoke(*command, "-p", "x" * 590)
     assert "stopped at 10 tokens, where the model's positions end" in full.stderr
+
+
+def test_all_options_that_a_path_does_not_heed_are_told() -> None:
+    given = ["--checksums", "all", "--memory-budget", "64MiB", "--engine", "in_place=false"]
+    heeded = ["--engine", "tile_tokens=16", "--max-new-tokens", "1"]
+    command = ["generate", "-m", TINY, "-p", "x", *given, *heeded]
+    told = invoke(*command, "--path", "memory").stderr
+    for option in ("--checksums", "--memory-budget", "--engine in_place"):
+        assert f"{option} has no effect on path memory" in told
+    assert "tile_tokens" not in told
+    assert "has no effect" not in invoke(*command, "--path", "direct").stderr
+
+
+def test_settings_without_an_option_reach_the_cache() -> None:
+    command = ["generate", "-m", TINY, "-p", "x", "--max-new-tokens", "1", "--memory-budget", "64M"]
+    settings = ["--engine", "staging_bytes=6MiB", "--engine", "checksums=off"]
+    cache = json.loads(invoke(*command, *settings, "--json").stdout)["cache"]
+    assert cache["memory"]["staging_bytes"] == 6 * MIB
+    assert cache["checksums"]["mode"] == "off"
 
 
 def test_a_traceback_only_with_debug() -> None:

@@ -84,7 +84,12 @@ MaxNewTokens = Annotated[
     ),
 ]
 Temperature = Annotated[
-    float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")
+    float,
+    typer.Option(
+        "--temperature",
+        min=0.0,
+        help="0 takes the likeliest token. The model's own top_p, top_k and penalties are unused.",
+    ),
 ]
 Seed = Annotated[
     int,
@@ -133,6 +138,7 @@ def generate(
     discard: options.Discard = False,
     queue_depth: options.QueueDepth = None,
     checksums: options.Checksums = "sample",
+    engine: options.EngineSettings = None,
     stats: Stats = False,
     trace: options.Trace = None,
     json: options.Json = False,
@@ -146,38 +152,38 @@ def generate(
       dualblade generate --model ./llama --prompt-file book.txt -p "Who did it?" --stats
       dualblade generate --model random:llama-3.2-1b -p hello --max-new-tokens 8 --path direct
     """
-    _run(
-        Request(
-            model=model,
-            prompt=_prompt_text(prompt, prompt_file),
-            system=None if system is None else _utf8("system text", system),
-            chat=chat,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            prefill_chunk_tokens=prefill_chunk_size,
-            prompt_lookup=prompt_lookup,
-            dtype=dtype,
-            device=device,
-            store=store,
-            memory_budget=memory_budget if memory_budget == "auto" else parse_size(memory_budget),
-            path=path,
-            attention=attention,
-            engine=options.engine_config(
-                io_engine=io_engine,
-                queue_depth=queue_depth,
-                disk_capacity_bytes=disk_capacity_bytes,
-                checksums=checksums,
-                trace_events=options.TRACE_EVENTS if trace else None,
-                cache_percent=cache_percent,
-                io_poll=io_poll,
-                discard=discard,
-            ),
-            json=json,
-            stats=stats,
-            trace=trace,
-        )
+    request = Request(
+        model=model,
+        prompt=_prompt_text(prompt, prompt_file),
+        system=None if system is None else _utf8("system text", system),
+        chat=chat,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        prefill_chunk_tokens=prefill_chunk_size,
+        prompt_lookup=prompt_lookup,
+        dtype=dtype,
+        device=device,
+        store=store,
+        memory_budget=memory_budget if memory_budget == "auto" else parse_size(memory_budget),
+        path=path,
+        attention=attention,
+        engine=options.engine_config(
+            io_engine=io_engine,
+            queue_depth=queue_depth,
+            disk_capacity_bytes=disk_capacity_bytes,
+            checksums=checksums,
+            trace_events=options.TRACE_EVENTS if trace else None,
+            cache_percent=cache_percent,
+            io_poll=io_poll,
+            discard=discard,
+            settings=engine,
+        ),
+        json=json,
+        stats=stats,
+        trace=trace,
     )
+    _run(request)
 
 
 def _prompt_text(prompt: str | None, prompt_file: str | None) -> str:
@@ -221,7 +227,8 @@ def _utf8(what: str, text: str) -> str:
 def _run(request: Request) -> None:
     from dualblade.cli.output import Reporter, write_json
 
-    for name in options.without_effect(request.path, request.store, request.engine):
+    given = (request.path, request.store, request.memory_budget, request.engine)
+    for name in options.without_effect(*given):
         typer.echo(f"{name} has no effect on path {request.path}", err=True)
     with Reporter() as reporter:
         began = time.perf_counter()

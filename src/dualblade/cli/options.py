@@ -209,26 +209,40 @@ def parse_tokens(text: str) -> int:
 
 
 def engine_config(
-    *, io_engine: str, queue_depth: int | None, **others: str | int | None
+    *,
+    io_engine: str,
+    queue_depth: int | None,
+    settings: list[str] | None = None,
+    **others: str | int | None,
 ) -> EngineConfig:
-    """Engine settings from options; None means the default. Raises: ConfigError."""
-    from dualblade.config import EngineConfig
+    """Engine settings from options; None means the default, and `settings`, written NAME=VALUE,
+    come last. Raises: ConfigError."""
+    from dualblade.config import EngineConfig, parse_settings
 
     given: dict[str, Any] = {"io_engine": io_engine, "queue_depth": queue_depth, **others}
+    given |= parse_settings(settings or ())
     return EngineConfig.from_mapping({k: v for k, v in given.items() if v is not None})
 
 
-_OF_THE_STORE = ("disk_capacity_bytes", "io_engine", "io_poll", "discard", "queue_depth")
+_HEEDED_IN_MEMORY = ("tile_tokens", "trace_events")
+_OPTIONS = ("checksums", "disk_capacity_bytes", "discard", "io_engine", "io_poll", "queue_depth")
+"""Settings that have options of their own."""
 
 
-def without_effect(path: str, store: list[Path] | None, engine: EngineConfig) -> list[str]:
+def without_effect(
+    path: str, store: list[Path] | None, memory_budget: str | int, engine: EngineConfig
+) -> list[str]:
     """Options that were given and that nothing on `path` heeds, as one types them."""
     from dualblade.config import EngineConfig
 
     asked, usual = asdict(engine), asdict(EngineConfig())
-    names = [name for name in _OF_THE_STORE if asked[name] != usual[name]]
-    if path == "memory":
-        names = [*(["store"] if store else []), *names]
-    else:
-        names = [name for name in names if name == "io_poll" and path == "page-cache"]
-    return ["--" + name.replace("_", "-") for name in names]
+    names = [name for name in asked if asked[name] != usual[name]]
+    if path != "memory":
+        return ["--io-poll"] if "io_poll" in names and path == "page-cache" else []
+    given = {"--store": bool(store), "--memory-budget": memory_budget != "auto"}
+    words = [option for option, was_given in given.items() if was_given]
+    for name in names:
+        if name not in _HEEDED_IN_MEMORY:
+            is_own = name in _OPTIONS
+            words.append("--" + name.replace("_", "-") if is_own else f"--engine {name}")
+    return words
