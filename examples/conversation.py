@@ -10,6 +10,8 @@ import sys
 
 import dualblade
 
+if len(sys.argv) != 2:
+    sys.exit("usage: python conversation.py MODEL")
 dualblade.wait_briefly()
 
 import torch

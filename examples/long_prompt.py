@@ -11,6 +11,8 @@ import sys
 
 import dualblade
 
+if len(sys.argv) != 3:
+    sys.exit("usage: python long_prompt.py MODEL FILE")
 dualblade.wait_briefly()
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer

@@ -109,6 +109,7 @@ def test_public_names_are_pinned() -> None:
         "wait_briefly",
         "widen_linears",
     ]
+    assert set(dualblade.__all__) <= set(dir(dualblade))
     for name in dualblade.__all__:
         assert hasattr(dualblade, name)
 

@@ -56,3 +56,8 @@ def __getattr__(name: str) -> Any:
 
         return widen_linears
     raise AttributeError(f"module 'dualblade' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """With the names that are loaded when they are first used."""
+    return sorted({*globals(), *__all__})

@@ -150,3 +150,12 @@ def test_prefill_paths_tell_how_runs_ended(
     assert "| chunks, written: direct | failed |  | - |  |  |" in text
     (dual,) = (line for line in text.splitlines() if line.startswith("| chunks, written: dual"))
     assert ", 2 of 3 runs |" in dual
+
+
+@pytest.mark.parametrize("name", ["conversation.py", "long_prompt.py"])
+def test_an_example_without_arguments_says_what_it_wants(name: str) -> None:
+    command = [sys.executable, str(ROOT / "examples" / name)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr.startswith(f"usage: python {name} MODEL")
+    assert "Traceback" not in run.stderr

@@ -12,9 +12,10 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import modeling_gguf_pytorch_utils as gguf_utils
 
 from dualblade.errors import ConfigError, DualBladeError, Unsupported
-from dualblade.hf import models
+from dualblade.hf import models, progress
 from dualblade.hf.footprint import footprint
 from dualblade.hf.geometry import layer_shapes
 from dualblade.hf.models import (
@@ -23,6 +24,7 @@ from dualblade.hf.models import (
     default_dtype,
     load_model,
     parse_dtype,
+    text_of,
     told_shortly,
 )
 from dualblade.hf.random_models import FAMILIES, PRESETS, ByteTokenizer, random_config
@@ -349,3 +351,37 @@ def test_a_model_without_attention_heads_is_told() -> None:
     config = AutoConfig.for_model("mamba", num_hidden_layers=2, hidden_size=64, vocab_size=99)
     with pytest.raises(Unsupported, match="does not say how many attention heads"):
         layer_shapes(config)
+
+
+def test_a_download_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The hub makes bars of the class that it is given, of bytes and of files."""
+    given: dict[str, Any] = {}
+    plain = models.AutoModelForCausalLM.from_pretrained
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        given.update(options)
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", noted)
+    monkeypatch.setattr(progress, "_EVERY_SECONDS", 0.0)
+    told: list[str] = []
+    text = text_of(f"random:llama?{TINY}")
+    load_model(str(saved(tmp_path)), device="cpu", text=text, tell=told.append)
+    assert told == []
+    bar = given["tqdm_class"](total=4 << 20, initial=0, unit="B", unit_scale=True, desc="model")
+    with bar:
+        bar.update(1 << 20)
+    assert told[0] == "fetching the model: 1.00 MiB of 4.00 MiB"
+    with given["tqdm_class"](total=3, desc="Fetching 3 files") as files:
+        files.update(2)
+    assert all("MiB" in line for line in told)
+
+
+def test_unpacking_draws_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    told: list[str] = []
+    bar = gguf_utils.tqdm
+    with progress.unpacking(told.append):
+        assert list(gguf_utils.tqdm([1, 2], desc="Converting")) == [1, 2]
+    assert gguf_utils.tqdm is bar
+    assert told == ["unpacking the weights"]
+    assert capsys.readouterr().err == ""

