@@ -12,7 +12,7 @@ from dualblade.cli.generation import check_candidates, check_length
 from dualblade.cli.store_place import check_store
 from dualblade.config import Path as KVPath
 from dualblade.hf.choice import choose
-from dualblade.hf.footprint import footprint, skeleton, staging_and_tails, weights_per_token
+from dualblade.hf.footprint import footprint, skeleton, staging_least, weights_per_token
 from dualblade.hf.geometry import item_bytes
 from dualblade.hf.linear import rows_in_turn
 from dualblade.hf.models import (
@@ -89,7 +89,7 @@ def _check_budget(request: Request, prepared: Prepared, unloaded: Any, device: s
 
 def _check_memory(request: Request, prompt_tokens: int, config: Any, dtype: torch.dtype) -> None:
     budget = 0 if request.memory_budget == "auto" else int(request.memory_budget)
-    staging, _ = staging_and_tails(config, dtype.itemsize, budget, request.engine)
+    staging = staging_least(config, dtype.itemsize, budget, request.engine)
     needed = footprint(
         config,
         dtype,

@@ -119,15 +119,14 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     return made
 
 
-def staging_and_tails(
+def staging_least(
     config: PretrainedConfig, item_bytes: int, budget_bytes: int, engine: EngineConfig
-) -> tuple[int, int]:
-    """(the least staging, the least tails) of one sequence under a budget, in bytes."""
+) -> int:
+    """The least staging of one sequence under a budget, in bytes."""
     shapes = [shape for shape in layer_shapes(config) if shape.offloaded]
     row_bytes = [s.kv_heads * (s.key_dim + s.value_dim) * item_bytes for s in shapes]
     rows = engine.tile_tokens or TILE_ROWS_DEFAULT
-    staging = staging_shape(engine, budget_bytes, max(row_bytes, default=0) * rows // 2)
-    return staging.total_bytes, sum(row_bytes) * rows // 8
+    return staging_shape(engine, budget_bytes, max(row_bytes, default=0) * rows // 2).total_bytes
 
 
 def _row_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
