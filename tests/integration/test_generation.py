@@ -19,8 +19,10 @@ CHUNK = 32
 
 
 def loaded() -> LoadedModel:
+    model = tiny_model()
     return LoadedModel(
-        model=tiny_model(),
+        model=model,
+        config=model.config,
         tokenizer=ByteTokenizer(128),
         name="tiny",
         source="a test",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from dualblade.cli.app import app
 from dualblade.errors import DualBladeError
-from dualblade.hf.models import config_of
+from dualblade.hf.models import config_of, text_of
 
 TINY = "random:llama?layers=3,hidden=64,heads=4,kv_heads=2,vocab=300,positions=600"
 
@@ -86,7 +87,8 @@ def test_quantised_weights_are_not_counted_as_if_they_were_not(
 ) -> None:
     config = config_of(TINY)
     config.quantization_config = {"quant_method": "bitsandbytes"}
-    monkeypatch.setattr("dualblade.cli.before_loading.config_of", lambda _: config)
+    text = replace(text_of(TINY), config=config)
+    monkeypatch.setattr("dualblade.cli.before_loading.text_of", lambda *_, **__: text)
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("its weights were counted")

@@ -589,6 +589,7 @@ def test_room_for_new_tokens() -> None:
     def model_with(positions: int | None) -> LoadedModel:
         return LoadedModel(
             model=None,  # type: ignore[arg-type]
+            config=None,  # type: ignore[arg-type]
             tokenizer=None,
             name="m",
             source="s",

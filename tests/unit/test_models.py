@@ -377,6 +377,17 @@ def test_a_download_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert all("MiB" in line for line in told)
 
 
+def test_what_was_read_is_not_read_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of a GGUF file the configuration takes seconds."""
+
+    def refuse(_: object) -> None:
+        raise AssertionError("read again")
+
+    folder, text = saved(tmp_path), text_of(f"random:llama?{TINY}")
+    monkeypatch.setattr(models._Source, "config", refuse)
+    assert load_model(str(folder), device="cpu", text=text).config is text.config
+
+
 def test_unpacking_draws_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
     told: list[str] = []
     bar = gguf_utils.tqdm

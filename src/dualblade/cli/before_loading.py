@@ -17,7 +17,6 @@ from dualblade.hf.geometry import item_bytes
 from dualblade.hf.linear import rows_in_turn
 from dualblade.hf.models import (
     ModelText,
-    config_of,
     default_dtype,
     is_packed,
     parse_device,
@@ -53,7 +52,7 @@ def prepare(request: Request, tell: Callable[[str], None]) -> Prepared:
         prompt = text.encode(request.prompt, system=request.system, chat=request.chat)
         new_tokens = check_length(text, len(prompt), request.max_new_tokens, request.prompt_lookup)
         prepared = Prepared(text=text, prompt=prompt, new_tokens=new_tokens)
-        config = config_of(request.model)
+        config = text.config
         # What quantised weights are, and take, is not known from the configuration.
         if getattr(config, "quantization_config", None) is None:
             dtype = asked or default_dtype(config, device)

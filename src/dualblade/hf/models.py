@@ -56,6 +56,7 @@ class ModelText:
     `chat` says whether it has a chat template; `positions_max` is None for models without a bound.
     """
 
+    config: PretrainedConfig
     tokenizer: Any
     name: str
     chat: bool
@@ -136,7 +137,7 @@ def load_model(
             at a tenth of its speed); bfloat16 for `random:`.
     device  None: a GPU if there is one.
     seed    of the weights, for `random:`.
-    text    of `text_of`, where that was asked before: the tokenizer is not read again.
+    text    of `text_of`, where that was asked before: what it read is not read again.
     tell    hears what takes long.
 
     Raises: ConfigError (no such model), Unsupported (cannot be fetched, or does not generate).
@@ -151,7 +152,7 @@ def load_model(
         with told_shortly(spec), unpacking(tell) if source.gguf_file else contextlib.nullcontext():
             model = AutoModelForCausalLM.from_pretrained(
                 source.place,
-                dtype=dtype or default_dtype(source.config(), target.type),
+                dtype=dtype or default_dtype(text.config, target.type),
                 tqdm_class=download_bars(tell),
                 **source.options(),
                 **(gguf_options() if source.gguf_file else {}),
@@ -212,6 +213,7 @@ def parse_dtype(word: str) -> torch.dtype | None:
 def _text(config: PretrainedConfig, tokenizer: Any, name: str) -> ModelText:
     decoder = config.get_text_config(decoder=True)
     return ModelText(
+        config=config,
         tokenizer=tokenizer,
         name=name,
         chat=bool(tokenizer.chat_template),
@@ -227,6 +229,7 @@ def _loaded(model: PreTrainedModel, text: ModelText, source: str) -> LoadedModel
         model.generation_config.num_return_sequences = 1  # one answer, whatever came with it
     return LoadedModel(
         model=model,
+        config=text.config,
         tokenizer=text.tokenizer,
         name=text.name,
         source=source,
