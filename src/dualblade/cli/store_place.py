@@ -12,7 +12,7 @@ from dualblade.errors import NotAStore
 from dualblade.host.drives import find_drive
 from dualblade.io import open_engine
 from dualblade.store import as_places, cache_directory
-from dualblade.store.backing import check_engine, check_parent, hold_file, is_device
+from dualblade.store.backing import check_engine, check_place, hold_file, is_device
 from dualblade.store.device import hold_store, recognise
 from dualblade.store.format import Superblock
 from dualblade.store.members import check_kinds, check_members
@@ -85,7 +85,7 @@ def superblock_at(place: str) -> Superblock | None:
             with open(drive.block_path, "rb", buffering=0) as node:
                 return recognise(node.fileno(), drive)
         if not os.path.lexists(place):
-            check_parent(place)
+            check_place(place)
             return None
         mode = os.stat(place).st_mode
         if stat.S_ISDIR(mode):
