@@ -230,6 +230,27 @@ def test_a_model_is_watched_no_longer_than_its_cache_lives() -> None:
     assert not any(hooks)
 
 
+def test_a_cache_that_ends_while_a_model_runs_its_hooks_disturbs_nobody() -> None:
+    """Another thread closes it, or the collector frees it: torch goes on with a copy of the list of
+    hooks, and gives those that were removed less."""
+    model = hybrid_model()
+    with cache_for(model) as cache:
+        closing: list[DualBladeCache] = []
+
+        def close(*_: Any) -> None:
+            if closing:
+                closing.pop().close()
+
+        for module in (model, model.model):
+            for kind in ("register_forward_pre_hook", "register_forward_hook"):
+                handle = getattr(module, kind)(close)
+                closing.append(cache_for(model))
+                cache.reset()
+                generate(model, cache, prompt(tokens=20))
+                assert not closing
+                handle.remove()
+
+
 @pytest.mark.parametrize("family", ["lfm2", "qwen3-next"])
 @pytest.mark.parametrize("path", ["direct", "memory"])
 def test_another_batch_after_reset_beside_states(family: str, path: str) -> None:

@@ -42,26 +42,21 @@ class Beside:
         """Look at passes of `decoder` through `cache` for as long as that lives."""
         if not self._states:
             return
-        alive = weakref.ref(cache)
-
-        def is_through_it(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-            ours = alive()
-            return ours is not None and any(given is ours for given in (*args, *kwargs.values()))
-
-        def begin(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if is_through_it(args, kwargs):
-                self._is_broken = self._is_broken or self._is_touched
-                self._is_passing, self._is_touched = True, False
-
-        def end(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
-            if is_through_it(args, kwargs):
-                self._is_passing = self._is_touched = False
-
+        passes = _Passes(self, cache)
         for handle in (
-            decoder.register_forward_pre_hook(begin, with_kwargs=True),
-            decoder.register_forward_hook(end, with_kwargs=True),
+            decoder.register_forward_pre_hook(passes.begin, with_kwargs=True),
+            decoder.register_forward_hook(passes.end, with_kwargs=True),
         ):
             self._hooks.append(weakref.finalize(cache, handle.remove))
+
+    def begin(self) -> None:
+        """A pass begins; of one before it that did not end some states may be left."""
+        self._is_broken = self._is_broken or self._is_touched
+        self._is_passing, self._is_touched = True, False
+
+    def end(self) -> None:
+        """A pass came to its end."""
+        self._is_passing = self._is_touched = False
 
     def touch(self) -> None:
         """A layer takes in what a pass brings, or is about to."""
@@ -107,6 +102,27 @@ class Beside:
         """The model is as it was."""
         while self._hooks:
             self._hooks.pop()()
+
+
+class _Passes:
+    """The hooks of one cache, for `beside`. One that was removed while torch runs its copy of the
+    list (the collector, or another thread, ended its cache) is given less."""
+
+    def __init__(self, beside: Beside, cache: Cache) -> None:
+        self._beside = beside
+        self._cache = weakref.ref(cache)
+
+    def begin(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if kwargs is not None and self._are_through_it(args, kwargs):
+            self._beside.begin()
+
+    def end(self, _: Any, args: tuple[Any, ...], kwargs: Any, *result: Any) -> None:
+        if result and self._are_through_it(args, kwargs):  # else `kwargs` is the result
+            self._beside.end()
+
+    def _are_through_it(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        ours = self._cache()
+        return ours is not None and any(given is ours for given in (*args, *kwargs.values()))
 
 
 class WholeSteps(Cache):

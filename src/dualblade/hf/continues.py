@@ -128,20 +128,30 @@ def watch_texts(
     """Check each pass of `modules` through `cache`, for as long as that lives or until the returned
     functions are called. A pass that does not go on from there raises ConfigError, and has changed
     nothing; of a cache that lost its content `check_usable` tells first."""
-    alive = weakref.ref(cache)
-
-    def check(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ours = alive()
-        if ours is None or not any(given is ours for given in (*args, *kwargs.values())):
-            return
-        check_usable()
-        past, new = ours.get_seq_length(), _new_tokens(args, kwargs)
-        # Half a step is told of by the layers, which know more.
-        if new is not None and not goes_on(past, new, kwargs) and _is_whole(ours):
-            raise _does_not_go_on(new, past)
-
+    check = _TextCheck(cache, check_usable)
     hooks = [module.register_forward_pre_hook(check, with_kwargs=True) for module in modules]
     return [weakref.finalize(cache, hook.remove) for hook in hooks]
+
+
+class _TextCheck:
+    """The hook of one cache. torch runs a copy of a module's list of hooks, and gives one that was
+    removed meanwhile (the collector, or another thread, ended its cache) no `kwargs`."""
+
+    def __init__(self, cache: Cache, check_usable: Callable[[], object]) -> None:
+        self._cache = weakref.ref(cache)
+        self._check_usable = check_usable
+
+    def __call__(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        cache = self._cache()
+        if cache is None or kwargs is None:
+            return
+        if not any(given is cache for given in (*args, *kwargs.values())):
+            return
+        self._check_usable()
+        past, new = cache.get_seq_length(), _new_tokens(args, kwargs)
+        # Half a step is told of by the layers, which know more.
+        if new is not None and not goes_on(past, new, kwargs) and _is_whole(cache):
+            raise _does_not_go_on(new, past)
 
 
 def _does_not_go_on(new: int, past: int) -> ConfigError:
