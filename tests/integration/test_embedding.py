@@ -384,3 +384,20 @@ def test_a_wrapper_shares_the_attention_of_what_it_wraps() -> None:
         first.close()
         assert model.config._attn_implementation == "dualblade"
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("path", ["direct", "memory"])
+def test_a_compiled_model_gives_the_same(path: str) -> None:
+    """The cache and attention over tiles are left out of its graphs."""
+    model, ids = tiny_model(), prompt(tokens=90)["input_ids"]
+    del model.model.layers[1:]
+    model.config.num_hidden_layers = 1
+    logits = []
+    for runs in (model, torch.compile(model, backend="eager")):
+        torch.compiler.reset()
+        with torch.inference_mode(), cache_for(model, path, attention="tiles") as cache:
+            parts = ids.split([80, 5, 5], dim=1)
+            logits.append([runs(part, cache=cache).logits for part in parts])
+            assert cache.stats().attention == "tiles", "nothing was touched on the way"
+    for plain, compiled in zip(*logits, strict=True):
+        torch.testing.assert_close(plain, compiled)

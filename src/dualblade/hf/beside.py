@@ -112,10 +112,12 @@ class _Passes:
         self._beside = beside
         self._cache = weakref.ref(cache)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         if kwargs is not None and self._are_through_it(args, kwargs):
             self._beside.begin()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def end(self, _: Any, args: tuple[Any, ...], kwargs: Any, *result: Any) -> None:
         if result and self._are_through_it(args, kwargs):  # else `kwargs` is the result
             self._beside.end()

@@ -183,6 +183,8 @@ class DualBladeCache(WholeSteps):
         made._profile = profile
         return made
 
+    # torch.compile would trace the store's arithmetic, with tensors that are none.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(
         self,
         key_states: torch.Tensor,

@@ -141,6 +141,7 @@ class _TextCheck:
         self._cache = weakref.ref(cache)
         self._check_usable = check_usable
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         cache = self._cache()
         if cache is None or kwargs is None:

@@ -24,6 +24,7 @@ _SELECTIONS = ("indices", "block_indices")
 """What models with sparse layers give to kernels that attend to some tokens alone."""
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def tile_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -124,6 +125,7 @@ def _question(
     )
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def tile_mask(
     batch_size: int,
     q_length: int,
