@@ -106,25 +106,33 @@ class Beside:
 
 class _Passes:
     """The hooks of one cache, for `beside`. One that was removed while torch runs its copy of the
-    list (the collector, or another thread, ended its cache) is given less."""
+    list (the collector, or another thread, ended its cache) is given less. Those of a copied or
+    saved model look at nothing."""
 
-    def __init__(self, beside: Beside, cache: Cache) -> None:
+    def __init__(self, beside: Beside | None, cache: Cache | None) -> None:
         self._beside = beside
-        self._cache = weakref.ref(cache)
+        self._cache = (lambda: None) if cache is None else weakref.ref(cache)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (None, None)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        if kwargs is not None and self._are_through_it(args, kwargs):
-            self._beside.begin()
+        beside = None if kwargs is None else self._passed_through(args, kwargs)
+        if beside is not None:
+            beside.begin()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def end(self, _: Any, args: tuple[Any, ...], kwargs: Any, *result: Any) -> None:
-        if result and self._are_through_it(args, kwargs):  # else `kwargs` is the result
-            self._beside.end()
+        # Without one `kwargs` is the result.
+        beside = self._passed_through(args, kwargs) if result else None
+        if beside is not None:
+            beside.end()
 
-    def _are_through_it(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        ours = self._cache()
-        return ours is not None and any(given is ours for given in (*args, *kwargs.values()))
+    def _passed_through(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Beside | None:
+        cache = self._cache()
+        is_ours = cache is not None and any(it is cache for it in (*args, *kwargs.values()))
+        return self._beside if is_ours else None
 
 
 class WholeSteps(Cache):

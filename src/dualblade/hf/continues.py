@@ -135,11 +135,15 @@ def watch_texts(
 
 class _TextCheck:
     """The hook of one cache. torch runs a copy of a module's list of hooks, and gives one that was
-    removed meanwhile (the collector, or another thread, ended its cache) no `kwargs`."""
+    removed meanwhile (the collector, or another thread, ended its cache) no `kwargs`. Of a copied
+    or saved model it looks at nothing."""
 
-    def __init__(self, cache: Cache, check_usable: Callable[[], object]) -> None:
-        self._cache = weakref.ref(cache)
+    def __init__(self, cache: Cache | None, check_usable: Callable[[], object] | None) -> None:
+        self._cache = (lambda: None) if cache is None else weakref.ref(cache)
         self._check_usable = check_usable
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (None, None)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
@@ -148,6 +152,7 @@ class _TextCheck:
             return
         if not any(given is cache for given in (*args, *kwargs.values())):
             return
+        assert self._check_usable is not None, "given with the cache"
         self._check_usable()
         past, new = cache.get_seq_length(), _new_tokens(args, kwargs)
         # Half a step is told of by the layers, which know more.
