@@ -111,6 +111,95 @@ def test_a_text_of_which_one_token_would_be_left_is_refused(path: str, attention
         assert cache.get_seq_length() == 9
 
 
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 16}])
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma3"])
+def test_a_longer_text_that_differs_is_refused(family: str, options: dict[str, Any]) -> None:
+    """As a pipeline with two prompts gives it: the second would go on from the first one's KV."""
+    model = tiny_model(family)
+    with cache_for(model) as cache:
+        first = generate(model, cache, prompt(tokens=80))
+        other = prompt(tokens=120, seed=5)
+        with pytest.raises(ConfigError, match=r"another than the 84 tokens .* from token 0 on"):
+            generate(model, cache, other, **options)
+        changed = longer(first, 9)
+        changed["input_ids"][0, 81] += 1  # one that was generated
+        with pytest.raises(ConfigError, match="from token 81 on") as refused:
+            generate(model, cache, changed, **options)
+        assert "crop(-3)" in str(refused.value.hint)
+        assert cache.get_seq_length() == 84
+        theirs = DynamicCache(config=model.config)
+        generate(model, theirs, prompt(tokens=80))
+        ours = generate(model, cache, longer(first, 9), **options)
+        assert torch.equal(ours, generate(model, theirs, longer(first, 9))), "nothing changed"
+        cache.reset()
+        generate(model, cache, other, **options)
+
+
+def test_after_a_crop_another_text_may_go_on_from_there() -> None:
+    """With candidates too, of which rejected ones were taken back."""
+    model = tiny_model()
+    for options in ({}, {"prompt_lookup_num_tokens": 4}):
+        with cache_for(model) as cache:
+            first = generate(model, cache, prompt(tokens=80), **options)
+            generate(model, cache, longer(first, 9))
+            cache.crop(80 - cache.get_seq_length())
+            ours = generate(model, cache, longer(first[:, :80], 30))
+            plain = generate(model, DynamicCache(config=model.config), longer(first[:, :80], 30))
+            assert torch.equal(ours, plain)
+            with pytest.raises(ConfigError, match="from token 80 on"):
+                generate(model, cache, text(torch.cat([first, first], dim=1)))
+
+
+def test_several_sequences_with_padding_go_on_and_others_are_refused() -> None:
+    """What no row sees may be any token."""
+    model = tiny_model()
+    inputs = prompt(batch=2, tokens=60, pad=7)
+    with cache_for(model) as cache:
+        ids = generate(model, cache, inputs, num_return_sequences=1)
+        ids = torch.cat([ids, torch.full((2, 9), 5)], dim=1)
+        mask = torch.ones_like(ids)
+        mask[:, :60] = inputs["attention_mask"]
+        ids[1, :7] = 9
+        with pytest.raises(ConfigError, match="from token 0 on"):
+            generate(model, cache, {"input_ids": ids.flip(0), "attention_mask": mask})
+        generate(model, cache, {"input_ids": ids, "attention_mask": mask})
+
+
+def test_what_is_not_known_is_not_refused() -> None:
+    """Embeddings, rows that were appended, sequences that were chosen."""
+    model, ids = tiny_model(), prompt(tokens=80)["input_ids"]
+    other = text(prompt(tokens=130, seed=5)["input_ids"])
+    rows = torch.ones(1, 2, 4, 16)
+    with cache_for(model) as cache, torch.no_grad():
+        embeds = model.get_input_embeddings()(ids)
+        model(inputs_embeds=embeds, cache=cache)
+        generate(model, cache, other)
+        cache.reset()
+        for change in (
+            lambda: [cache.append(rows, rows, layer) for layer in range(3)],
+            lambda: cache.batch_select_indices(torch.tensor([0])),
+            lambda: cache.batch_repeat_interleave(1),
+            lambda: cache.reorder_cache(torch.tensor([0])),
+        ):
+            model(input_ids=ids, cache=cache)
+            change()
+            generate(model, cache, other)
+            cache.reset()
+        model(input_ids=ids, cache=cache)
+        with pytest.raises(ConfigError, match="another than the 80 tokens"):
+            generate(model, cache, other)
+
+
+def test_a_pass_that_did_not_come_to_pass_is_not_held() -> None:
+    model, ids = tiny_model(), prompt(tokens=80)["input_ids"]
+    with cache_for(model) as cache, torch.no_grad():
+        model(input_ids=ids, cache=cache)
+        with pytest.raises(IndexError):
+            model(input_ids=torch.tensor([[1 << 20]]), cache=cache)
+        generate(model, cache, longer(ids, 9))
+        assert cache.held_text._tokens is not None
+
+
 def test_a_model_without_positions_is_checked() -> None:
     """Neither mask nor positions come to Bloom's passes."""
     torch.manual_seed(0)
@@ -286,10 +375,9 @@ def test_what_goes_on_is_let_through(family: str, options: dict[str, Any]) -> No
     with cache_for(model) as cache:
         theirs = DynamicCache(config=model.config)
         for one in (cache, theirs):
-            generate(model, one, inputs)
-        held = cache.get_seq_length()
-        assert held == theirs.get_seq_length()
-        ids = torch.cat([inputs["input_ids"], torch.full((2, held - 60 + 9), 5)], dim=1)
+            first = generate(model, one, inputs)
+        assert cache.get_seq_length() == theirs.get_seq_length() == 64
+        ids = torch.cat([first, torch.full((2, 8), 5)], dim=1)
         mask = torch.ones_like(ids)
         mask[:, :60] = inputs["attention_mask"]
         whole = {"input_ids": ids, "attention_mask": mask}

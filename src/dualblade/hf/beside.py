@@ -15,6 +15,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from dualblade.errors import Closed
+from dualblade.hf.held_text import HeldText
 from dualblade.hf.layer import MemoryLayer, StoredLayer
 
 
@@ -141,6 +142,7 @@ class WholeSteps(Cache):
     def __init__(self, layers: list[Any]) -> None:
         super().__init__(layers=layers)
         self._beside = Beside(layers)
+        self.held_text = HeldText()
 
     def get_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         """See transformers' `Cache`; a model may write to what it gets."""
@@ -167,22 +169,28 @@ class WholeSteps(Cache):
 
     def reset(self) -> None:
         """Forget all tokens, for another prompt. Raises: DeviceError, Closed."""
+        self.held_text.forget()
         self._beside.change(self.layers, lambda layer: layer.reset())
         self._beside.forget()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove`. Raises: ConfigError, DeviceError, Closed;
         RuntimeError where layers with windows or states keep nothing to go back to."""
+        past = self.get_seq_length()
         self._beside.change(self.layers, lambda layer: layer.crop(tokens_to_remove))
+        self.held_text.crop(past, self.get_seq_length())
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Sequence i becomes what `beam_idx[i]` was. Raises: ConfigError, Closed."""
+        self.held_text.forget()
         self._beside.change(self.layers, lambda layer: layer.reorder_cache(beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence `repeats` times, copies side by side. Raises: Closed."""
+        self.held_text.forget()
         self._beside.change(self.layers, lambda layer: layer.batch_repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences that `indices` name, in that order. Raises: ConfigError, Closed."""
+        self.held_text.forget()
         self._beside.change(self.layers, lambda layer: layer.batch_select_indices(indices))

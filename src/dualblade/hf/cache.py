@@ -220,6 +220,7 @@ class DualBladeCache(WholeSteps):
         layer = self.layers[layer_idx]
         if not isinstance(layer, StoredLayer | MemoryLayer):
             raise Unsupported(f"layer {layer_idx} is a {type(layer).__name__}; it cannot append")
+        self.held_text.forget()
         layer.append(key_states, value_states)
 
     def close(self) -> None:

@@ -2,8 +2,9 @@
 
 `generate` is given the whole text so far and slices off what is cached, by count alone. A text that
 is no longer than that, or one whose candidates begin anew (transformers 5.24 then passes all of it
-on), would be attended to behind another text's tokens without an error. Where `generate` slices,
-the text is at hand, and it is checked there; passes of a loop of one's own tell less.
+on, would be attended to behind another text's tokens without an error. Where `generate` slices,
+the text is at hand, and it is checked there, by count and against the tokens that were passed on
+before (`HeldText`); passes of a loop of one's own tell less.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from dualblade.errors import ConfigError
+from dualblade.hf.beside import WholeSteps
 from dualblade.hf.layer import StoredLayer
 
 
 def watch_generate(
-    models: Iterable[PreTrainedModel], cache: Cache, check_usable: Callable[[], object]
+    models: Iterable[PreTrainedModel], cache: WholeSteps, check_usable: Callable[[], object]
 ) -> list[Callable[[], object]]:
     """Check texts where `generate` of `models` slices them for `cache`, for as long as
     `watch_texts` does, and like it."""
@@ -44,7 +46,7 @@ def watch_generate(
     return ends
 
 
-_USABLE: weakref.WeakKeyDictionary[Cache, Callable[[], object]] = weakref.WeakKeyDictionary()
+_USABLE: weakref.WeakKeyDictionary[WholeSteps, Callable[[], object]] = weakref.WeakKeyDictionary()
 """Of each cache whose texts are checked, what raises when its content is lost."""
 
 _WATCHED: weakref.WeakKeyDictionary[torch.nn.Module, set[object]] = weakref.WeakKeyDictionary()
@@ -88,7 +90,23 @@ def _prefill(
         # Of as many columns it is the whole text, of more the new tokens.
         if columns < past + (1 if columns == given else given):
             raise _does_not_go_on(given, past)
+        if columns == given and embeds is None:
+            _check_begin(cache, past, input_ids, mask)
     return type(self)._prefill(self, input_ids, generation_config, model_kwargs, **more)
+
+
+def _check_begin(cache: WholeSteps, past: int, ids: torch.Tensor, mask: Any) -> None:
+    """Raises: ConfigError where the text `ids` does not begin with the cached one."""
+    seen = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+    shared = cache.held_text.shared_with(past, ids, seen)
+    if shared < past:
+        raise ConfigError(
+            f"this text is another than the {past} tokens that the cache holds, from token "
+            f"{shared} on",
+            hint=f"reset() it for another text, or crop({shared - past}) it to what they share"
+            if shared
+            else "reset() it for another text",
+        )
 
 
 def _get_candidate_generator(self: Any, *args: Any, **given: Any) -> Any:
@@ -106,10 +124,10 @@ def _get_candidate_generator(self: Any, *args: Any, **given: Any) -> Any:
     return type(self)._get_candidate_generator(self, *args, **given)
 
 
-def _checked_cache(model_kwargs: dict[str, Any]) -> Cache | None:
+def _checked_cache(model_kwargs: dict[str, Any]) -> WholeSteps | None:
     """The cache that is given, where it is watched and holds a text."""
     cache = model_kwargs.get("cache")
-    usable = _USABLE.get(cache) if isinstance(cache, Cache) else None
+    usable = _USABLE.get(cache) if isinstance(cache, WholeSteps) else None
     if cache is None or usable is None:
         return None
     usable()
@@ -123,7 +141,7 @@ def _checked_cache(model_kwargs: dict[str, Any]) -> Cache | None:
 
 
 def watch_texts(
-    modules: Iterable[torch.nn.Module], cache: Cache, check_usable: Callable[[], object]
+    modules: Iterable[torch.nn.Module], cache: WholeSteps, check_usable: Callable[[], object]
 ) -> list[Callable[[], object]]:
     """Check each pass of `modules` through `cache`, for as long as that lives or until the returned
     functions are called. A pass that does not go on from there raises ConfigError, and has changed
@@ -138,7 +156,7 @@ class _TextCheck:
     removed meanwhile (the collector, or another thread, ended its cache) no `kwargs`. Of a copied
     or saved model it looks at nothing."""
 
-    def __init__(self, cache: Cache | None, check_usable: Callable[[], object] | None) -> None:
+    def __init__(self, cache: WholeSteps | None, check_usable: Callable[[], object] | None) -> None:
         self._cache = (lambda: None) if cache is None else weakref.ref(cache)
         self._check_usable = check_usable
 
@@ -154,10 +172,13 @@ class _TextCheck:
             return
         assert self._check_usable is not None, "given with the cache"
         self._check_usable()
-        past, new = cache.get_seq_length(), _new_tokens(args, kwargs)
+        past, brought = cache.get_seq_length(), _brought(args, kwargs)
+        new = None if brought is None else brought.shape[1]
         # Half a step is told of by the layers, which know more.
         if new is not None and not goes_on(past, new, kwargs) and _is_whole(cache):
             raise _does_not_go_on(new, past)
+        are_ids = brought is not None and brought.ndim == 2 and not brought.is_floating_point()
+        cache.held_text.bring(past, brought if are_ids else None)
 
 
 def _does_not_go_on(new: int, past: int) -> ConfigError:
@@ -185,11 +206,11 @@ def goes_on(past: int, new: int, given: dict[str, Any]) -> bool:
     return new > 0
 
 
-def _new_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Tokens that a pass is given; None where it is given none that we know of."""
+def _brought(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """What a pass is given, [batch, tokens, ...]; None where it is none that we know of."""
     for given in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")):
         if isinstance(given, torch.Tensor):
-            return given.shape[1] if given.ndim > 1 else None
+            return given if given.ndim > 1 else None
     return None
 
 
