@@ -18,6 +18,7 @@ from transformers import (
 
 from dualblade import DualBladeCache
 from dualblade.errors import Closed, ConfigError, Unsupported
+from dualblade.hf.layer import StoredLayer
 from dualblade.pipeline.order import SequenceTable
 from tests.integration.tiny_models import prompt, tiny_model
 
@@ -249,6 +250,31 @@ def test_a_cache_that_ends_while_a_model_runs_its_hooks_disturbs_nobody() -> Non
                 generate(model, cache, prompt(tokens=20))
                 assert not closing
                 handle.remove()
+
+
+@pytest.mark.parametrize("is_reset", [True, False])
+@pytest.mark.parametrize("family", ["gemma3", "lfm2"])
+def test_layers_beside_ours_do_not_grow_after_candidates(family: str, *, is_reset: bool) -> None:
+    """transformers leaves them recording what candidates may have to be taken back from."""
+    model = hybrid_model() if family == "lfm2" else tiny_model(family)
+
+    def held() -> list[int]:
+        states = (getattr(la, "conv_states", {0: getattr(la, "keys", None)}) for la in beside)
+        return [state[0].shape[-1 if family == "lfm2" else -2] for state in states]
+
+    with cache_for(model, attention="exact") as cache:
+        beside = [la for la in cache.layers if not isinstance(la, StoredLayer)]
+        ids = generate(model, cache, prompt(tokens=90))
+        least = held()
+        cache.reset()
+        ids = generate(model, cache, prompt(tokens=90), prompt_lookup_num_tokens=4)
+        if is_reset:
+            cache.reset()
+        new = torch.cat([ids, prompt(tokens=20, seed=4)["input_ids"]], dim=1)
+        inputs = {"input_ids": new, "attention_mask": torch.ones_like(new)}
+        plain = generate(model, DynamicCache(config=model.config), inputs)
+        assert torch.equal(generate(model, cache, inputs), plain)
+        assert held() == least
 
 
 @pytest.mark.parametrize("family", ["lfm2", "qwen3-next"])

@@ -172,6 +172,18 @@ class WholeSteps(Cache):
         self.held_text.forget()
         self._beside.change(self.layers, lambda layer: layer.reset())
         self._beside.forget()
+        for layer in self._recording():
+            layer.record_past = False
+
+    def end_recording(self) -> None:
+        """Candidates are over: keep what a layer needs. transformers leaves its layers recording,
+        and they grow with each token."""
+        for layer in self._recording():
+            layer.crop(0)
+            layer.record_past = False
+
+    def _recording(self) -> list[Any]:
+        return [layer for layer in self.layers if getattr(layer, "record_past", False)]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove`. Raises: ConfigError, DeviceError, Closed;

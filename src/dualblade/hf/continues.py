@@ -92,6 +92,8 @@ def _prefill(
             raise _does_not_go_on(given, past)
         if columns == given and embeds is None:
             _check_begin(cache, past, input_ids, mask)
+        if more.get("is_first_iteration", True):  # not of an assistant, which is asked again
+            cache.end_recording()
     return type(self)._prefill(self, input_ids, generation_config, model_kwargs, **more)
 
 
