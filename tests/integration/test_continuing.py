@@ -354,6 +354,37 @@ def test_half_a_step_in_memory_is_noticed() -> None:
         model(input_ids=ids, cache=cache)
 
 
+@pytest.mark.parametrize("chunk", [None, 16])
+@pytest.mark.parametrize(("path", "attention"), WAYS)
+def test_half_a_step_that_was_noticed_is_reset(
+    path: str, attention: str, chunk: int | None
+) -> None:
+    """As in a notebook: interrupted, run again, then reset. What was read ahead and written behind
+    for the old text is not taken for the new one's."""
+    model = tiny_model()
+    fresh = prompt(tokens=200, seed=3)
+    plain = generate(model, DynamicCache(config=model.config), fresh)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with cache_for(model, path, attention) as cache:
+        first = generate(model, cache, prompt(tokens=330))
+        for layer in (0, 1):
+            hook = model.model.layers[layer].mlp.register_forward_hook(stop)
+            with pytest.raises(KeyboardInterrupt):
+                generate(model, cache, longer(first, 70))
+            hook.remove()
+            for _ in range(2):
+                with pytest.raises(Closed, match="content is lost") as refused:
+                    generate(model, cache, longer(first, 90))
+                assert "reset" in str(refused.value.hint)
+            cache.reset()
+            ours = generate(model, cache, fresh, prefill_chunk_size=chunk)
+            assert torch.equal(ours, plain)
+            first = ours
+
+
 def test_a_mask_of_the_new_tokens_alone_is_refused() -> None:
     """transformers would take the columns that are missing for padding."""
     model = tiny_model()

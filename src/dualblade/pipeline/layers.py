@@ -27,7 +27,7 @@ class LayeredKV(ABC):
 
     Used by one thread. After an error in the middle of a step the content is lost: every further
     call raises `Closed` with the cause. `close` always works, and `reset` where the step was only
-    refused: store and memory are as they were.
+    refused, or followed half a one: store and memory are as they were.
     """
 
     def __init__(self, trace_events: int) -> None:
@@ -281,9 +281,10 @@ class LayeredKV(ABC):
         else:
             is_whole = self._tokens_of(0) in (0, layer.tokens + new.count)
         if not is_whole:
+            self._was_refused = True  # before anything was read or written for it
             raise Closed(
                 "the last step ended between two layers, and the content is lost",
-                hint="close the cache and start again with a new one",
+                hint="reset it for another prompt",
             )
 
     def _settle(self) -> None:
