@@ -208,3 +208,17 @@ def test_the_program_ends_where_nothing_is_widened(
     monkeypatch.setattr("sys.argv", [SCRIPT.name])
     assert script.main() == 1
     assert "nothing is widened" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("pays")
+def test_weights_that_are_more_than_plain_tensors_stay_with_torch() -> None:
+    """Those of torchao look like bfloat16, and cannot be cut into blocks."""
+
+    class Quantised(torch.Tensor):
+        """As its weights: a subclass that says it is a parameter too."""
+
+    made = layer(64, 48, torch.bfloat16)
+    made.weight = torch.nn.Parameter(made.weight.detach().as_subclass(Quantised))
+    assert type(made.weight) is not torch.nn.Parameter
+    assert widen_linears(made) == 0
+    assert type(made) is torch.nn.Linear

@@ -85,12 +85,14 @@ def widen_linears(model: torch.nn.Module) -> int:
     """Let the linear layers of `model` multiply in float32 where that is faster; how many do.
 
     None do where the processor has arithmetic of their dtype, and of other dtypes. Layers that are
-    not exactly torch.nn.Linear (quantised ones, adapters) stay as they are. Weights are neither
-    copied nor changed.
+    not exactly torch.nn.Linear (quantised ones, adapters), and those whose weights are more than
+    plain tensors (torchao's), stay as they are. Weights are neither copied nor changed.
     """
     count = 0
     for module in model.modules():
-        if type(module) is torch.nn.Linear and widening_pays(module.weight.dtype):
+        if type(module) is not torch.nn.Linear or type(module.weight) is not torch.nn.Parameter:
+            continue
+        if widening_pays(module.weight.dtype):
             module.__class__ = WidenedLinear
             count += 1
     return count
