@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import threading
 import weakref
 from typing import Any
 
@@ -10,8 +12,11 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    CLIPVisionConfig,
     DynamicCache,
     Lfm2Config,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PretrainedConfig,
     Qwen3NextConfig,
 )
@@ -410,6 +415,73 @@ def test_a_wrapper_shares_the_attention_of_what_it_wraps() -> None:
         first.close()
         assert model.config._attn_implementation == "dualblade"
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_models_of_one_configuration_share_their_attention() -> None:
+    one = tiny_model()
+    other = type(one)(one.config).eval()
+    assert other.config is one.config
+    first = cache_for(one)
+    with cache_for(other) as second:
+        assert second.stats().attention == "tiles"
+        first.close()
+        assert one.config._attn_implementation == "dualblade"
+        generate(other, second, prompt(tokens=90))
+        assert second.stats().attention == "tiles"
+    assert one.config._attn_implementation == "sdpa"
+
+
+def test_a_model_copied_while_attention_is_lent_to_it_has_its_own_in_the_end() -> None:
+    model = tiny_model()
+    with cache_for(model):
+        other = copy.deepcopy(model)
+    assert other.config._attn_implementation == "dualblade"
+    with cache_for(other) as cache:
+        assert cache.stats().attention == "tiles"
+    assert other.config._attn_implementation == "sdpa"
+
+
+def test_lending_while_another_thread_gives_back() -> None:
+    model = tiny_model()
+    plain, entered, going = model.set_attn_implementation, threading.Event(), threading.Event()
+
+    def slow(name: Any) -> None:
+        entered.set()
+        going.wait(1)
+        plain(name)
+
+    first = cache_for(model, attention="tiles")
+    model.set_attn_implementation = slow
+    closing = threading.Thread(target=first.close)
+    closing.start()
+    entered.wait()
+    model.set_attn_implementation = plain
+    with cache_for(model) as second:
+        closing.join()
+        assert second.stats().attention == "tiles"
+        assert model.config._attn_implementation == "dualblade"
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(("text", "word"), [("eager", "exact"), ("sdpa", "tiles")])
+def test_auto_asks_the_attention_of_the_text_model(text: str, word: str) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            **shape, num_hidden_layers=1, image_size=28, patch_size=14, projection_dim=32
+        ),
+        text_config=tiny_model().config,
+        image_token_index=3,
+    )
+    other = "sdpa" if text == "eager" else "eager"
+    names = {"": other, "text_config": text, "vision_config": other}
+    config._attn_implementation = names
+    model = LlavaForConditionalGeneration(config).eval()
+    for _ in range(2):
+        with cache_for(model) as cache, cache_for(model) as again:
+            assert cache.stats().attention == again.stats().attention == word
+        assert model.config.text_config._attn_implementation == text
+        assert model.config.vision_config._attn_implementation == other
 
 
 @pytest.mark.parametrize("path", ["direct", "memory"])

@@ -6,9 +6,9 @@ import functools
 import inspect
 import re
 import sys
+import threading
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
@@ -55,7 +55,8 @@ def choose(model: PreTrainedModel, word: str, device: str | None = None) -> Atte
         return AttentionChoice(True, "asked for")
     if against is not None:
         return AttentionChoice(False, against)
-    implementation = _lent_for(model) or model.config._attn_implementation
+    with MODELS_LOCK:
+        implementation = _own_attention(model.config)
     if implementation != "sdpa":
         return AttentionChoice(False, f"the model was loaded with {implementation} attention")
     return _suited(model.config, model.dtype, device or model.device.type)
@@ -114,12 +115,19 @@ def _suited(config: PretrainedConfig, dtype: torch.dtype, device: str) -> Attent
 
 @dataclass(slots=True)
 class _Loan:
-    count: int
+    config: PretrainedConfig
     original: dict[str, Any]
+    text: str  # the original one of the text model
+    count: int = 1
 
 
-_LOANS: WeakKeyDictionary[torch.nn.Module, _Loan] = WeakKeyDictionary()
-"""By `_innermost`: a wrapper and what it wraps have one attention."""
+_LOANS: dict[int, _Loan] = {}
+"""By the id of the configuration, where the attention's name is: wrappers have that of the model
+that they wrap, and models made of one configuration share it. Configurations have no hash."""
+
+MODELS_LOCK = threading.RLock()
+"""Models are changed by one thread at a time. A finalizer may come in the middle, of this thread's
+collector."""
 
 
 def _innermost(model: PreTrainedModel) -> torch.nn.Module:
@@ -154,33 +162,46 @@ def texts_come_to(model: PreTrainedModel) -> set[torch.nn.Module]:
 
 def lend(model: PreTrainedModel) -> None:
     """Give `model` the attention over tiles until `give_back` was called as often."""
-    key = _innermost(model)
-    loan = _LOANS.get(key)
-    if loan is None:
-        config = model.config
-        original: dict[str, Any] = {"": config._attn_implementation}
-        for name in config.sub_configs:
-            sub = getattr(config, name, None)
-            if sub is not None:
-                original[name] = sub._attn_implementation
-        loan = _LOANS[key] = _Loan(0, original)
-        model.set_attn_implementation(NAME)
-    loan.count += 1
+    config = model.config
+    key = id(config)
+    with MODELS_LOCK:
+        try:  # in one step: a finalizer that comes between two would end the loan
+            _LOANS[key].count += 1
+        except KeyError:
+            original = {"": _plain(config._attn_implementation)}
+            for name in config.sub_configs:
+                sub = getattr(config, name, None)
+                if sub is not None:
+                    original[name] = _plain(sub._attn_implementation)
+            loan = _Loan(config, original, _plain(_text_attention(config)))
+            model.set_attn_implementation(NAME)
+            _LOANS[key] = loan
 
 
 def give_back(model: PreTrainedModel) -> None:
     """The model's own attention, once nobody uses ours; kept when someone set another meanwhile."""
-    key = _innermost(model)
-    loan = _LOANS.get(key)
-    if loan is None:
-        return
-    loan.count -= 1
-    if loan.count == 0:
-        del _LOANS[key]
-        if model.config._attn_implementation == NAME:
-            model.set_attn_implementation(loan.original)
+    key = id(model.config)
+    with MODELS_LOCK:
+        loan = _LOANS.get(key)
+        if loan is None:
+            return
+        loan.count -= 1
+        if loan.count == 0:
+            del _LOANS[key]
+            if model.config._attn_implementation == NAME:
+                model.set_attn_implementation(loan.original)
 
 
-def _lent_for(model: PreTrainedModel) -> Any:
-    loan = _LOANS.get(_innermost(model))
-    return None if loan is None else loan.original[""]
+def _own_attention(config: PretrainedConfig) -> str:
+    """The name of the text model's attention, as it is where ours is not lent."""
+    loan = _LOANS.get(id(config))
+    return _plain(_text_attention(config)) if loan is None else loan.text
+
+
+def _text_attention(config: PretrainedConfig) -> str:
+    return str(config.get_text_config(decoder=True)._attn_implementation)
+
+
+def _plain(name: Any) -> Any:
+    """Of a model that was copied or saved while ours was lent: it is lent for sdpa."""
+    return "sdpa" if name == NAME else name

@@ -9,7 +9,6 @@ before (`HeldText`); passes of a loop of one's own tell less.
 
 from __future__ import annotations
 
-import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable
@@ -21,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from dualblade.errors import ConfigError
 from dualblade.hf.beside import WholeSteps
+from dualblade.hf.choice import MODELS_LOCK
 from dualblade.hf.layer import StoredLayer
 
 
@@ -33,7 +33,7 @@ def watch_generate(
     ends: list[Callable[[], object]] = []
     for model in models:
         watch = object()
-        with _LOCK:
+        with MODELS_LOCK:
             _WATCHED.setdefault(model, set()).add(watch)
             for method in (_prefill, _get_candidate_generator):
                 # A deep copy has its own: a bound method is copied with what it is bound to. One of
@@ -53,15 +53,12 @@ _WATCHED: weakref.WeakKeyDictionary[torch.nn.Module, set[object]] = weakref.Weak
 """What each model is watched for, one for each cache. No count: a finalizer of another cache may
 come between reading and writing it."""
 
-_LOCK = threading.RLock()
-"""Caches of one model may be made and closed by several threads."""
-
 
 def _end_watch(model: weakref.ref[PreTrainedModel], watch: object) -> None:
     watched = model()
     if watched is None:
         return
-    with _LOCK:
+    with MODELS_LOCK:
         watches = _WATCHED.get(watched, set())
         watches.discard(watch)
         if watches:
