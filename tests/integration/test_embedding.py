@@ -300,11 +300,26 @@ def test_what_the_first_layer_refuses_has_changed_nothing_beside_states(path: st
     model = hybrid_model()
     with torch.no_grad(), cache_for(model, path, attention="exact") as cache:
         model(**prompt(batch=2, tokens=70), cache=cache)
-        with pytest.raises(RuntimeError, match="past states"):
+        with pytest.raises(Unsupported, match="nothing of tokens to go back to"):
             cache.crop(-1)
         with pytest.raises(AttributeError):
             cache.batch_select_indices(torch.tensor([0]))
         model(input_ids=torch.tensor([[5], [6]]), cache=cache)
+
+
+@pytest.mark.parametrize("path", ["direct", "memory"])
+def test_windows_behind_full_attention_that_cannot_go_back_refuse_before_it_does(path: str) -> None:
+    model = tiny_model("gemma3")
+    model.config.layer_types = ["full_attention", "sliding_attention", "sliding_attention"]
+    model = type(model)(model.config).eval()
+    with torch.no_grad(), cache_for(model, path, attention="exact") as cache:
+        first = generate(model, cache, prompt(tokens=8))
+        cache.crop(-1)  # within the window
+        assert {layer.get_seq_length() for layer in cache.layers} == {14}
+        generate(model, cache, {"input_ids": torch.cat([first, first], dim=1)})
+        with pytest.raises(Unsupported, match="nothing of tokens to go back to"):
+            cache.crop(-5)
+        model(input_ids=torch.tensor([[5]]), cache=cache)
 
 
 @pytest.mark.parametrize("path", ["direct", "memory"])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 
-from dualblade.errors import Closed
+from dualblade.errors import Closed, Unsupported
 from dualblade.hf.held_text import HeldText
 from dualblade.hf.layer import MemoryLayer, StoredLayer
 
@@ -136,6 +136,15 @@ class _Passes:
         return self._beside if is_ours else None
 
 
+def _goes_back(layer: Any) -> bool:
+    """Whether `layer` can forget its newest tokens (transformers 5.24, their `crop`)."""
+    if getattr(layer, "record_past", True):
+        return True
+    window = getattr(layer, "sliding_window", None)
+    is_full = window is not None and layer.get_seq_length() >= window
+    return not is_full and not isinstance(layer, LinearAttentionCacheLayerMixin)
+
+
 class WholeSteps(Cache):
     """A cache that goes on from whole steps alone, whichever layer a failure or Ctrl-C left out."""
 
@@ -187,7 +196,13 @@ class WholeSteps(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove`. Raises: ConfigError, DeviceError, Closed;
-        RuntimeError where layers with windows or states keep nothing to go back to."""
+        Unsupported, before anything changed, where layers with windows or states keep nothing to go
+        back to."""
+        if tokens_to_remove < 0 and any(not _goes_back(layer) for layer in self.layers):
+            raise Unsupported(
+                "layers with windows or states keep nothing of tokens to go back to",
+                hint="reset() it, and give it the text that is to stay",
+            )
         past = self.get_seq_length()
         self._beside.change(self.layers, lambda layer: layer.crop(tokens_to_remove))
         self.held_text.crop(past, self.get_seq_length())
