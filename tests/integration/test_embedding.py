@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
+import pickle
 import threading
 import weakref
 from typing import Any
@@ -497,6 +499,25 @@ def test_auto_asks_the_attention_of_the_text_model(text: str, word: str) -> None
             assert cache.stats().attention == again.stats().attention == word
         assert model.config.text_config._attn_implementation == text
         assert model.config.vision_config._attn_implementation == other
+
+
+@pytest.mark.parametrize("family", ["llama", "lfm2"])
+def test_a_model_is_saved_while_a_cache_of_it_is_open_and_the_cache_is_not(family: str) -> None:
+    model = hybrid_model() if family == "lfm2" else tiny_model()
+    inputs = prompt(tokens=60)
+    with cache_for(model) as cache:
+        for saved in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+            with cache_for(saved, attention="exact") as other:
+                ours = generate(saved, other, inputs)
+            plain = generate(saved, DynamicCache(config=saved.config), inputs)
+            assert torch.equal(ours, plain)
+        generate(model, cache, inputs)
+        with pytest.raises(Unsupported, match="cannot be saved"):
+            pickle.dumps(cache)
+        with pytest.raises(Unsupported, match="cannot be saved"):
+            torch.save(cache, io.BytesIO())
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[5]]), cache=cache)
 
 
 @pytest.mark.parametrize("path", ["direct", "memory"])

@@ -249,6 +249,9 @@ class DualBladeCache(WholeSteps):
             "a cache in a store cannot be copied", hint="make a second one with for_model"
         )
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise Unsupported("a cache in a store cannot be saved", hint="save the text and the model")
+
     def write_trace(self, path: str | os.PathLike[str]) -> int:
         """Write what each stage did when, for Perfetto or chrome://tracing; the number of spans.
 
