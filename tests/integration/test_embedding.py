@@ -26,6 +26,8 @@ from transformers import (
 from dualblade import DualBladeCache
 from dualblade.errors import Closed, ConfigError, Unsupported
 from dualblade.hf.layer import StoredLayer
+from dualblade.pipeline.layer import Layer
+from dualblade.pipeline.memory import TileMemory
 from dualblade.pipeline.order import SequenceTable
 from tests.integration.tiny_models import prompt, tiny_model
 
@@ -410,6 +412,44 @@ def test_a_closed_cache_in_memory_holds_nothing_and_says_so(path: str, attention
     assert held() is None
     with torch.no_grad(), pytest.raises(Closed, match="closed"):
         model(**prompt(tokens=100), cache=cache)
+
+
+def test_tiles_in_memory_that_another_thread_frees_in_a_step_are_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model()
+    with torch.no_grad(), cache_for(model, "memory", attention="tiles") as cache:
+        model(**prompt(tokens=200), cache=cache)
+        view = TileMemory.view
+
+        def freed(self: Any, *args: Any) -> torch.Tensor:
+            cache.close()
+            return view(self, *args)
+
+        monkeypatch.setattr(TileMemory, "view", freed)
+        with pytest.raises(Closed, match="this cache is closed"):
+            model(input_ids=torch.tensor([[5]]), cache=cache)
+
+
+@pytest.mark.parametrize("path", ["direct", "memory"])
+@pytest.mark.parametrize("asked", ["token_bytes", "tail_bytes"])
+def test_stats_are_told_while_another_thread_adds_layers(
+    path: str, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    with torch.no_grad(), cache_for(model, path, attention="tiles") as cache:
+        model(**prompt(tokens=70), cache=cache)
+        told, layers = cache.stats().kv_bytes, cache._pipeline._layers
+
+        def adding(_: Any) -> int:
+            layers[len(layers)] = layers[0]
+            return 8
+
+        kind = adding if asked == "token_bytes" else property(adding)
+        monkeypatch.setattr(Layer, asked, kind)
+        assert cache.stats().kv_bytes in (told, 70 * 8 * 3)
+        while len(layers) > 3:
+            layers.popitem()
 
 
 def test_a_wrapper_shares_the_attention_of_what_it_wraps() -> None:

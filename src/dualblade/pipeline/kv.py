@@ -399,13 +399,13 @@ class KVPipeline(LayeredKV):
 
     def memory_use(self) -> MemoryUse:
         """Host memory now; asks the kernel for the store's page cache."""
-        shares = self._budget.shares
+        shares, layers = self._budget.shares, list(self._layers.values())
         return MemoryUse(
             budget_bytes=self._placements.budget_bytes,
             staging_bytes=shares.staging_bytes,
             gather_bytes=shares.gather_bytes,
-            tail_bytes=sum(layer.tail_bytes for layer in self._layers.values()),
-            table_bytes=sum(layer.table_bytes for layer in self._layers.values()),
+            tail_bytes=sum(layer.tail_bytes for layer in layers),
+            table_bytes=sum(layer.table_bytes for layer in layers),
             page_cache_planned_bytes=self._placements.page_cache_bytes,
             page_cache_bytes=0 if self._closed else self._store.page_cache_bytes(),
         )
@@ -448,7 +448,8 @@ class KVPipeline(LayeredKV):
     @property
     def stored_bytes(self) -> int:
         """Bytes of all tiles in the store."""
-        return sum(half.unit.stored_bytes for la in self._layers.values() for half in la.halves)
+        layers = list(self._layers.values())  # a step of another thread adds some
+        return sum(half.unit.stored_bytes for layer in layers for half in layer.halves)
 
 
 def _buffer_shape(layer: Layer, half: HalfLayer, capacity: int) -> tuple[int, int, int, int]:

@@ -305,4 +305,5 @@ class LayeredKV(ABC):
     @property
     def kv_bytes(self) -> int:
         """Bytes of all rows, stored or in tails."""
-        return sum(layer.tokens * layer.token_bytes() for layer in self._layers.values())
+        # Asked by any thread: a step of another one adds layers meanwhile.
+        return sum(layer.tokens * layer.token_bytes() for layer in list(self._layers.values()))

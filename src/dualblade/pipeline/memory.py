@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
+from dualblade.errors import Closed
 from dualblade.io import Arena
 from dualblade.metrics import PipelineStages, StageSeconds
 from dualblade.pipeline.attend import Arrived, NewRows
@@ -65,10 +66,15 @@ class TileMemory:
         raise AssertionError("memory has one door")
 
     def view(self, unit: Unit, piece: Piece, dtype: torch.dtype) -> torch.Tensor:
-        """The piece's tiles [tiles, sequences, kv_heads, rows, dim], where they lie."""
+        """The piece's tiles [tiles, sequences, kv_heads, rows, dim], where they lie.
+
+        Raises: Closed.
+        """
         at, size = piece.offset(unit.geometry), piece.size_bytes(unit.geometry)
-        memory = self._held[piece.segment.extent][at : at + size]
-        return tile_view(memory, unit.geometry, dtype, piece.tiles, piece.sequences)
+        held = self._held.get(piece.segment.extent)
+        if held is None:  # by another thread, in the middle of a step
+            raise Closed("this cache is closed", hint="make a new one with for_model")
+        return tile_view(held[at : at + size], unit.geometry, dtype, piece.tiles, piece.sequences)
 
 
 class MemoryKV(LayeredKV):
