@@ -470,7 +470,7 @@ def test_doctor_marks_what_will_be_refused(place: str, said: str) -> None:
 
 
 def test_doctor_of_a_place_that_cannot_be_looked_at_tells_the_rest(tmp_path: Path) -> None:
-    result = invoke("doctor", "/nope/at/all", str(tmp_path / "kv"))
+    result = invoke("doctor", "/nope/at/all", str(tmp_path / "kv.store"))
     assert result.exit_code == 1
     rows = [line.split(maxsplit=2) for line in result.stdout.splitlines()]
     assert ["ok", "kernel"] in [row[:2] for row in rows]

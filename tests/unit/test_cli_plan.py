@@ -136,7 +136,7 @@ def test_a_store_that_cannot_be_is_refused_as_generate_does(place: str, said: st
 
 
 def test_looking_makes_nothing(tmp_path: Path) -> None:
-    assert facts("--memory-budget", "8MiB", "--store", str(tmp_path / "kv"))["store_free_bytes"]
+    assert facts("--memory-budget", "8MiB", "--store", str(tmp_path / "kv.store"))["store_free_bytes"]
     assert list(tmp_path.iterdir()) == []
 
 
