@@ -14,6 +14,8 @@ import sys
 from dualblade.io import Arena, open_engine
 from dualblade.store import Door, Store
 
+if len(sys.argv) != 2:
+    sys.exit(__doc__)
 BLOCK = 1 << 20  # of KV; offsets, sizes and addresses are multiples of 4096
 COUNT = 8
 

@@ -151,7 +151,7 @@ void refusals_are_tried_again_within_bounds() {
     }
 }
 
-// A sync is not asked twice what a writeback ended with; but one that never ran is.
+// A sync is not asked twice what a writeback ended with.
 void failed_syncs_stay_failed() {
     for (const int error : {EINTR, EAGAIN, ENOMEM, ETIMEDOUT, EIO, ECANCELED}) {
         Bench bench(1);

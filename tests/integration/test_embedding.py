@@ -327,6 +327,31 @@ def test_windows_behind_full_attention_that_cannot_go_back_refuse_before_it_does
 
 
 @pytest.mark.parametrize("path", ["direct", "memory"])
+def test_windows_go_back_as_far_as_they_recorded(path: str) -> None:
+    """After candidates, whose record is as long as their last pass; and crop(0) changes nothing."""
+    model = tiny_model("gemma3")
+    model.config.layer_types = ["full_attention", "sliding_attention", "sliding_attention"]
+    model = type(model)(model.config).eval()
+    window = model.config.sliding_window
+    with torch.no_grad(), cache_for(model, path, attention="exact") as cache:
+        generate(model, cache, {**prompt(tokens=3 * window)})
+        with pytest.raises(ConfigError, match="as a negative number"):
+            cache.crop(3)
+        cache.crop(0)
+        for layer in cache.layers:
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+        tokens = cache.get_seq_length()
+        model(input_ids=torch.tensor([[5, 6, 7]]), cache=cache)
+        with pytest.raises(Unsupported, match="nothing of tokens to go back to"):
+            cache.crop(-4)
+        assert {layer.get_seq_length() for layer in cache.layers} == {tokens + 3}
+        cache.crop(-3)
+        assert {layer.get_seq_length() for layer in cache.layers} == {tokens}
+        model(input_ids=torch.tensor([[5]]), cache=cache)
+
+
+@pytest.mark.parametrize("path", ["direct", "memory"])
 def test_taking_back_too_much_is_refused_and_all_leaves_room_for_another_batch(path: str) -> None:
     model = tiny_model()
     with torch.no_grad(), cache_for(model, path, attention="exact") as cache:

@@ -136,7 +136,9 @@ def test_a_store_that_cannot_be_is_refused_as_generate_does(place: str, said: st
 
 
 def test_looking_makes_nothing(tmp_path: Path) -> None:
-    assert facts("--memory-budget", "8MiB", "--store", str(tmp_path / "kv.store"))["store_free_bytes"]
+    assert facts("--memory-budget", "8MiB", "--store", str(tmp_path / "kv.store"))[
+        "store_free_bytes"
+    ]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -151,3 +153,10 @@ def test_what_does_nothing_is_no_option() -> None:
     result = plan("--memory-budget", "8MiB", "--queue-depth", "4")
     assert result.exit_code == 2
     assert "--queue-depth" in result.stderr
+
+
+def test_what_auto_gives_fits_beside_a_prompt_with_large_activations() -> None:
+    told = facts("--batch", "64", context="2k")
+    taken = told["weights_bytes"] + told["activation_bytes"] + told["budget_bytes"]
+    assert taken <= told["memory_available_bytes"]
+    assert ": it fits" in words("--batch", "64", context="2k")

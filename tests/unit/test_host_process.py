@@ -14,7 +14,7 @@ from dualblade.errors import Unsupported
 from dualblade.host import page_cache
 from dualblade.host.devices import MEMORY_FILE_SYSTEMS, device_facts
 from dualblade.host.memory import process_memory
-from dualblade.host.process import process_io, release_memory, reset_peak_memory
+from dualblade.host.process import may_lock_memory, process_io, release_memory, reset_peak_memory
 from dualblade.units import MIB
 
 
@@ -75,3 +75,14 @@ def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
             return
         time.sleep(0.01)
     pytest.fail(f"process {pid} still runs")
+
+
+@pytest.mark.parametrize(("mask", "may"), [("0000000000004000", True), ("00000000a80405fb", False)])
+def test_who_may_lock_memory_is_told_by_a_capability(
+    tmp_path: Path, mask: str, *, may: bool
+) -> None:
+    """Root in a container need not have it."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    assert not may_lock_memory(tmp_path)
+    (tmp_path / "proc/self/status").write_text(f"Name:\tx\nCapEff:\t{mask}\n")
+    assert may_lock_memory(tmp_path) is may

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dualblade.errors import NoSpace, StorageError, Unsupported
+from dualblade.host.process import may_lock_memory
 from dualblade.units import GIB, HUGE_PAGE_BYTES, MIB, format_size
 
 SECONDS = 2.0
@@ -42,6 +43,13 @@ class FioRead:
     offset_bytes: int = 0
     seconds: float | None = None
 
+    @property
+    def registers_buffers(self) -> bool:
+        """Whether this process may lock the buffers, and what fio adds to align them."""
+        size_bytes = self.queue_depth * self.chunk_bytes + 2 * HUGE_PAGE_BYTES
+        limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        return may_lock_memory() or limit == resource.RLIM_INFINITY or size_bytes <= limit
+
     def command(self, *, huge: bool) -> list[str]:
         """What is run; `huge`: into huge pages."""
         passes = () if self.seconds is None else ("--time_based", f"--runtime={self.seconds}")
@@ -55,7 +63,7 @@ class FioRead:
             "--direct=1",
             "--ioengine=io_uring",
             "--registerfiles=1",
-            *(("--fixedbufs=1",) if _may_register(self.queue_depth * self.chunk_bytes) else ()),
+            *(("--fixedbufs=1",) if self.registers_buffers else ()),
             f"--bs={self.chunk_bytes}",
             f"--iodepth={self.queue_depth}",
             f"--offset={self.offset_bytes}",
@@ -69,8 +77,9 @@ class FioRead:
         """fio's own account of the job. Raises: Unsupported when it fails."""
         done = subprocess.run(self.command(huge=huge), capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            last = (done.stderr or done.stdout).strip().splitlines()[-1:]
-            raise Unsupported(f"fio failed: {' '.join(last) or done.returncode}")
+            lines = (done.stderr + done.stdout).splitlines()
+            told = next((line for line in lines if line[:1].isalpha()), done.returncode)
+            raise Unsupported(f"fio failed: {told}")
         # Notes on stdout may come before the JSON.
         job: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
         return job
@@ -117,6 +126,7 @@ class FioYardstick:
             "read_bytes_per_second": int(job["bw_bytes"]),
             "read_bytes": int(job["io_bytes"]),
             "huge_pages": huge,
+            "buffers_registered": read.registers_buffers,
             "chunk_bytes": self._chunk_bytes,
             "queue_depth": self._queue_depth,
             "command": " ".join(read.command(huge=huge)),
@@ -163,13 +173,6 @@ def _written_file(folder: Path, size_bytes: int) -> Path:
         os.unlink(name)
         raise
     return Path(name)
-
-
-def _may_register(size_bytes: int) -> bool:
-    """Whether this process may lock buffers of `size_bytes` and what fio adds to align them."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    size_bytes += 2 * HUGE_PAGE_BYTES
-    return os.geteuid() == 0 or limit == resource.RLIM_INFINITY or size_bytes <= limit
 
 
 @contextlib.contextmanager

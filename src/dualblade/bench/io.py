@@ -390,6 +390,7 @@ def _compare(ours: list[Pass], theirs: list[Pass], options: IoBenchOptions) -> d
     version = subprocess.run([find_fio(), "--version"], capture_output=True, text=True, check=False)
     return {
         "version": version.stdout.strip(),
+        "buffers_registered": _fio(options).registers_buffers,
         "command": " ".join(_fio(options).command(huge=True)),
         "throughput_ratio_median": statistics.median(throughput),
         "cpu_ratio_median": statistics.median(cpu) if cpu else None,

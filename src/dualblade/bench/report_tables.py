@@ -40,8 +40,8 @@ def io_section(group: list[Named]) -> Made:
         + (
             "."
             if fio is None
-            else ", each beside one of fio: the same file, requests and depth, "
-            "huge pages, buffers and file registered."
+            else ", each beside one of fio: the same file, requests and depth, huge pages, the "
+            f"file {'and its buffers ' if fio.get('buffers_registered', True) else ''}registered."
         ),
         command=result["command"],
         machine=machine_text(result["machine"]),

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dualblade.errors import ConfigError
+from dualblade.units import GIB
 
 
 class RunLog:
@@ -160,8 +161,9 @@ def _identity(machine: Mapping[str, Any]) -> dict[str, Any]:
     """Of machine_facts what must not change between the runs of one result."""
     git = machine.get("git") or {}
     store = (machine.get("device") or {}).get("path")
-    same = ("cpu_model", "cpu_features", "cpu_count", "memory_bytes", "kernel")
+    same = ("cpu_model", "cpu_features", "cpu_count", "kernel")
     names = {name: machine.get(name) for name in same}
+    names["memory in GiB"] = round((machine.get("memory_bytes") or 0) / GIB)
     code = {"commit": git.get("commit"), "uncommitted changes": git.get("dirty")}
     return {**code, "store on": store, **names, **machine.get("versions", {})}
 

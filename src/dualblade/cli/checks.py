@@ -21,7 +21,7 @@ from dualblade.host.memory import auto_budget_bytes, available_memory, find_memo
 from dualblade.host.page_cache import cached_bytes
 from dualblade.host.profile import load_profile
 from dualblade.io import Arena, open_engine
-from dualblade.store import cache_directory
+from dualblade.store.backing import cache_folder
 from dualblade.store.fiemap import contiguous_pieces, file_extents
 from dualblade.store.inspect import inspect_store
 from dualblade.units import BLOCK_BYTES, MIB
@@ -77,10 +77,16 @@ def store(path: Path | None) -> dict[str, Any]:
     Nothing is written to an existing file.
     """
     try:
-        place = cache_directory() if path is None else path
-        return _store_at(place, is_default=path is None)
+        return _store_at(_cache_place() if path is None else path, is_default=path is None)
     except DualBladeError as exc:
-        return {"path": str(path), "is_default": path is None, "error": exc.message}
+        named = None if path is None else str(path)
+        return {"path": named, "is_default": path is None, "error": exc.message}
+
+
+def _cache_place() -> Path:
+    """The cache directory, or the nearest folder above that exists: looking makes nothing."""
+    folder = cache_folder()
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 
 
 def _store_at(place: Path, *, is_default: bool) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dualblade.units import format_size, parse_size
 
 if TYPE_CHECKING:
     from dualblade.config import EngineConfig
+    from dualblade.hf.footprint import Footprint
     from dualblade.hf.plan import CachePlan, PlanRequest
 
 PATHS = ("memory", "page-cache", "direct")
@@ -66,10 +67,14 @@ def plan(
     if way is not KVPath.MEMORY:
         look_at_store(store)
     subject = _Subject.of(model, dtype, device, attention)
+    tokens = options.parse_tokens(context)
+    needed = subject.footprint(tokens, batch)
+    activations = 0 if needed is None else needed.activation_bytes
+    budget = 0 if way is KVPath.MEMORY else _budget_bytes(memory_budget, subject, activations)
     request = subject.request(
-        tokens=options.parse_tokens(context),
+        tokens=tokens,
         batch=batch,
-        budget_bytes=0 if way is KVPath.MEMORY else _budget_bytes(memory_budget, subject),
+        budget_bytes=budget,
         path=way,
         engine=engine,
         store=store,
@@ -124,6 +129,17 @@ class _Subject:
         """What they take in memory."""
         return sum(parameter.nbytes for parameter in self.unloaded.parameters())
 
+    def footprint(self, tokens: int, batch: int) -> Footprint | None:
+        """What it takes beside a cache, with prompts of `tokens`; None for quantised weights."""
+        from dualblade.hf.footprint import footprint
+        from dualblade.hf.models import is_packed
+
+        if getattr(self.config, "quantization_config", None) is not None:
+            return None
+        rows = min(tokens, options.PREFILL_CHUNK_TOKENS) * batch
+        dtype, packed = self.unloaded.dtype, is_packed(self.name)
+        return footprint(self.config, dtype, rows=rows, staging_bytes=0, is_packed=packed)
+
     def request(self, *, store: Any, engine: EngineConfig, **asked: Any) -> PlanRequest:
         """What is `asked`, as the model and the drive below `store` have it."""
         from dualblade.hf.geometry import item_bytes
@@ -158,16 +174,12 @@ def _needs(
     known (None)."""
     from dualblade.cli.store_place import store_room
     from dualblade.config import Path as KVPath
-    from dualblade.hf.footprint import footprint
-    from dualblade.hf.models import is_packed
     from dualblade.host.memory import available_memory
     from dualblade.units import EXTENT_ALIGN_BYTES, round_up
 
     weights = activations = loading = None
-    if getattr(subject.config, "quantization_config", None) is None:
-        rows = min(request.tokens, options.PREFILL_CHUNK_TOKENS) * request.batch
-        dtype, packed = subject.unloaded.dtype, is_packed(subject.name)
-        needed = footprint(subject.config, dtype, rows=rows, staging_bytes=0, is_packed=packed)
+    needed = subject.footprint(request.tokens, request.batch)
+    if needed is not None:
         weights, activations = needed.weights_bytes, needed.activation_bytes
         loading = weights + needed.loading_bytes
     takes_store = request.path is not KVPath.MEMORY
@@ -186,17 +198,19 @@ def _needs(
     }
 
 
-def _budget_bytes(asked: str, subject: _Subject) -> int:
-    """What is asked for; of `auto` what will be there once the weights are loaded.
+def _budget_bytes(asked: str, subject: _Subject, activations: int) -> int:
+    """What is asked for; of `auto` what will be there once the weights are loaded, beside
+    `activations`.
 
     Raises: ConfigError for no size, BudgetError if the weights leave nothing.
     """
     from dualblade.errors import BudgetError
-    from dualblade.host.memory import auto_budget_bytes
+    from dualblade.host.memory import available_memory
 
     if asked != "auto":
         return parse_size(asked)
-    there = auto_budget_bytes()
+    memory = available_memory()
+    there = memory.budget_bytes
     if subject.device != "cpu":
         return there
     weights = subject.weights_bytes
@@ -206,7 +220,8 @@ def _budget_bytes(asked: str, subject: _Subject) -> int:
             hint="say with --memory-budget what the cache would have on the machine you plan for",
             needed_bytes=weights,
         )
-    return there - weights
+    # A prompt's activations take the reserve first; the budget gives way to the rest of them.
+    return max(0, there - weights - max(0, activations - memory.reserve_bytes))
 
 
 def _measured(unloaded: Any, device: str, store: Any, engine: EngineConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dualblade.errors import NotAStore
 from dualblade.host.drives import find_drive
 from dualblade.io import open_engine
 from dualblade.store import as_places, cache_directory
-from dualblade.store.backing import check_engine, check_place, hold_file, is_device
+from dualblade.store.backing import check_engine, check_place, file_room, hold_file, is_device
 from dualblade.store.device import hold_store, recognise
 from dualblade.store.format import Superblock
 from dualblade.store.members import check_kinds, check_members
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 
 def check_store(stores: Sequence[Path] | None, config: EngineConfig, *, direct: bool) -> None:
-    """Take what a store would stand on, and give it back: nothing is written, and a file that was
-    not there is gone. Raises: as `Store.open`, but for the room that there is."""
+    """Take what a store would stand on, and give it back: nothing is written (a store file of ours
+    that others could read is private now), and a file that was not there is gone. Raises: as
+    `Store.open`, but for the room that there is."""
     places = as_places(stores)
     if places is not None:
         check_kinds(places)
@@ -66,8 +67,8 @@ def store_room(stores: Sequence[Path] | None) -> int:
     rooms = []
     for place, folder, system in zip(places, folders, systems, strict=True):
         block = superblock_at(place) if is_device(place) else None
-        space = os.statvfs(folder)
-        free = space.f_bavail * space.f_frsize // systems.count(system)
+        stored = os.stat(place).st_blocks if os.path.isfile(place) else 0
+        free = file_room(os.statvfs(folder), stored, systems.count(system))
         rooms.append(free if block is None else block.capacity_bytes)
     return min(rooms) * len(rooms)
 

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLa
 
 from dualblade.errors import Closed, Unsupported
 from dualblade.hf.held_text import HeldText
-from dualblade.hf.layer import MemoryLayer, StoredLayer
+from dualblade.hf.layer import MemoryLayer, StoredLayer, removed_count
 
 
 class Beside:
@@ -136,13 +136,19 @@ class _Passes:
         return self._beside if is_ours else None
 
 
-def _goes_back(layer: Any) -> bool:
-    """Whether `layer` can forget its newest tokens (transformers 5.24, their `crop`)."""
-    if getattr(layer, "record_past", True):
+def _goes_back(layer: Any, count: int) -> bool:
+    """Whether `layer` can forget its newest `count` tokens (transformers 5.24, their `crop`): its
+    window, or its convolutions', is kept as far back, or it has all tokens."""
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        kept = zip(layer.conv_states.values(), layer.conv_kernel_size.values(), strict=True)
+        return layer.record_past and all(
+            state is None or size is None or state.shape[-1] - count >= size for state, size in kept
+        )
+    window, tokens = getattr(layer, "sliding_window", None), layer.get_seq_length()
+    if window is None or tokens < window:
         return True
-    window = getattr(layer, "sliding_window", None)
-    is_full = window is not None and layer.get_seq_length() >= window
-    return not is_full and not isinstance(layer, LinearAttentionCacheLayerMixin)
+    needed = min(window - 1, tokens - count)
+    return bool(layer.record_past and layer.keys.shape[-2] - count >= needed)
 
 
 class WholeSteps(Cache):
@@ -187,18 +193,22 @@ class WholeSteps(Cache):
     def end_recording(self) -> None:
         """Candidates are over: keep what a layer needs. transformers leaves its layers recording,
         and they grow with each token."""
+        self.crop(0)
         for layer in self._recording():
-            layer.crop(0)
             layer.record_past = False
 
     def _recording(self) -> list[Any]:
         return [layer for layer in self.layers if getattr(layer, "record_past", False)]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest `-tokens_to_remove`. Raises: ConfigError, DeviceError, Closed;
-        Unsupported, before anything changed, where layers with windows or states keep nothing to go
-        back to."""
-        if tokens_to_remove < 0 and any(not _goes_back(layer) for layer in self.layers):
+        """Forget the newest `-tokens_to_remove`; 0: only what was kept to go back to. Raises:
+        DeviceError, Closed; before anything changed ConfigError, and Unsupported where layers with
+        windows or states keep nothing to go back to."""
+        count = removed_count(tokens_to_remove)
+        if not count:
+            self._beside.change(self._recording(), lambda layer: layer.crop(0))
+            return
+        if not all(_goes_back(layer, count) for layer in self.layers):
             raise Unsupported(
                 "layers with windows or states keep nothing of tokens to go back to",
                 hint="reset() it, and give it the text that is to stay",

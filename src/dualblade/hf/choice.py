@@ -174,8 +174,13 @@ def lend(model: PreTrainedModel) -> None:
                 if sub is not None:
                     original[name] = _plain(sub._attn_implementation)
             loan = _Loan(config, original, _plain(_text_attention(config)))
-            model.set_attn_implementation(NAME)
             _LOANS[key] = loan
+            try:
+                model.set_attn_implementation(NAME)
+            except BaseException:  # Ctrl-C too
+                model.set_attn_implementation(original)
+                del _LOANS[key]
+                raise
 
 
 def give_back(model: PreTrainedModel) -> None:

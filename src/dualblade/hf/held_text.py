@@ -23,7 +23,8 @@ class HeldText:
         if ids is None:
             self._tokens = None
         elif self._tokens is not None:
-            self._coming = ids.detach().to("cpu", torch.int32)
+            # A copy where it is: a GPU's is waited for a pass later, when it is there for long.
+            self._coming = ids.detach().to(torch.int32, copy=True)
 
     def shared_with(self, past: int, ids: torch.Tensor, seen: torch.Tensor | None) -> int:
         """Of the `past` tokens that the cache holds, with how many `ids` [batch, more tokens]
@@ -47,6 +48,7 @@ class HeldText:
     def forget(self) -> None:
         """What the cache holds is not known, until it is empty again."""
         self._tokens = self._coming = None
+        self._room = self._room[:0, :0].clone()
 
     def _settle(self, past: int) -> None:
         """Take in what the last pass brought, if the cache has as many more tokens now. As many as
@@ -69,5 +71,5 @@ class HeldText:
             if self._tokens:
                 room[:, : self._tokens] = self._room[:, : self._tokens]
             self._room = room
-        self._room[:, self._tokens : past] = coming
+        self._room[:, self._tokens : past] = coming.cpu()
         self._tokens = past

@@ -159,7 +159,7 @@ class StoredLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` tokens. Raises: ConfigError for a positive one."""
-        count = _removed(tokens_to_remove)
+        count = removed_count(tokens_to_remove)
         with _lasting():
             self._pipeline.crop(self._index, count)
 
@@ -232,7 +232,7 @@ class MemoryLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` tokens. Raises: ConfigError for a positive number,
         or more than there are."""
-        count, tokens = _removed(tokens_to_remove), self.get_seq_length()
+        count, tokens = removed_count(tokens_to_remove), self.get_seq_length()
         if not tokens:
             return  # as a stored layer: there is nothing yet
         check_removal(count, tokens)
@@ -283,7 +283,7 @@ def _as_autocast(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return keys
 
 
-def _removed(tokens_to_remove: int) -> int:
+def removed_count(tokens_to_remove: int) -> int:
     """How many tokens `crop` is to forget, of what it is given. Raises: ConfigError."""
     if tokens_to_remove > 0:
         raise ConfigError(

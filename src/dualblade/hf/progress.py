@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from typing import Any
@@ -13,6 +14,8 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from dualblade.units import format_size
 
 _EVERY_SECONDS = 5.0
+
+_UNPACKING = threading.Lock()
 
 
 def download_bars(tell: Callable[[str], None]) -> type[Any]:
@@ -43,8 +46,9 @@ def unpacking(tell: Callable[[str], None]) -> Iterator[None]:
         yield from tensors
 
     module: Any = import_module("transformers.modeling_gguf_pytorch_utils")
-    bar, module.tqdm = module.tqdm, told
-    try:
-        yield
-    finally:
-        module.tqdm = bar
+    with _UNPACKING:  # two at a time would leave one's bar to the other
+        bar, module.tqdm = module.tqdm, told
+        try:
+            yield
+        finally:
+            module.tqdm = bar

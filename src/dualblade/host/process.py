@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import re
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,19 @@ def reset_peak_memory(root: Path = ROOT) -> bool:
     except OSError:
         return False
     return True
+
+
+_CAP_IPC_LOCK = 14
+
+
+def may_lock_memory(root: Path = ROOT) -> bool:
+    """Whether no limit on locked memory holds for this process. Source: capabilities(7)."""
+    try:
+        text = (root / "proc/self/status").read_text()
+    except OSError:
+        return False
+    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", text, re.MULTILINE)
+    return found is not None and bool(int(found[1], 16) >> _CAP_IPC_LOCK & 1)
 
 
 def release_memory() -> None:

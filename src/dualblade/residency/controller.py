@@ -246,6 +246,7 @@ class Controller:
 
     def _promotion(self, seen: Observation) -> Event | None:
         if self._level == self._ladder.top:
+            self._unused_before = None
             return None
         room, is_alone = self._room(seen), self._is_alone(seen)
         worth = worth_caching(self._total_bytes, room, seen.speeds).cache_bytes

@@ -121,11 +121,7 @@ class HeldFile:
         """Blocks that the file already has count as free."""
         if wanted is not None:
             return wanted
-        system = os.fstatvfs(self.fd)
-        free = system.f_bavail * system.f_frsize // sharers
-        available = free + os.fstat(self.fd).st_blocks * 512
-        reserve = min(_RESERVE_BYTES_MAX, available // _RESERVE_FRACTION)
-        return available - reserve - DATA_OFFSET
+        return file_room(os.fstatvfs(self.fd), os.fstat(self.fd).st_blocks, sharers)
 
     def take(self, superblock: Superblock, *, unclean: bool) -> FileBacking:
         try:
@@ -149,12 +145,19 @@ class HeldFile:
         close_descriptors(self.direct_fd, self.fd)
 
 
+def file_room(system: os.statvfs_result, blocks: int, sharers: int) -> int:
+    """Bytes for extents of a store file that has `blocks` of 512 bytes already, on a file system
+    that `sharers` members of one store share; some are left free."""
+    available = system.f_bavail * system.f_frsize // sharers + blocks * 512
+    reserve = min(_RESERVE_BYTES_MAX, available // _RESERVE_FRACTION)
+    return available - reserve - DATA_OFFSET
+
+
 def cache_directory() -> Path:
     """Where private stores and fetched models live: $XDG_CACHE_HOME/dualblade, made 0700."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = Path(base) / "dualblade"
+    folder = cache_folder()
     try:
-        if base.startswith("~/"):  # it is not expanded, and would be a folder of that name
+        if str(folder).startswith("~/"):  # it is not expanded, and would be a folder of that name
             raise FileNotFoundError(errno.ENOENT, "there is no home directory")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as exc:
@@ -164,6 +167,12 @@ def cache_directory() -> Path:
             hint="set XDG_CACHE_HOME to a directory on the drive, or name a store file",
         ) from exc
     return folder
+
+
+def cache_folder() -> Path:
+    """Where that is, or would be made."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "dualblade"
 
 
 def check_engine(path: str | os.PathLike[str] | None, engine: Engine, *, direct: bool) -> None:
@@ -299,7 +308,7 @@ def check_place(path: str | os.PathLike[str]) -> None:
         raise ConfigError(
             f"there is no {name}",
             hint="mount the drive or make the folder; a store file to be made has an ending, such "
-            f"as {name}.store",
+            f"as {name}/kv.store",
         )
 
 

@@ -344,10 +344,11 @@ class Store:
             )
         for one in (extent, rest):
             one.unmap()
-        extent.range = Range(extent.range.offset, extent.size_bytes + rest.size_bytes)
         extent.tickets |= rest.tickets
+        joined = Range(extent.range.offset, extent.size_bytes + rest.size_bytes)
+        rest.go(Door.FREE)  # in this order Ctrl-C leaves no range that two would give back
         self._live.discard(rest)
-        rest.go(Door.FREE)
+        extent.range = joined
 
     def page_cache_bytes(self) -> int:
         """Bytes of this store in the page cache now, as the kernel counts them."""
