@@ -229,6 +229,8 @@ PRESETS: dict[str, tuple[str, dict[str, int]]] = {
     ),
 }
 _OPT_SIZES = {"vocab": 50272, "positions": 2048}
+_TIED = frozenset({"smollm2-135m", "llama-3.2-1b", "qwen2-0.5b", "qwen3-0.6b"})
+"""Whose head is the embeddings, which their family's configuration does not say by itself."""
 
 
 def random_config(spec: str) -> PretrainedConfig:
@@ -248,6 +250,8 @@ def random_config(spec: str) -> PretrainedConfig:
     sizes |= _parse_sizes(text, spec, family_name, family)
     unique = sizes.pop(_UNIQUE, None)
     config = AutoConfig.for_model(family.model_type, **_attributes(family, sizes, spec))
+    if name in _TIED:
+        config.tie_word_embeddings = True
     if unique is not None:
         if unique > sizes["layers"]:
             raise ConfigError(
