@@ -20,6 +20,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -50,7 +51,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
     parser.add_argument("--repeats", type=int, default=12)
     asked = parser.parse_args()
-    if wait_briefly():  # read when torch is imported; as `dualblade` has it
+    with warnings.catch_warnings(action="ignore"):
+        is_news = wait_briefly()  # read when torch is imported; as `dualblade` has it
+    if is_news:
         os.execv(sys.executable, [sys.executable, *sys.argv])
     options = ChildOptions(
         task="run", model=asked.model, dtype="bfloat16", batch=1, context=asked.context, seed=0,

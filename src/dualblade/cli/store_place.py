@@ -12,11 +12,11 @@ from dualblade.errors import NotAStore
 from dualblade.host.drives import find_drive
 from dualblade.io import open_engine
 from dualblade.store import as_places, cache_directory
-from dualblade.store.backing import check_engine, check_place, file_room, hold_file, is_device
-from dualblade.store.device import hold_store, recognise
+from dualblade.store.backing import check_place, file_room, is_device
+from dualblade.store.device import recognise
 from dualblade.store.format import Superblock
-from dualblade.store.members import check_kinds, check_members
-from dualblade.store.place import Held, read_superblock, storage_error
+from dualblade.store.members import check_kinds, check_members, held_members
+from dualblade.store.place import read_superblock, storage_error
 
 if TYPE_CHECKING:
     from dualblade.config import EngineConfig
@@ -26,25 +26,16 @@ def check_store(stores: Sequence[Path] | None, config: EngineConfig, *, direct: 
     """Take what a store would stand on, and give it back: nothing is written (a store file of ours
     that others could read is private now), and a file that was not there is gone. Raises: as
     `Store.open`, but for the room that there is."""
-    places = as_places(stores)
-    if places is not None:
-        check_kinds(places)
-    held: list[Held] = []
-    with open_engine(
-        config.io_engine, chunk_bytes=config.chunk_bytes, io_poll=config.io_poll
-    ) as engine:
-        try:
-            for place in places or (None,):
-                check_engine(place, engine, direct=direct)
-                if place is not None and is_device(place):
-                    held.append(hold_store(place, engine, direct=direct))
-                else:
-                    held.append(hold_file(place, direct=direct))
-            found = [(each.path, each.superblock) for each in held]
-            _check_together([(path, block) for path, block in found if block is not None])
-        finally:
-            for each in held:
-                each.let_go()
+    with (
+        open_engine(
+            config.io_engine, chunk_bytes=config.chunk_bytes, io_poll=config.io_poll
+        ) as engine,
+        held_members(stores, engine, direct=direct) as held,
+    ):
+        found = [(each.path, each.superblock) for each in held]
+        _check_together([(path, block) for path, block in found if block is not None])
+        for each in held:
+            each.let_go()
 
 
 def look_at_store(stores: Sequence[Path] | None) -> None:

@@ -12,7 +12,7 @@ import os
 import time
 import uuid as uuid_module
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from dualblade.errors import ConfigError, NoSpace, NotAStore, StorageError
@@ -170,6 +170,16 @@ def open_members(
     `capacity_bytes` None: free space less a reserve; a device has what it was formatted with.
     Raises: ConfigError, NotAStore, NoSpace, StorageError, Unsupported; nothing is left behind.
     """
+    with held_members(path, engine, direct=direct) as held:
+        return _begin(held, capacity_bytes)
+
+
+@contextlib.contextmanager
+def held_members(
+    path: Place | Sequence[Place] | None, engine: Engine | None, *, direct: bool
+) -> Iterator[list[Held]]:
+    """What a store at `path` would stand on, as `open_members` has it; let go when an exception
+    leaves the block. Raises: as `open_members`."""
     places = as_places(path)
     if places is not None:
         check_kinds(places)
@@ -183,7 +193,7 @@ def open_members(
                 held.append(hold_store(place, engine, direct=direct))
             else:
                 held.append(hold_file(place, direct=direct))
-        return _begin(held, capacity_bytes)
+        yield held
     except BaseException:
         for each in held:
             each.let_go()
