@@ -574,15 +574,23 @@ def paper() -> str:
 
 
 def paper_large() -> str:
-    data = load("paper-opt-6.7b-8-11")
-    head, rows = against_limits(data)
-    options = data["options"]
-    runs = "one run" if options["repeats"] == 1 else f"medians of {options['repeats']} runs"
+    shapes = {"OPT-6.7B": "paper-opt-6.7b-8-11", "Llama-3-8B": "paper-llama-3-8b"}
+    rows, of, machines = [], [], set()
+    for name, file in shapes.items():
+        data = load(file)
+        head, its = against_limits(data)
+        rows += [[name, *row] for row in its]
+        options = data["options"]
+        runs = "one run" if options["repeats"] == 1 else f"medians of {options['repeats']} runs"
+        machines.add(machine_line(data["machine"]))
+        of.append(
+            f"{name}: {options['batch']} x {options['context']} tokens, "
+            f"{kv_bytes(data) / GIB:.1f} GiB of KV, {runs} of {options['steps']} steps after "
+            f"{options['warmup_steps']}, in turn; `{data['command']}`; file: `results/{file}.json`."
+        )
     return (
-        f"{table(head, rows)}\n\nMilliseconds a step of {options['batch']} x "
-        f"{options['context']} tokens, {kv_bytes(data) / GIB:.1f} GiB of KV, {runs} of "
-        f"{options['steps']} steps each, in turn; `{data['command']}` on "
-        f"{machine_line(data['machine'])}; file: `results/paper-opt-6.7b-8-11.json`."
+        f"{table(['shape', *head], rows)}\n\nMilliseconds a step, all layers sharing the weights "
+        f"of one, on {' and '.join(sorted(machines))}. {' '.join(of)}"
     )
 
 
