@@ -2,7 +2,7 @@
 #
 #   make demo           a real model answers with its KV cache beyond its memory budget
 #   make test           all tests
-#   make check          formatting, lints, types, fast tests (six minutes)
+#   make check          formatting, lints, types, fast tests (some minutes)
 #   make lint           the first three
 #   make check-native   the native engine's tests under sanitizers
 #   make lab            device tests in a guest with emulated NVMe drives, two guests at once
