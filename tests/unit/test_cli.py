@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from dualblade.errors import BudgetError, ConfigError
 from dualblade.hf.footprint import footprint, skeleton, weights_per_token
 from dualblade.hf.models import LoadedModel, config_of, load_model
 from dualblade.hf.plan import PlanRequest, gathers_on_host, plan_cache
+from dualblade.host.memory import MemoryReading
 from dualblade.io import open_engine
 from dualblade.store import Store
 from dualblade.units import GIB, MIB
@@ -113,18 +115,28 @@ def test_a_fixed_split_is_planned_as_asked() -> None:
 
 def test_a_plan_leaves_room_for_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `auto` says before they are loaded is not what the cache will have."""
-    there = 1 << 30
-    monkeypatch.setattr("dualblade.host.memory.auto_budget_bytes", lambda: there)
+    there, reserve = 1 << 30, 64 << 20
+    reading = MemoryReading(
+        available_bytes=there + reserve,
+        reserve_bytes=reserve,
+        source="a test",
+        machine_available_bytes=there + reserve,
+        limits=(),
+    )
+    monkeypatch.setattr("dualblade.host.memory.available_memory", lambda: reading)
     spec = "random:llama?layers=4,hidden=1024,heads=8,vocab=1000"
     config = config_of(spec)
-    weights = footprint(config, torch.bfloat16, rows=1, staging_bytes=0).weights_bytes
+    needed = footprint(config, torch.bfloat16, rows=512, staging_bytes=0)
+    weights = needed.weights_bytes
+    assert needed.activation_bytes < reserve
     arguments = ["plan", "-m", spec, "--context", "512", "--device", "cpu", "--json"]
     assert json.loads(invoke(*arguments).stdout)["budget_bytes"] == there - weights
     on_gpu = ["cuda" if word == "cpu" else word for word in arguments]
     assert json.loads(invoke(*on_gpu).stdout)["budget_bytes"] == there
     told = json.loads(invoke(*arguments, "--memory-budget", "64MiB").stdout)
     assert told["budget_bytes"] == 64 << 20
-    monkeypatch.setattr("dualblade.host.memory.auto_budget_bytes", lambda: weights)
+    full = replace(reading, available_bytes=weights + reserve)
+    monkeypatch.setattr("dualblade.host.memory.available_memory", lambda: full)
     refused = invoke(*arguments)
     assert refused.exit_code == 1
     assert "the weights alone take" in refused.stderr
