@@ -80,7 +80,7 @@ def plan(
         store=store,
     )
     result = _planned(subject, request)
-    result |= _needs(subject, request, result, store)
+    result |= _needs(subject, request, result, store, needed)
     if json:
         write_json(result)
     else:
@@ -168,17 +168,20 @@ def _planned(subject: _Subject, request: PlanRequest) -> dict[str, Any]:
 
 
 def _needs(
-    subject: _Subject, request: PlanRequest, result: dict[str, Any], store: Any
+    subject: _Subject,
+    request: PlanRequest,
+    result: dict[str, Any],
+    store: Any,
+    needed: Footprint | None,
 ) -> dict[str, Any]:
-    """What it takes of memory and of the drive, and what there is. Of quantised weights it is not
-    known (None)."""
+    """What it takes of memory and of the drive, and what there is. `needed` is of
+    `subject.footprint`; of quantised weights it is not known (None)."""
     from dualblade.cli.store_place import store_room
     from dualblade.config import Path as KVPath
     from dualblade.host.memory import available_memory
     from dualblade.units import EXTENT_ALIGN_BYTES, round_up
 
     weights = activations = loading = None
-    needed = subject.footprint(request.tokens, request.batch)
     if needed is not None:
         weights, activations = needed.weights_bytes, needed.activation_bytes
         loading = weights + needed.loading_bytes

@@ -2,7 +2,7 @@
 
 `generate` is given the whole text so far and slices off what is cached, by count alone. A text that
 is no longer than that, or one whose candidates begin anew (transformers 5.24 then passes all of it
-on, would be attended to behind another text's tokens without an error. Where `generate` slices,
+on), would be attended to behind another text's tokens without an error. Where `generate` slices,
 the text is at hand, and it is checked there, by count and against the tokens that were passed on
 before (`HeldText`); passes of a loop of one's own tell less.
 """

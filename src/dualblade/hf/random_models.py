@@ -113,6 +113,15 @@ FAMILIES: dict[str, _Family] = {
 
 _DEFAULTS = {"layers": 2, "hidden": 256, "heads": 4, "vocab": 1000, "positions": 4096}
 
+_LLAMA_3_8B = {
+    "layers": 32,
+    "hidden": 4096,
+    "heads": 32,
+    "kv_heads": 8,
+    "intermediate": 14336,
+    "vocab": 128256,
+}
+
 PRESETS: dict[str, tuple[str, dict[str, int]]] = {
     "opt-125m": ("opt", {"layers": 12, "hidden": 768, "heads": 12}),
     "opt-1.3b": ("opt", {"layers": 24, "hidden": 2048, "heads": 32}),
@@ -143,30 +152,8 @@ PRESETS: dict[str, tuple[str, dict[str, int]]] = {
             "positions": 4096,
         },
     ),
-    "llama-3-8b": (
-        "llama",
-        {
-            "layers": 32,
-            "hidden": 4096,
-            "heads": 32,
-            "kv_heads": 8,
-            "intermediate": 14336,
-            "vocab": 128256,
-            "positions": 8192,
-        },
-    ),
-    "llama-3.1-8b": (
-        "llama",
-        {
-            "layers": 32,
-            "hidden": 4096,
-            "heads": 32,
-            "kv_heads": 8,
-            "intermediate": 14336,
-            "vocab": 128256,
-            "positions": 131072,
-        },
-    ),
+    "llama-3-8b": ("llama", {**_LLAMA_3_8B, "positions": 8192}),
+    "llama-3.1-8b": ("llama", {**_LLAMA_3_8B, "positions": 131072}),
     "llama-3.2-1b": (
         "llama",
         {
