@@ -137,17 +137,19 @@ class _Passes:
 
 
 def _goes_back(layer: Any, count: int) -> bool:
-    """Whether `layer` can forget its newest `count` tokens (transformers 5.24, their `crop`): its
-    window, or its convolutions', is kept as far back, or it has all tokens."""
+    """Whether `layer` can forget its newest `count` tokens (transformers 5.24, their `crop`): it
+    has them all, or nothing of its own, or what its convolutions and window need was kept."""
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         kept = zip(layer.conv_states.values(), layer.conv_kernel_size.values(), strict=True)
-        return layer.record_past and all(
-            state is None or size is None or state.shape[-1] - count >= size for state, size in kept
-        )
-    window, tokens = getattr(layer, "sliding_window", None), layer.get_seq_length()
-    if window is None or tokens < window:
+        if not layer.record_past or any(
+            state is not None and size is not None and state.shape[-1] - count < size
+            for state, size in kept
+        ):
+            return False
+    window = getattr(layer, "sliding_window", None)
+    if window is None or layer.get_seq_length() < window:
         return True
-    needed = min(window - 1, tokens - count)
+    needed = min(window - 1, layer.get_seq_length() - count)
     return bool(layer.record_past and layer.keys.shape[-2] - count >= needed)
 
 
