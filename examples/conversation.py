@@ -27,7 +27,7 @@ def in_common(ids: torch.Tensor, others: torch.Tensor) -> int:
 
 
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 dualblade.widen_linears(model)
 
 with dualblade.DualBladeCache.for_model(model, memory_budget="64MiB", path="direct") as cache:

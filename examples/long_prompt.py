@@ -15,11 +15,12 @@ if len(sys.argv) != 3:
     sys.exit("usage: python long_prompt.py MODEL FILE")
 dualblade.wait_briefly()
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 name, file = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
 dualblade.widen_linears(model)
 with open(file, encoding="utf-8") as text:
     inputs = tokenizer(text.read(), return_tensors="pt")

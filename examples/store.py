@@ -1,10 +1,12 @@
 """The storage layer alone, for engines of other kinds: bytes to a drive and back past the page
-cache, with nothing but Python's standard library.
+cache. It imports nothing but Python's standard library and the native core, so that
+`pip install --no-deps .` does for it (what it builds is in pyproject.toml).
 
     python examples/store.py FOLDER
 
 FOLDER is on the drive; the store is a private file in it, and gone at the end. A store file, or a
-device that `dualblade store format` was given, may be named instead.
+device that `dualblade store format` was given, may be named instead: it keeps nothing either, all
+that it held is given up when it is closed or opened. Checksums are the pipeline's, not the store's.
 """
 
 # ruff: noqa: T201 - it prints
