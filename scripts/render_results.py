@@ -57,7 +57,7 @@ DOCUMENTS = (
     *(ROOT / "README.md", ROOT / "docs" / "performance.md"),
     *(LMCACHE / "README.md", MLPERF / "README.md"),
 )
-MIB, GIB = 1 << 20, 1 << 30
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 
 def load(name: str) -> dict[str, Any]:
@@ -547,6 +547,22 @@ def budgets() -> str:
     )
 
 
+def read_ahead() -> str:
+    rows, names = [], ("128", "1024", "8192")
+    for name in names:
+        data = load(f"read-ahead-{name}")
+        ahead = data["machine"]["device"]["queue"]["read_ahead_bytes"]
+        head, its = against_limits(data)
+        rows += [[f"{ahead // KIB} KiB", *row] for row in its]
+    command = data["command"].replace(f"-{name}.json", "-KIB.json")
+    return (
+        f"{table(['read ahead', *head], rows)}\n\nMilliseconds a step, one run each; memory: of "
+        f"the KV's {kv_bytes(data) / GIB:.2f} GiB. Read ahead: the queue's `read_ahead_kb`, set by "
+        f"hand before each. `{command}` on {machine_line(data['machine'])}; files: "
+        "`results/read-ahead-*.json`."
+    )
+
+
 def paper() -> str:
     shapes = {
         "OPT-6.7B": "paper-opt-6.7b",
@@ -790,6 +806,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "lmcache": lmcache,
     "mlperf": mlperf,
     "budgets": budgets,
+    "read-ahead": read_ahead,
     "paper": paper,
     "paper-large": paper_large,
     "growth": growth,
