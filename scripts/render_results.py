@@ -548,18 +548,20 @@ def budgets() -> str:
 
 
 def read_ahead() -> str:
-    rows, names = [], ("128", "1024", "8192")
-    for name in names:
-        data = load(f"read-ahead-{name}")
-        ahead = data["machine"]["device"]["queue"]["read_ahead_bytes"]
-        head, its = against_limits(data)
-        rows += [[f"{ahead // KIB} KiB", *row] for row in its]
-    command = data["command"].replace(f"-{name}.json", "-KIB.json")
+    shapes = {"narrow layers": "", "OPT-2.7B": "opt-2.7b-"}
+    rows, of = [], []
+    for shape, part in shapes.items():
+        for kib in (128, 1024, 8192):
+            data = load(f"read-ahead-{part}{kib}")
+            ahead = data["machine"]["device"]["queue"]["read_ahead_bytes"]
+            head, its = against_limits(data)
+            rows += [[shape, f"{ahead // KIB} KiB", *row] for row in its]
+        command = data["command"].replace("8192.json", "KIB.json")
+        of.append(f"{shape}: {kv_bytes(data) / GIB:.2f} GiB of KV; `{command}`.")
     return (
-        f"{table(['read ahead', *head], rows)}\n\nMilliseconds a step, one run each; memory: of "
-        f"the KV's {kv_bytes(data) / GIB:.2f} GiB. Read ahead: the queue's `read_ahead_kb`, set by "
-        f"hand before each. `{command}` on {machine_line(data['machine'])}; files: "
-        "`results/read-ahead-*.json`."
+        f"{table(['shape', 'read ahead', *head], rows)}\n\nMilliseconds a step, one run each. Read "
+        "ahead: the queue's `read_ahead_kb`, set by hand before each. "
+        f"{' '.join(of)} On {machine_line(data['machine'])}; files: `results/read-ahead-*.json`."
     )
 
 
