@@ -460,10 +460,11 @@ def drive_speed(data: dict[str, Any], mode: str, limit: str) -> str:
 
 
 def against_limits(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of a decode result under several limits, dual among its modes; beside mmap
-    where it is among them, too."""
+    """Head and rows of a decode result under several limits, dual among its modes; beside each kind
+    of mapped files that is among them, too."""
     modes = data["options"]["modes"]
-    beside = [mode for mode in ("mmap", "dual") if mode in modes]
+    mapped = [mode for mode in modes if mode.partition("+")[0] == "mmap"]
+    beside = [*mapped, "dual"]
     by_limit: dict[str, dict[str, Any]] = {}
     for item in data["summary"]:
         by_limit.setdefault(item["memory_limit"], {})[item["mode"]] = item
@@ -475,7 +476,7 @@ def against_limits(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             [
                 limit.removeprefix("+").replace("%", " %").replace("GiB", " GiB"),
                 *(step_cell(data, items[mode]) for mode in modes),
-                *(paired_cell(data, limit, mode) for mode in beside[:-1]),
+                *(paired_cell(data, limit, mode) for mode in mapped),
                 paired_cell(data, limit, min(others, key=others.__getitem__, default=None)),
                 *(drive_speed(data, mode, limit) for mode in beside),
             ]
@@ -483,12 +484,18 @@ def against_limits(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     unit = "GiB/s (of fio's)" if data["options"]["compare_fio"] else "GiB/s"
     head = [
         "memory",
-        *(f"{mode} ms" for mode in modes),
-        *(f"dual / {mode}" for mode in beside[:-1]),
+        *(f"{ahead_words(mode)} ms" for mode in modes),
+        *(f"dual / {ahead_words(mode)}" for mode in mapped),
         "dual / best of the others",
-        *(f"{mode} reads {unit}" for mode in beside),
+        *(f"{ahead_words(mode)} reads {unit}" for mode in beside),
     ]
     return head, rows
+
+
+def ahead_words(mode: str) -> str:
+    """A mode as a table's head has it; mapped files by how far the kernel reads ahead."""
+    word, _, ahead = mode.partition("+read_ahead=")
+    return f"{word} ({ahead} ahead)" if ahead else word
 
 
 def kv_bytes(data: dict[str, Any]) -> int:

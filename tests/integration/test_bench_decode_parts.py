@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -118,6 +120,37 @@ def test_a_static_mode_is_dual_with_a_percentage(monkeypatch: pytest.MonkeyPatch
     run = one_run(DecodeWorkload(model="random:llama"), "static-40", nothing)
     assert run["mode"] == "static-40"
     assert (given[0]["mode"], given[0]["engine"]) == ("dual", {"cache_percent": 40})
+
+
+@pytest.mark.parametrize("value", ["much", "0", "1KiB"])
+def test_the_drive_does_not_read_ahead_by_anything(value: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_mode(f"mmap+read_ahead={value}")
+
+
+def test_the_drive_reads_ahead_as_a_mode_wants_it_while_it_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Any] = []
+
+    @contextlib.contextmanager
+    def ahead(_folder: Path, size_bytes: int) -> Iterator[None]:
+        seen.append(size_bytes)
+        yield
+        seen.append("as it was")
+
+    def child(payload: dict[str, Any], _group: object) -> ChildOutcome:
+        seen.append((payload["mode"], payload["engine"]))
+        return ChildOutcome(result={}, oom_killed=False, error="not run")
+
+    monkeypatch.setattr(workload, "reading_ahead", ahead)
+    monkeypatch.setattr(workload, "run_child", child)
+    shape = DecodeWorkload(model="random:llama")
+    nothing = Limit(asked=None, limit_bytes=None, budget="auto")
+    run = one_run(shape, "mmap+read_ahead=1MiB", nothing)
+    assert run["mode"] == "mmap+read_ahead=1MiB"
+    one_run(shape, "mmap", nothing)
+    assert seen == [MIB, ("mmap", {}), "as it was", ("mmap", {})]
 
 
 def test_a_mode_may_have_settings_and_attention_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dualblade.errors import StorageError
 from dualblade.host import devices
-from dualblade.host.devices import block_queue, device_facts
+from dualblade.host.devices import block_queue, device_facts, whole_drive
 from dualblade.host.machine import (
     cpu_features,
     cpu_model,
@@ -101,6 +102,18 @@ def test_a_partition_has_the_limits_of_its_drive(tmp_path: Path) -> None:
     assert (queue.max_sectors_kb, queue.max_segments) == (1280, 127)
     assert queue.read_ahead_bytes == 128 * 1024
     assert (queue.write_cache, queue.scheduler) == ("write back", "none")
+
+
+def test_the_drive_of_a_partition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    partition = recorded_nvme(tmp_path)
+    drive = tmp_path / "sys/devices/pci0/nvme/nvme0/nvme0n1"
+    (tmp_path / "sys/class/block").mkdir(parents=True)
+    (tmp_path / "sys/class/block/nvme0n1p2").symlink_to(drive / "nvme0n1p2")
+    found = replace(device_facts(tmp_path), queue=block_queue(partition, tmp_path))
+    monkeypatch.setattr(devices, "device_facts", lambda *_: found)
+    assert whole_drive(tmp_path, root=tmp_path) == drive
+    found = replace(found, queue=None)
+    assert whole_drive(tmp_path, root=tmp_path) is None
 
 
 def test_what_is_built_on_a_drive_is_told_by_it(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from dualblade.bench.workload import (
     parse_limit,
     require_cgroup,
     require_memory,
+    require_read_ahead,
     store_left_as_found,
     store_place,
     tokens_agree,
@@ -139,6 +140,7 @@ def _run_rest(options: DecodeBenchOptions, plan: Plan[Planned], log: RunLog, wat
     """Run what the log lacks."""
     log.require_same_machine(machine_facts(store_place(options.store)))
     require_memory(options)
+    require_read_ahead(options, options.modes)
     calibration = log.facts["calibration"]
     if calibration is not None:
         require_cgroup()

@@ -53,6 +53,7 @@ from dualblade.bench.workload import (
     parse_mode,
     require_cgroup,
     require_memory,
+    require_read_ahead,
     stolen_text,
     store_left_as_found,
     store_place,
@@ -172,6 +173,7 @@ def _run_rest(
     """Run what the log lacks."""
     log.require_same_machine(machine_facts(store_place(options.store)))
     require_memory(options)
+    require_read_ahead(options, options.modes)
     calibration = log.facts["calibration"]
     if calibration is not None:
         require_cgroup()

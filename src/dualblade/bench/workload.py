@@ -30,7 +30,8 @@ from dualblade.host.cgroup import MemoryCgroup
 from dualblade.host.drives import find_drive
 from dualblade.host.machine import STOLEN_MAX
 from dualblade.host.memory import available_memory
-from dualblade.units import MIB, format_size, parse_size
+from dualblade.host.read_ahead import reading_ahead
+from dualblade.units import KIB, MIB, format_size, parse_size
 
 YARDSTICK = "dynamic-cache"
 """A mode besides the path words: transformers' DynamicCache with the same rows."""
@@ -71,15 +72,18 @@ def quiet(_line: str) -> None:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mode:
     """A mode in parts: the path (or MMAP, one of TRANSFORMERS), settings of EngineConfig that are
-    its own, and its way into attention; None: that of the workload."""
+    its own, its way into attention (None: that of the workload), and how far the drive's queue
+    reads ahead meanwhile (None: as it does)."""
 
     path: str
     settings: Mapping[str, Any]
     attention: str | None
+    read_ahead_bytes: int | None
 
 
 def parse_mode(text: str) -> Mode:
-    """`MODE[+NAME=VALUE...]`; NAME is `attention` or a setting of EngineConfig.
+    """`MODE[+NAME=VALUE...]`; NAME is `attention`, `read_ahead` (a size; what the drive's queue has
+    while it runs, whoever reads) or a setting of EngineConfig.
 
     Raises: ConfigError for a word that is no mode, no setting or no value of it.
     """
@@ -91,12 +95,15 @@ def parse_mode(text: str) -> Mode:
         raise ConfigError(
             f"unknown mode {word!r}", hint=f"use one of: {', '.join(MODES)}, static-0 to static-100"
         )
-    attention = settings.pop("attention", None)
+    attention, ahead = settings.pop("attention", None), settings.pop("read_ahead", None)
     if attention is not None:
         check_attention(attention)
+    if ahead is not None:
+        ahead = parse_size(str(ahead))
+        at_least("read_ahead", ahead, 4 * KIB)
     EngineConfig.from_mapping(settings)
     path = config.Path.DUAL.value if percent is not None else word
-    return Mode(path=path, settings=settings, attention=attention)
+    return Mode(path=path, settings=settings, attention=attention, read_ahead_bytes=ahead)
 
 
 def static_percent(mode: str) -> int | None:
@@ -367,6 +374,7 @@ def limited_run(
         if limit.limit_bytes is not None:
             at_start = limit.limit_bytes if limit.holds_from_start else None
             group = stack.enter_context(MemoryCgroup(at_start))
+        stack.enter_context(read_ahead_of(workload, mode))
         outcome = run_child(payload, group)
     asked = {
         "mode": mode,
@@ -379,6 +387,21 @@ def limited_run(
         "attention": parts.attention or workload.attention,
     }
     return asked, outcome
+
+
+def read_ahead_of(workload: Workload, mode: str) -> contextlib.AbstractContextManager[None]:
+    """Within, the drive reads ahead as `mode` wants it. Raises: Unsupported where it cannot."""
+    ahead = parse_mode(mode).read_ahead_bytes
+    if ahead is None:
+        return contextlib.nullcontext()
+    return reading_ahead(store_place(workload.store), ahead)
+
+
+def require_read_ahead(workload: Workload, modes: Sequence[str]) -> None:
+    """Before the first run: can the drive read ahead as `modes` want it? Raises: Unsupported."""
+    for mode in modes:
+        with read_ahead_of(workload, mode):
+            pass
 
 
 def _limit_from(limit: Limit) -> str | None:

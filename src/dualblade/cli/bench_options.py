@@ -19,7 +19,8 @@ Modes = Annotated[
         help="dual, page-cache, direct, memory; mmap (memory-mapped files, the way of earlier "
         "offloaders); dynamic-cache (transformers' own); offloaded-cache (its layers in host "
         "memory, with a GPU); static-N: N percent through the page cache, whether they fit or "
-        "not. Settings may follow: dual+pipeline=serial. May be repeated.",
+        "not. Settings may follow: dual+pipeline=serial, mmap+read_ahead=1MiB (by what the drive's "
+        "queue reads ahead meanwhile; root). May be repeated.",
     ),
 ]
 Batch = Annotated[int, typer.Option("--batch", min=1, metavar="B", help="Sequences.")]

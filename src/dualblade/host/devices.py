@@ -169,6 +169,16 @@ def block_queue(device: int, root: Path = ROOT) -> BlockQueue | None:
     )
 
 
+def whole_drive(folder: Path, *, root: Path = ROOT) -> Path | None:
+    """Where sysfs describes the drive below `folder`, not a partition of it; None where there is no
+    single one. Raises: StorageError."""
+    queue = device_facts(folder, root).queue
+    node = None if queue is None else (root / "sys/class/block" / queue.name).resolve()
+    if node is None or not node.exists():
+        return None
+    return node.parent if (node / "partition").exists() else node
+
+
 def _block_device(place: Path, device: int, root: Path) -> DeviceFacts:
     with place.open("rb") as file:
         size = file.seek(0, os.SEEK_END)

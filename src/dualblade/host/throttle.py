@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dualblade.errors import Unsupported
-from dualblade.host.devices import device_facts
+from dualblade.host.devices import whole_drive
 from dualblade.host.groups import ROOT
 
 _HINT = "run it as root with the blkio controller of cgroup v1, or on a drive of that speed"
@@ -48,12 +48,10 @@ def throttled(folder: Path, bytes_per_second: int) -> Iterator[None]:
 
 def _device_number(folder: Path) -> str:
     """MAJOR:MINOR of the whole drive below."""
-    queue = device_facts(folder).queue
-    node = None if queue is None else (ROOT / "sys/class/block" / queue.name).resolve()
-    if node is None or not node.exists():
+    drive = whole_drive(folder)
+    if drive is None:
         raise _impossible(f"no single block device is below {folder}")
-    whole = node.parent if (node / "partition").exists() else node
-    return (whole / "dev").read_text().strip()
+    return (drive / "dev").read_text().strip()
 
 
 def _blkio_group(root: Path = ROOT) -> tuple[Path, str]:
