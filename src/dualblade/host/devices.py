@@ -148,7 +148,7 @@ def block_queue(device: int, root: Path = ROOT) -> BlockQueue | None:
     if os.major(device) == 0 or not node.exists():
         return None
     node = node.resolve()
-    whole = node.parent if (node / "partition").exists() else node
+    whole = _whole(node)
     queue = whole / "queue"
     rotational = _number(queue / "rotational")
     read_ahead_kb = _number(queue / "read_ahead_kb")
@@ -174,8 +174,11 @@ def whole_drive(folder: Path, *, root: Path = ROOT) -> Path | None:
     single one. Raises: StorageError."""
     queue = device_facts(folder, root).queue
     node = None if queue is None else (root / "sys/class/block" / queue.name).resolve()
-    if node is None or not node.exists():
-        return None
+    return None if node is None or not node.exists() else _whole(node)
+
+
+def _whole(node: Path) -> Path:
+    """The drive that a block device in sysfs is a partition of, or is."""
     return node.parent if (node / "partition").exists() else node
 
 
