@@ -7,7 +7,8 @@ Each run is a process in a memory cgroup of its own that leaves the cache 75 % o
 then 25 %, then 75 % again, for some seconds each; the limit changes between two steps, and the time
 that the kernel takes for it is not a step's. What counts is how many tokens come in the same time.
 Beside `dual` run what does not adapt: the fixed splits that fit 75 % and 25 % beside staging and
-tails, all direct, all through the page cache, and mapped files.
+tails, all direct, all through the page cache, and mapped files, by the read-ahead that was best of
+those tried (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from dualblade.bench.decode_child import Decoder
 from dualblade.bench.decode_rows import fill, kv_bytes
 from dualblade.bench.envelope import MODEL
 from dualblade.bench.series import in_turn
-from dualblade.bench.workload import calibrate, parse_mode
+from dualblade.bench.workload import calibrate, parse_mode, read_ahead_of
 from dualblade.cli.output import write_json
 from dualblade.errors import BudgetError
 from dualblade.host.cgroup import MemoryCgroup, MemoryLimit
@@ -38,7 +39,7 @@ from dualblade.host.machine import command_line, machine_facts
 from dualblade.host.threads import wait_briefly
 from dualblade.store import cache_directory
 
-MODES = ("mmap", "page-cache", "direct", "static-60", "static-12", "dual")
+MODES = ("mmap+read_ahead=1MiB", "page-cache", "direct", "static-60", "static-12", "dual")
 PHASES = ((0.75, 10.0), (0.25, 15.0), (0.75, 15.0))
 """Of the KV in memory, and for how many seconds."""
 
@@ -106,7 +107,7 @@ def one_run(workload: DecodeBenchOptions, mode: str, calibration: dict[str, Any]
         engine={**parts.settings, "memory_reserve_bytes": base - calibration["loaded_bytes"]},
     )
     limits = [base + int(fraction * calibration["kv_bytes"]) for fraction, _ in PHASES]
-    with MemoryCgroup() as group:
+    with MemoryCgroup() as group, read_ahead_of(workload, mode):
         options["cgroup_directory"] = str(group.directory)
         options["cgroup_version"] = group.limit.version
         child = group.popen(

@@ -4,7 +4,7 @@ FILE, results/flexllmgen.json unless another is named.
 
     .venv/bin/python scripts/measure_flexllmgen.py CHECKOUT [--storage-only] [--python PYTHON]
         [--store FOLDER] [--model opt-6.7b] [--batch N] [--context N] [--steps N] [--repeats N]
-        [--memory-limit LIMIT] [--output FILE]
+        [--memory-limit LIMIT] [--read-ahead SIZE] [--output FILE]
 
 CHECKOUT is your clone of FlexLLMGen, PYTHON the one that can run it (its dependencies are older
 than ours: give it a virtual environment of its own). FlexLLMGen needs an NVIDIA GPU and, for its
@@ -41,9 +41,10 @@ from typing import Any
 
 from dualblade.bench.fio import FioYardstick
 from dualblade.bench.workload import ALLOWANCE_BYTES
-from dualblade.errors import ConfigError
+from dualblade.errors import ConfigError, Unsupported
 from dualblade.host.cgroup import MemoryCgroup
 from dualblade.host.machine import machine_facts
+from dualblade.host.read_ahead import reading_ahead
 from dualblade.host.threads import wait_briefly
 from dualblade.store import cache_directory
 from dualblade.units import GIB, MIB, parse_size
@@ -191,6 +192,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory-limit", metavar="LIMIT", help="6GiB; with --storage-only +1GiB")
+    parser.add_argument("--read-ahead", metavar="SIZE", help="of the drive's queue: 1MiB")
     parser.add_argument("--output", type=Path, metavar="FILE", default=RESULT)
     options = parser.parse_args()
     options.checkout, options.store = options.checkout.resolve(), options.store.resolve()
@@ -222,6 +224,18 @@ def main() -> None:
         ["git", "-C", str(options.checkout), "rev-parse", "HEAD"],
         stdout=subprocess.PIPE, text=True, check=False,
     ).stdout.strip()  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        if options.read_ahead is not None:
+            try:
+                ahead = parse_size(options.read_ahead)
+                stack.enter_context(reading_ahead(options.store, ahead))
+            except (ConfigError, Unsupported) as error:
+                parser.error(f"--read-ahead: {error}")
+        measure(options, commit or None)
+
+
+def measure(options: argparse.Namespace, commit: str | None) -> None:
+    """The rounds; each finished one is kept."""
     rounds: list[Round] = []
     fio_speeds: list[int] = []
     limit_bytes = limit_of(options)
@@ -237,7 +251,7 @@ def main() -> None:
             }
             rounds.append({who: runs[who] for who in WHO})
             print({who: told(run) for who, run in runs.items()})
-            result = result_of(options, commit or None, limit_bytes, rounds)
+            result = result_of(options, commit, limit_bytes, rounds)
             result["fio_read_bytes_per_second"] = fio_speeds
             options.output.write_text(json.dumps(result, indent=2) + "\n")
     print(f"written to {options.output}")
@@ -248,6 +262,7 @@ def result_of(
 ) -> dict[str, Any]:
     """What is written."""
     limited = f" --memory-limit {options.memory_limit}" if options.memory_limit else ""
+    limited += f" --read-ahead {options.read_ahead}" if options.read_ahead else ""
     output = "" if options.output == RESULT else f" --output {options.output}"
     return {
         "command": "scripts/measure_flexllmgen.py CHECKOUT "

@@ -462,8 +462,7 @@ def drive_speed(data: dict[str, Any], mode: str, limit: str) -> str:
 def against_limits(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of a decode result under several limits, dual among its modes; beside each kind
     of mapped files that is among them, too."""
-    modes = data["options"]["modes"]
-    mapped = [mode for mode in modes if mode.partition("+")[0] == "mmap"]
+    modes, mapped = data["options"]["modes"], mapped_modes(data)
     beside = [*mapped, "dual"]
     by_limit: dict[str, dict[str, Any]] = {}
     for item in data["summary"]:
@@ -490,6 +489,11 @@ def against_limits(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         *(f"{ahead_words(mode)} reads {unit}" for mode in beside),
     ]
     return head, rows
+
+
+def mapped_modes(data: dict[str, Any]) -> list[str]:
+    """Those of mapped files, which may differ by how far the kernel reads ahead."""
+    return [mode for mode in data["options"]["modes"] if mode.partition("+")[0] == "mmap"]
 
 
 def ahead_words(mode: str) -> str:
@@ -738,15 +742,20 @@ def prefill_paths() -> str:
     rows = []
     names = ("writes", "chunks", "chunks-fresh", "chunks-64")
     results = [load(f"prefill/prefill-{name}") for name in names]
+    mapped = mapped_modes(results[0])
     for name, data in zip(names, results, strict=True):
         for item in data["summary"]:
             state = [run for run in data["runs"] if run["store_state"] == item["store_state"]]
             text = seconds_spread(item["prefill_seconds"], item["prefill_seconds_spread"])
             rows.append(
                 [
-                    f"{name.removesuffix('-fresh')}, {item['store_state']}: {item['mode']}",
+                    f"{name.removesuffix('-fresh')}, {item['store_state']}: "
+                    f"{ahead_words(item['mode'])}",
                     of_runs(text, runs_of(data, item), "prefill_seconds"),
-                    spread_text(paired_ratios(state, item["mode"], "mmap", "prefill_seconds")),
+                    *(
+                        spread_text(paired_ratios(state, item["mode"], mode, "prefill_seconds"))
+                        for mode in mapped
+                    ),
                     percent(item["stall_fraction"]),
                     *(
                         "" if item[key] is None else f"{item[key] / GIB:.2f}"
@@ -754,13 +763,14 @@ def prefill_paths() -> str:
                     ),
                 ]
             )
-    head = ["prompt, store: mode", "seconds", "/ mmap", "stalled", "GiB written", "GiB read"]
+    ratios = (f"/ {ahead_words(mode)}" for mode in mapped)
+    head = ["prompt, store: mode", "seconds", *ratios, "stalled", "GiB written", "GiB read"]
     return (
         f"{table(head, rows)}\n\nWrites: 12 prompts of 512 tokens in one pass, 1.1 GiB of KV, a "
         "budget of half of it, no memory limit. Chunks: 2048 tokens in chunks of 32, or 64, half "
         "of the KV in memory, the drive held to 1 GB/s. Fresh: a new store, "
-        "as a first prompt finds it; chunks into one: two runs, by themselves. / mmap: medians of "
-        "the ratios within a round, with their spread. Stalled: the "
+        "as a first prompt finds it; chunks into one: two runs, by themselves. Ratios are medians of "
+        "those within a round, with their spread. Stalled: the "
         "model's thread waited for reads or writes; of mapped files page faults of what it writes "
         f"are not in it. {stolen_note(*results)}"
         "`dualblade bench paper prefill --output results/prefill` on "

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dualblade.bench import report_decode
+from dualblade.bench.figures import decode_figure
 from dualblade.bench.report import collect, kind_of, write_report
 from dualblade.bench.report_decode import ablation_section, decode_section, envelope_section
 from dualblade.bench.report_prefill import prefill_section
@@ -122,6 +123,10 @@ def test_a_file_that_looks_like_ours_stops_no_other(
     [
         ({}, "Linux 6.18, torch 2, transformers 5, dualblade 0 at 0123456789ab"),
         ({"device": {"file_system": "ext4", "queue": {"name": "vda"}}}, "6.18, ext4 on vda, torch"),
+        (
+            {"device": {"file_system": "xfs", "queue": {"name": "sda", "read_ahead_bytes": 131072}}},
+            "6.18, xfs on sda, 128 KiB read ahead, torch",
+        ),
         ({"device": {"file_system": "overlay", "queue": None}}, "Linux 6.18, overlay, torch 2"),
         ({"device": None, "git": None}, "transformers 5, dualblade 0"),
         ({"git": {"commit": None, "dirty": False}}, "transformers 5, dualblade 0"),
@@ -155,6 +160,19 @@ def test_a_section_says_where_another_mode_is_faster() -> None:
     assert by_mode["dual"][2] == "500 (500-500)"
     assert by_mode["dual"][5] == "100 %"  # 100 MiB in half a second of 200 MiB/s
     assert len(section.figures) == 3
+
+
+def test_mapped_files_may_read_ahead_by_several_sizes() -> None:
+    """`dual` is told beside the fastest of them, and their lines differ."""
+    times = {"mmap+read_ahead=128KiB": 2.0, "mmap+read_ahead=1MiB": 1.0, "dual": 0.75}
+    result = decode_result({(m, at): t for at in ("10%", "25%", "50%") for m, t in times.items()})
+    section, cards = decode_section([("x", result)])
+    assert cards[0][0] == "25 %"
+    lines = decode_figure(result).axes[0].lines
+    looks = [(line.get_color(), line.get_linestyle()) for line in lines]
+    assert len(set(looks)) == len(times)
+    assert looks[0][0] == looks[1][0]
+    assert "mmap+read_ahead=1MiB" in {row[0] for row in section.rows}
 
 
 def test_who_failed_was_not_killed_and_survivors_are_counted() -> None:

@@ -133,9 +133,11 @@ def decode_figure(result: Mapping[str, Any]) -> Figure:
                 for entry in summary
                 if entry["mode"] == mode
             ]
+            alike = [other for other in modes if mode_color(other) == mode_color(mode)]
             axes.plot(
                 *zip(*sorted(points), strict=True),
                 color=mode_color(mode),
+                ls=_DASHES[alike.index(mode) % len(_DASHES)],
                 lw=2.8 if mode == "dual" else 1.4,
                 marker="o",
                 ms=5,
@@ -259,7 +261,7 @@ def changing_memory_figure(result: Mapping[str, Any]) -> Figure:
             ]
             color, width = mode_color(mode), 2.2 if mode == "dual" else 1.0
             axes.plot(*zip(*points, strict=True), color=color, lw=width)
-            ends.append((*points[-1], mode))
+            ends.append((*points[-1], mode.partition("+")[0]))
         at = 0.0
         for phase in result["phases"]:
             axes.axvline(at, color="#B8BEC3", lw=0.8, ls=":")
@@ -294,6 +296,8 @@ _MODES = {
     "dynamic-cache": "#A7ADB2",
     "offloaded-cache": "#8C6D46",
 }
+_DASHES = ("-", "--", ":", "-.")
+"""Of lines of one colour: a mode with several settings."""
 _STAGES = {
     "waiting for reads": "#882255",
     "attention": "#44AA99",

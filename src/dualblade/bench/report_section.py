@@ -10,7 +10,7 @@ from typing import Any
 from dualblade.bench import figures
 from dualblade.bench.workload import MMAP, is_stored
 from dualblade.host.machine import STOLEN_MAX, cpu_text
-from dualblade.units import GIB, MIB
+from dualblade.units import GIB, KIB, MIB
 
 BEATEN = 1.05
 """Another mode is called faster than `dual` from here on: medians of few runs differ by less."""
@@ -82,6 +82,9 @@ def machine_text(machine: Mapping[str, Any]) -> str:
     if device:
         queue = device["queue"]  # null where no single drive is below: tmpfs, overlay, a network
         words.append(device["file_system"] + (f" on {queue['name']}" if queue else ""))
+        ahead = (queue or {}).get("read_ahead_bytes")  # what a mode sets for itself is in its name
+        if ahead is not None:
+            words.append(f"{ahead // KIB} KiB read ahead")
     words += [f"{name} {machine['versions'][name]}" for name in _PACKAGES]
     if git and git["commit"]:
         words[-1] += f" at {git['commit'][:12]}{' and changes' if git['dirty'] else ''}"
@@ -147,19 +150,24 @@ def beaten_notes(times: Mapping[tuple[str, str], float]) -> list[str]:
 
 
 def saved_cards(times: Mapping[tuple[str, str], float], what: str) -> list[tuple[str, str]]:
-    """How much less than memory-mapped files `dual` takes, of `times` as above."""
+    """How much less than memory-mapped files `dual` takes, of `times` as above: of the fastest,
+    where there are several that differ in settings."""
+    mapped: dict[str, float] = {}
+    for (place, mode), seconds in times.items():
+        if mode.partition("+")[0] == MMAP:
+            mapped[place] = min(seconds, mapped.get(place, seconds))
     saved = [
         1 - times[place, "dual"] / seconds
-        for (place, mode), seconds in times.items()
-        if mode == MMAP and (place, "dual") in times
+        for place, seconds in mapped.items()
+        if (place, "dual") in times
     ]
     return [(percent_range(saved), what)] if saved else []
 
 
 def percent_range(parts: Sequence[float]) -> str:
     """The least and the most of some parts of one, as percent."""
-    least, most = 100 * min(parts), 100 * max(parts)
-    return f"{least:.0f} %" if len(parts) == 1 else f"{least:.0f} to {most:.0f} %"
+    least, most = (f"{100 * part:.0f}" for part in (min(parts), max(parts)))
+    return f"{least} %" if least == most else f"{least} to {most} %"
 
 
 def ms_spread(seconds: float | None, spread: Sequence[float] | None) -> str:
