@@ -98,7 +98,9 @@ def test_tune_measures_both_doors_and_leaves_nothing(tmp_path: Path) -> None:
     assert profile.device == device_identity(tmp_path)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ConfigError):
-        TuneOptions(places=(tmp_path,), size_bytes=MIB)
+        TuneOptions(places=(tmp_path,), size_bytes=0)
+    places = (tmp_path,) * 3
+    assert TuneOptions(places=places).size_bytes == 264 * MIB, "whole sweeps of all three"
 
 
 @needs_root
@@ -143,6 +145,27 @@ def test_first_use_measures_once_and_costs_the_kv_nothing(tmp_path: Path) -> Non
         assert after.read_bytes - before.read_bytes <= 5 * FIRST_USE_BYTES + MIB  # and 2 of hits
     save_profile(profile_of(store))
     assert load_profile(store) == profile_of(store)
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_first_use_of_a_striped_store_of_any_count(tmp_path: Path, count: int) -> None:
+    """Of three a sweep is 24 MiB, of five 40: neither is a part of 32."""
+    places = [tmp_path / f"{index}.store" for index in range(count)]
+    with open_engine() as engine, Store.open(places, engine) as opened:
+        profile = measure_at_first_use(places, opened, engine)
+        engine.drain()
+    assert profile is not None
+    assert load_profile(*places) == profile
+
+
+@pytest.mark.usefixtures("doors_alone")
+def test_tune_measures_three_folders_by_its_default(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in "abc"]
+    for folder in folders:
+        folder.mkdir()
+    profile = measure_doors(TuneOptions(places=folders, repeats=1))
+    assert profile.device == device_identity(*folders)
+    assert [list(folder.iterdir()) for folder in folders] == [[], [], []]
 
 
 def test_caches_measure_only_when_the_plan_has_something_to_gain(

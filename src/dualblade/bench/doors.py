@@ -19,21 +19,22 @@ from pathlib import Path
 import numpy as np
 
 from dualblade.bench.compute import measure_compute
+from dualblade.bench.workload import at_least
 from dualblade.config import EngineConfig
-from dualblade.errors import BudgetError, ConfigError
+from dualblade.errors import BudgetError
 from dualblade.host.memory import available_memory
 from dualblade.host.profile import DeviceProfile, device_identity
 from dualblade.io import Arena, open_engine
 from dualblade.store import Store
 from dualblade.store.backing import check_place, is_device
 from dualblade.store.measure import SWEEP_BYTES, measure_rates
-from dualblade.units import MIB, format_size
+from dualblade.units import MIB, format_size, round_up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuneOptions:
     """`places`: a folder, a store file in one (it may be missing), or a device formatted for us;
-    of a striped store, one for each member."""
+    of a striped store, one for each member. `size_bytes` is made whole sweeps."""
 
     places: Sequence[Path]
     size_bytes: int = 256 * MIB
@@ -41,9 +42,9 @@ class TuneOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        step = self.sweep_bytes
-        if self.size_bytes < step or self.size_bytes % step or self.repeats < 1:
-            raise ConfigError(f"the size must be a multiple of {format_size(step)}")
+        at_least("the size", self.size_bytes, 1)
+        at_least("repeats", self.repeats, 1)
+        object.__setattr__(self, "size_bytes", round_up(self.size_bytes, self.sweep_bytes))
 
     @property
     def sweep_bytes(self) -> int:

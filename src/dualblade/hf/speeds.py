@@ -15,13 +15,14 @@ from dualblade.io import Arena, Engine
 from dualblade.residency import DoorSpeeds
 from dualblade.store import Place, Store, as_places, cache_directory, member_count
 from dualblade.store.measure import SWEEP_BYTES, measure_rates
-from dualblade.units import GIB, MIB, format_size
+from dualblade.units import GIB, MIB, format_size, round_up
 
 log = logging.getLogger("dualblade.residency")
 
 FIRST_USE_BYTES = 32 * MIB
-"""Written once and read seven times: 0.1 s at 3 GiB/s. A drive that has not taken them after
-_FILL_SECONDS_MAX is judged by fewer: at 80 MB/s by 8 MiB, in 0.7 s."""
+"""Written once and read seven times, 0.1 s at 3 GiB/s; made whole sweeps of all members. A drive
+that has not taken them after _FILL_SECONDS_MAX is judged by fewer: at 80 MB/s by 8 MiB, in 0.7 s.
+"""
 
 FIRST_USE_KV_BYTES_MIN = 256 * MIB
 """Less KV, or less memory for it, is cached by size alone: it would cost about as much I/O to
@@ -78,11 +79,16 @@ def measure_at_first_use(
     so the page cache looks at most too good, and the plan as it would be by size.
     """
     try:
-        with Arena(SWEEP_BYTES * store.member_count) as arena:
+        sweep_bytes = SWEEP_BYTES * store.member_count
+        with Arena(sweep_bytes) as arena:
             # Not registered: the engine would keep it for good.
             try:
                 rates = measure_rates(
-                    store, arena, FIRST_USE_BYTES, _REPEATS, fill_seconds_max=_FILL_SECONDS_MAX
+                    store,
+                    arena,
+                    round_up(FIRST_USE_BYTES, sweep_bytes),
+                    _REPEATS,
+                    fill_seconds_max=_FILL_SECONDS_MAX,
                 )
             except DualBladeError:
                 engine.drain()
