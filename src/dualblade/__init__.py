@@ -45,17 +45,19 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # transformers and torch take seconds to import; the command line's --help must not.
-    if name == "DualBladeCache":
-        from dualblade.hf.cache import DualBladeCache
+if not TYPE_CHECKING:  # who checks types would find any name
 
-        return DualBladeCache
-    if name == "widen_linears":
-        from dualblade.hf.linear import widen_linears
+    def __getattr__(name: str) -> Any:
+        # transformers and torch take seconds to import; the command line's --help must not.
+        if name == "DualBladeCache":
+            from dualblade.hf.cache import DualBladeCache
 
-        return widen_linears
-    raise AttributeError(f"module 'dualblade' has no attribute {name!r}")
+            return DualBladeCache
+        if name == "widen_linears":
+            from dualblade.hf.linear import widen_linears
+
+            return widen_linears
+        raise AttributeError(f"module 'dualblade' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

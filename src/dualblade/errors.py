@@ -37,6 +37,15 @@ class DualBladeError(Exception):
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are made anew from `args`, which ours are not made from.
+        return _made_anew, (type(self), self.args), self.__dict__
+
+
+def _made_anew(kind: type[DualBladeError], args: tuple[Any, ...]) -> DualBladeError:
+    """What `__reduce__` says; its attributes come after."""
+    return kind.__new__(kind, *args)
+
 
 class ConfigError(DualBladeError, ValueError):
     """An option or argument is wrong."""
