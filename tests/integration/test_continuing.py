@@ -13,11 +13,12 @@ from transformers import (
     AutoModelForImageTextToText,
     BloomConfig,
     DynamicCache,
+    GenerationMixin,
     Qwen2_5_VLConfig,
 )
 
 from dualblade import DualBladeCache
-from dualblade.errors import Closed, ConfigError
+from dualblade.errors import Closed, ConfigError, Unsupported
 from dualblade.hf.choice import generating, texts_come_to
 from tests.integration.tiny_models import prompt, tiny_model
 
@@ -427,6 +428,52 @@ def test_new_tokens_alone_with_a_mask_of_all() -> None:
         given = {"input_ids": new, "attention_mask": torch.ones((1, 90), dtype=torch.int64)}
         generate(model, cache, given)
         assert cache.get_seq_length() == 84 + 6 + 4
+
+
+@pytest.mark.parametrize(("path", "attention"), WAYS)
+def test_a_text_that_is_too_long_is_refused_before_its_first_chunk(
+    path: str, attention: str
+) -> None:
+    model = tiny_model()
+    made = {"path": path, "attention": attention, "memory_budget": "16MiB", "max_tokens": 60}
+    with DualBladeCache.for_model(model, **made) as cache:
+        with pytest.raises(ConfigError, match="to 80 tokens, past max_tokens=60"):
+            generate(model, cache, prompt(tokens=80), prefill_chunk_size=16)
+        assert cache.get_seq_length() == 0
+        first = generate(model, cache, prompt(tokens=40), prefill_chunk_size=16)
+        with pytest.raises(ConfigError, match="to 61 tokens, past max_tokens=60"):
+            generate(model, cache, longer(first, 16), prefill_chunk_size=8)
+        assert cache.get_seq_length() == 44
+    with DualBladeCache.for_model(model, **made) as cache:  # padding is stored too
+        padded = text(prompt(tokens=61)["input_ids"])
+        padded["attention_mask"][:, :5] = 0
+        with pytest.raises(ConfigError, match="past max_tokens=60"):
+            generate(model, cache, padded)
+
+
+def test_a_text_that_may_grow_too_long_is_told_of_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model()
+    for most, is_told in ((44, False), (43, True)):
+        caplog.clear()
+        with DualBladeCache.for_model(model, memory_budget="16MiB", max_tokens=most) as cache:
+            if is_told:
+                with pytest.raises(ConfigError, match="past max_tokens=43"):
+                    generate(model, cache, prompt(tokens=40))
+            else:
+                generate(model, cache, prompt(tokens=40))
+        assert ("takes 43 tokens, and generate may come to 44" in caplog.text) == is_told
+
+
+@pytest.mark.parametrize("name", ["_prefill", "_get_candidate_generator"])
+def test_a_transformers_that_slices_elsewhere_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts could not be checked: a wrong one would be attended to without an error."""
+    model = tiny_model()
+    cache_for(model).close()
+    monkeypatch.delattr(GenerationMixin, name)
+    with pytest.raises(Unsupported, match=f"has no {name}"):
+        cache_for(model)
 
 
 def test_a_mask_of_the_whole_text_from_the_beginning() -> None:

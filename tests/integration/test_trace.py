@@ -78,10 +78,11 @@ def test_a_step_in_the_trace(tmp_path: Path) -> None:
     assert stages.drive_bytes == after.io.direct_read_bytes + after.io.direct_write_bytes
 
 
-def test_where_nothing_is_kept_the_trace_is_empty_or_refused(tmp_path: Path) -> None:
+def test_where_nothing_is_kept_a_trace_is_refused(tmp_path: Path) -> None:
     with DualBladeCache.for_model(tiny_model(), memory_budget="16MiB") as cache:
         step(cache)
-        assert cache.write_trace(tmp_path / "empty.json") == 0
+        with pytest.raises(Unsupported, match=r"no spans are kept\n.*trace_events"):
+            cache.write_trace(tmp_path / "none.json")
     with (
         DualBladeCache.for_model(tiny_model(), path="memory", attention="exact") as cache,
         pytest.raises(Unsupported, match="nothing is traced"),

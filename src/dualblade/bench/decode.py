@@ -28,6 +28,7 @@ from dualblade.bench.series import (
     spread_of,
 )
 from dualblade.bench.workload import (
+    MMAP,
     YARDSTICK,
     at_least,
     calibrate,
@@ -36,6 +37,7 @@ from dualblade.bench.workload import (
     check_modes,
     is_stored,
     parse_limit,
+    parse_mode,
     require_cgroup,
     require_memory,
     require_read_ahead,
@@ -184,7 +186,8 @@ def _result(options: DecodeBenchOptions, facts: dict[str, Any], runs: list[Run])
 
 def _traced(options: DecodeBenchOptions, planned: Planned) -> dict[str, Any]:
     """What a traced run is given besides."""
-    if options.trace is None or not is_stored(planned.mode):
+    mapped = parse_mode(planned.mode).path == MMAP  # has no stages
+    if options.trace is None or mapped or not is_stored(planned.mode):
         return {}
     limit = [] if planned.limit is None else [planned.limit]
     words = [options.trace.stem, planned.mode, *limit, str(planned.repeat)]

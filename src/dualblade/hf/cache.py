@@ -195,14 +195,7 @@ class DualBladeCache(WholeSteps):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See transformers' `Cache`. Raises: as `StoredLayer.update`; ConfigError for a layer that
         the cache's model has not."""
-        if layer_idx >= len(self.layers):
-            raise ConfigError(
-                f"this cache is for a model of {len(self.layers)} layers, and was given to one "
-                "with more",
-                hint="make one with for_model for each model",
-            )
-        if self._is_closed:
-            raise Closed("this cache is closed", hint="make a new one with for_model")
+        self._check_layer(layer_idx)
         if layer_idx == self._beside.first:  # of a step
             if self._pipeline is not None:
                 self._pipeline.check_usable()
@@ -211,12 +204,24 @@ class DualBladeCache(WholeSteps):
         self._beside.touch()
         return together
 
+    def _check_layer(self, layer_idx: int) -> None:
+        """Raises: ConfigError, Closed."""
+        if layer_idx >= len(self.layers):
+            raise ConfigError(
+                f"this cache is for a model of {len(self.layers)} layers, and was given to one "
+                "with more",
+                hint="make one with for_model for each model",
+            )
+        if self._is_closed:
+            raise Closed("this cache is closed", hint="make a new one with for_model")
+
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> None:
         """Take in rows [batch, kv_heads, n, dim] of a layer without attending to them.
 
         For KV that exists already: a benchmark's, or another machine's prefill.
         Raises: as `update`; Unsupported for layers that are not full attention.
         """
+        self._check_layer(layer_idx)
         layer = self.layers[layer_idx]
         if not isinstance(layer, StoredLayer | MemoryLayer):
             raise Unsupported(f"layer {layer_idx} is a {type(layer).__name__}; it cannot append")
@@ -255,7 +260,7 @@ class DualBladeCache(WholeSteps):
     def write_trace(self, path: str | os.PathLike[str]) -> int:
         """Write what each stage did when, for Perfetto or chrome://tracing; the number of spans.
 
-        The newest `EngineConfig.trace_events` of them are kept. Also after close.
+        The newest `EngineConfig.trace_events` of them are kept, by default none. Also after close.
         Raises: Unsupported where nothing is kept, OSError.
         """
         if self._pipeline is None:

@@ -9,19 +9,24 @@ before (`HeldText`); passes of a loop of one's own tell less.
 
 from __future__ import annotations
 
+import logging
 import types
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+import transformers
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from dualblade.errors import ConfigError
+from dualblade.errors import ConfigError, Unsupported
 from dualblade.hf.beside import WholeSteps
 from dualblade.hf.choice import MODELS_LOCK
-from dualblade.hf.layer import StoredLayer
+from dualblade.hf.layer import MemoryLayer, StoredLayer
+from dualblade.pipeline.layer import check_length
+
+log = logging.getLogger("dualblade.hf")
 
 
 def watch_generate(
@@ -35,13 +40,13 @@ def watch_generate(
         watch = object()
         with MODELS_LOCK:
             _WATCHED.setdefault(model, set()).add(watch)
-            for method in (_prefill, _get_candidate_generator):
+            for method in _METHODS:
+                name = method.__name__
                 # A deep copy has its own: a bound method is copied with what it is bound to. One of
                 # somebody else's stays; what unpickling left of ours is the class's.
-                held = vars(model).get(method.__name__)
-                own = getattr(type(model), method.__name__)
+                held, own = vars(model).get(name), getattr(type(model), name)
                 if held is None or getattr(held, "__func__", None) in (method, own):
-                    vars(model)[method.__name__] = types.MethodType(method, model)
+                    vars(model)[name] = types.MethodType(method, model)
         ends.append(weakref.finalize(cache, _end_watch, weakref.ref(model), watch))
     return ends
 
@@ -63,7 +68,7 @@ def _end_watch(model: weakref.ref[PreTrainedModel], watch: object) -> None:
         watches.discard(watch)
         if watches:
             return
-        for method in (_prefill, _get_candidate_generator):
+        for method in _METHODS:
             held = vars(watched).get(method.__name__)
             if getattr(held, "__func__", None) is method:
                 del vars(watched)[method.__name__]
@@ -74,24 +79,48 @@ def _prefill(
 ) -> Any:
     """In place of a model's own, which it goes on with: transformers 5.24 slices there."""
     cache = _checked_cache(model_kwargs)
+    is_first = more.get("is_first_iteration", True)  # not of an assistant, which is asked again
+    embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
+    past = 0 if cache is None else cache.get_seq_length()
+    if embeds is not None and is_first:
+        given = columns = embeds.shape[1]
+    else:
+        given = input_ids.shape[1]
+        # What was all ones was dropped.
+        dropped = getattr(generation_config, "_mask_length", past + given)
+        columns = mask.shape[1] if isinstance(mask, torch.Tensor) else dropped
+    if is_first:
+        tokens = given if columns == given else past + given
+        new = (generation_config.max_length or 0) - input_ids.shape[1]
+        _check_room(model_kwargs, tokens, tokens + new - 1)  # the last token is not stored
     if cache is not None:
-        past, embeds = cache.get_seq_length(), model_kwargs.get("inputs_embeds")
-        mask = model_kwargs.get("attention_mask")
-        if embeds is not None and more.get("is_first_iteration", True):
-            given = columns = embeds.shape[1]
-        else:
-            given = input_ids.shape[1]
-            # What was all ones was dropped.
-            dropped = getattr(generation_config, "_mask_length", past + given)
-            columns = dropped if mask is None else mask.shape[1]
         # Of as many columns it is the whole text, of more the new tokens.
         if columns < past + (1 if columns == given else given):
             raise _does_not_go_on(given, past)
         if columns == given and embeds is None:
             _check_begin(cache, past, input_ids, mask)
-        if more.get("is_first_iteration", True):  # not of an assistant, which is asked again
+        if is_first:
             cache.end_recording()
     return type(self)._prefill(self, input_ids, generation_config, model_kwargs, **more)
+
+
+def _check_room(model_kwargs: dict[str, Any], tokens: int, most: int) -> None:
+    """Before the first chunk of a text of `tokens` in all, which may grow to `most`, is computed.
+    Raises: ConfigError where it is longer than the cache was made for."""
+    cache = model_kwargs.get("cache")
+    if not isinstance(cache, WholeSteps) or cache not in _USABLE:
+        return
+    stated = (la for la in cache.layers if isinstance(la, StoredLayer | MemoryLayer))
+    tokens_max = next((la.get_max_length() for la in stated), -1)
+    if tokens_max < 0:
+        return
+    check_length(tokens, tokens_max)
+    if most > tokens_max:
+        log.warning(
+            "the cache takes %d tokens, and generate may come to %d: it then ends with an error",
+            tokens_max,
+            most,
+        )
 
 
 def _check_begin(cache: WholeSteps, past: int, ids: torch.Tensor, mask: Any) -> None:
@@ -121,6 +150,19 @@ def _get_candidate_generator(self: Any, *args: Any, **given: Any) -> Any:
         if model_kwargs.get("attention_mask") is not None or columns < past + new:
             raise _does_not_go_on(new, past)
     return type(self)._get_candidate_generator(self, *args, **given)
+
+
+_METHODS = (_prefill, _get_candidate_generator)
+
+
+def check_methods() -> None:
+    """Raises: Unsupported for a transformers that slices texts elsewhere than it is checked."""
+    for name in (method.__name__ for method in _METHODS):
+        if not hasattr(GenerationMixin, name):
+            raise Unsupported(
+                f"transformers {transformers.__version__} has no {name}, where texts are checked",
+                hint="install one that was tried: pip install 'transformers==5.24.*'",
+            )
 
 
 def _checked_cache(model_kwargs: dict[str, Any]) -> WholeSteps | None:

@@ -210,6 +210,10 @@ class MemoryLayer(DynamicLayer):
             self.keys, self.values = (buffer[:, :, : past + new] for buffer in buffers)
         return self.keys, self.values
 
+    def get_max_length(self) -> int:
+        """The stated maximum, -1 without one."""
+        return -1 if self._tokens_max is None else self._tokens_max
+
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take in new rows without attending to them."""
         self.update(key_states, value_states)

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from dualblade.config import EngineConfig, check_attention
 from dualblade.errors import ConfigError, Unsupported
+from dualblade.hf.continues import check_methods
 from dualblade.hf.plan import PlanRequest, budget_shares, too_small
 
 log = logging.getLogger("dualblade.hf")
@@ -46,6 +47,7 @@ def check_words(attention: str, max_tokens: int | None) -> None:
 def check_model(model: PreTrainedModel, layers: list[Any], stored: list[bool]) -> None:
     """Whether `model`, of whose cache's `layers` some are `stored`, can have its KV in a store.
     Raises: ConfigError where it is set to use no cache; Unsupported."""
+    check_methods()
     name = type(model).__name__
     if getattr(getattr(model, "generation_config", None), "use_cache", None) is False:
         # generate() would give it the whole text at each step, as what is new.

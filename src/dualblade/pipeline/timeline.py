@@ -14,6 +14,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from dualblade.errors import Unsupported
 from dualblade.metrics import PipelineStages
 
 now_ns = time.monotonic_ns
@@ -136,9 +137,14 @@ class Timeline:
     def write_trace(self, path: Path) -> int:
         """Write the kept spans as Chrome's trace JSON (Perfetto opens it); the number of them.
 
+        Raises: Unsupported where none are kept, OSError.
         Source: Trace Event Format, section 'Duration events' and 'Async events'.
         """
-        events = sorted(self._events or (), key=lambda event: event[2])
+        if self._events is None:
+            raise Unsupported(
+                "no spans are kept", hint="give for_model config=EngineConfig(trace_events=100_000)"
+            )
+        events = sorted(self._events, key=lambda event: event[2])
         with path.open("w", encoding="utf-8") as out:
             out.write('{"displayTimeUnit":"ms","traceEvents":[\n')
             out.write(",\n".join(json.dumps(line) for line in _trace_lines(events)))
