@@ -36,6 +36,6 @@ with dualblade.DualBladeCache.for_model(model, memory_budget="256MiB") as cache:
     )
     stats = cache.stats()
 
-cached = sum(unit.path == "page-cache" for unit in stats.plan)
+cached = sum(unit.cached_bytes for unit in stats.plan)
 print(f"{stats.tokens} tokens, {stats.kv_bytes >> 20} MiB of KV")
-print(f"{cached} of {len(stats.plan)} units through the page cache, by {stats.engine.name}")
+print(f"{cached >> 20} MiB of it through the page cache, the rest by {stats.engine.name}")

@@ -122,6 +122,24 @@ def test_no_room(options: IoBenchOptions) -> None:
     assert not Path(options.store).exists()
 
 
+@pytest.mark.parametrize("existed", [False, True])
+def test_an_engine_that_cannot_be_had_leaves_files_as_they_were(
+    options: IoBenchOptions, monkeypatch: pytest.MonkeyPatch, *, existed: bool
+) -> None:
+    def refuse(*_: object, **_options: object) -> Engine:
+        raise Unsupported("no io_uring here")
+
+    if existed:
+        Path(options.store).touch()
+    with monkeypatch.context() as patch:
+        patch.setattr("dualblade.bench.io.open_engine", refuse)
+        with pytest.raises(Unsupported):
+            run_io_bench(options)
+    assert Path(options.store).exists() == existed
+    assert not existed or os.stat(options.store).st_size == 0
+    run_io_bench(options)
+
+
 def test_wrong_bytes_are_noticed(options: IoBenchOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that loses a block between writing and reading it."""
     submit = Engine.submit
@@ -173,6 +191,7 @@ def test_ctrl_c_ends_the_engine_before_its_files_are_closed(
     with pytest.raises(KeyboardInterrupt):
         run_io_bench(options, interrupt)
     assert used
+    assert not Path(options.store).exists(), "nothing in it says yet that it is the benchmark's"
     assert closed == ["engine"]
 
 

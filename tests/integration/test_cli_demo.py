@@ -155,7 +155,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
     ("arguments", "said"),
     [
         (["conversation.py", "MODEL"], "after reset: 0"),
-        (["long_prompt.py", "MODEL", str(EXAMPLES / "conversation.py")], "units through"),
+        (["long_prompt.py", "MODEL", str(EXAMPLES / "conversation.py")], "of it through the page"),
     ],
 )
 def test_examples_run(demo_environment: dict[str, str], arguments: list[str], said: str) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import DynamicCache, PreTrainedTokenizerFast
 
 import dualblade
 from dualblade.cli.generation import Generation, Sampling, check_candidates, generate_text
@@ -191,3 +194,16 @@ def test_logits_over_tiles_under_autocast(path: str) -> None:
             got = logits(cache)
             assert cache.stats().attention == "tiles"
     torch.testing.assert_close(got, expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))
+
+
+def test_words_that_a_model_comes_with_end_its_text() -> None:
+    """transformers looks them up in the tokenizer."""
+    words = {f"w{token} ": token for token in range(127)} | {"abcdef": 127}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0 "))
+    )
+    on = replace(loaded(), tokenizer=tokenizer)
+    plain = generated(on)[0].tokens
+    end = plain.index(plain[2])
+    on.model.generation_config.stop_strings = [f"w{plain[2]} "]
+    assert generated(on)[0].tokens == plain[: end + 1]

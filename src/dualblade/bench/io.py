@@ -114,7 +114,7 @@ def run_io_bench(options: IoBenchOptions, progress: Progress = lambda _: None) -
     if options.compare_fio:
         find_fio()
     with (
-        _scratch_files(options) as fds,
+        _scratch_files(options) as (fds, keep),
         Arena(_arena_bytes(options)) as arena,
         # The engine ends first: after Ctrl-C transfers on all these may be under way.
         open_engine(
@@ -126,6 +126,8 @@ def run_io_bench(options: IoBenchOptions, progress: Progress = lambda _: None) -
             engine.register_file(fd)
         sweep = _Sweep(engine, arena, fds, options)
         progress(f"{engine.name}: writing {format_size(options.size_bytes)} of random bytes")
+        sweep.sign()
+        keep()
         sweep.fill()
         sweep.check()
         before = engine.counters()
@@ -211,12 +213,15 @@ class _Sweep:
             seconds=seconds, cpu_seconds=_cpu_seconds() - cpu, bytes=self._options.size_bytes
         )
 
-    def fill(self) -> None:
-        """Write the whole file: random blocks, each stamped with its number, unlike any other."""
-        noise = np.random.default_rng(self._options.seed)
+    def sign(self) -> None:
+        """Say in the files that they are this benchmark's: the next one may write them too."""
         self._blocks[:] = 0
         self._blocks[0] = np.frombuffer(MAGIC.ljust(BLOCK_BYTES, b"\0"), dtype=np.uint64)
         self._wait_for([Transfer(fd, Op.WRITE, self._address, HEADER_BYTES, 0) for fd in self._fds])
+
+    def fill(self) -> None:
+        """Write the whole file: random blocks, each stamped with its number, unlike any other."""
+        noise = np.random.default_rng(self._options.seed)
         self._blocks[:] = noise.integers(0, 2**64, self._blocks.shape, dtype=np.uint64)
         for start, size_bytes in self._strides():
             self._blocks[: size_bytes // BLOCK_BYTES, 0] = self._stamps(start, size_bytes)
@@ -267,10 +272,12 @@ class _Sweep:
 
 
 @contextlib.contextmanager
-def _scratch_files(options: IoBenchOptions) -> Iterator[list[int]]:
+def _scratch_files(options: IoBenchOptions) -> Iterator[tuple[list[int], Callable[[], object]]]:
     """The files, open O_DIRECT and locked, at full size. Only ours or empty ones are written.
 
-    Raises: ConfigError, Unsupported, NoSpace, StorageError; files that were missing are so again.
+    Files that were missing are so again at the end, and others as long as they were, unless the
+    function that comes with them was called.
+    Raises: ConfigError, Unsupported, NoSpace, StorageError.
     """
     stripes = Stripes(len(options.stores))
     size_bytes = HEADER_BYTES + stripes.member_bytes(options.size_bytes)
@@ -286,8 +293,7 @@ def _scratch_files(options: IoBenchOptions) -> Iterator[list[int]]:
                     path=path,
                     size_bytes=size_bytes,
                 ) from error
-        undo.pop_all()
-        yield fds
+        yield fds, undo.pop_all
 
 
 def _open_scratch(path: str, opened: contextlib.ExitStack, undo: contextlib.ExitStack) -> int:

@@ -48,7 +48,7 @@ def bench_io(
     io_engine: options.IOEngine = "auto",
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Passes counted.")] = 5,
     compare_fio: options.CompareFio = False,
-    seed: Annotated[int, typer.Option("--seed", help="Of the file's random bytes.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the file's random bytes.")] = 0,
     json: options.Json = False,
     debug: options.Debug = False,  # noqa: ARG001 - read by Command
 ) -> None:

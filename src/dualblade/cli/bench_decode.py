@@ -105,6 +105,7 @@ Output = Annotated[
     typer.Option(
         "--output",
         metavar="FILE.json",
+        callback=options.into_a_folder,
         help="The result. FILE.jsonl beside it keeps each finished run, to go on from.",
     ),
 ]

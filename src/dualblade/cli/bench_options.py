@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dualblade.cli import options
 from dualblade.errors import ConfigError, DualBladeError
 from dualblade.units import parse_size
 
@@ -53,6 +54,7 @@ MaybeOutput = Annotated[
     typer.Option(
         "--output",
         metavar="FILE.json",
+        callback=options.into_a_folder,
         help="Write the result there too. FILE.jsonl beside it keeps each finished run: after an "
         "interruption the same command goes on from there.",
     ),

@@ -224,6 +224,9 @@ def generate_text(
 
         stream = TokenStream(loaded.decode, write, first)
 
+        # A model may come with words that end its texts, which want to be looked up.
+        words = {"tokenizer": loaded.tokenizer} if model.generation_config.stop_strings else {}
+
         def generate(ids: torch.Tensor, count: int, **options: Any) -> torch.Tensor:
             text: torch.Tensor = model.generate(
                 input_ids=ids,
@@ -231,6 +234,7 @@ def generate_text(
                 cache=cache,
                 max_new_tokens=count,
                 **options,
+                **words,
                 **_choice(sampling.temperature),
             )
             return text

@@ -167,13 +167,16 @@ Context = Annotated[
 ]
 
 
-def _into_a_folder(file: Path | None) -> Path | None:
+def into_a_folder(file: Path | None) -> Path | None:
     """Refused now, not when all is done. Raises: BadParameter."""
-    if file is not None and not os.access(file.absolute().parent, os.W_OK):
+    if file is None:
+        return None
+    if file.is_dir():
+        raise typer.BadParameter(f"{file} is a folder: name a file, such as {file / 'a.json'}")
+    if not os.access(file.absolute().parent, os.W_OK):
         raise typer.BadParameter(f"no file can be made in {file.absolute().parent}")
-    if file is not None and file.exists() and (file.is_dir() or not os.access(file, os.W_OK)):
-        what = "is a folder" if file.is_dir() else "cannot be written"
-        raise typer.BadParameter(f"{file} {what}: name a file, such as trace.json")
+    if file.exists() and not os.access(file, os.W_OK):
+        raise typer.BadParameter(f"{file} cannot be written: name another file")
     return file
 
 
@@ -182,7 +185,7 @@ Trace = Annotated[
     typer.Option(
         "--trace",
         metavar="FILE",
-        callback=_into_a_folder,
+        callback=into_a_folder,
         help="Write what each stage (reads, copies, compute, writes, control) did when, for "
         "ui.perfetto.dev or chrome://tracing: the newest 100,000 spans.",
     ),

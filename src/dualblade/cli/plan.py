@@ -70,7 +70,8 @@ def plan(
     tokens = options.parse_tokens(context)
     needed = subject.footprint(tokens, batch)
     activations = 0 if needed is None else needed.activation_bytes
-    budget = 0 if way is KVPath.MEMORY else _budget_bytes(memory_budget, subject, activations)
+    stated = None if memory_budget == "auto" else parse_size(memory_budget)
+    budget = 0 if way is KVPath.MEMORY else _budget_bytes(stated, subject, activations)
     request = subject.request(
         tokens=tokens,
         batch=batch,
@@ -201,17 +202,17 @@ def _needs(
     }
 
 
-def _budget_bytes(asked: str, subject: _Subject, activations: int) -> int:
-    """What is asked for; of `auto` what will be there once the weights are loaded, beside
+def _budget_bytes(stated: int | None, subject: _Subject, activations: int) -> int:
+    """What is stated; of `auto` (None) what will be there once the weights are loaded, beside
     `activations`.
 
-    Raises: ConfigError for no size, BudgetError if the weights leave nothing.
+    Raises: BudgetError if the weights leave nothing.
     """
     from dualblade.errors import BudgetError
     from dualblade.host.memory import available_memory
 
-    if asked != "auto":
-        return parse_size(asked)
+    if stated is not None:
+        return stated
     memory = available_memory()
     there = memory.budget_bytes
     if subject.device != "cpu":

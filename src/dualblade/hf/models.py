@@ -329,7 +329,7 @@ def _silence() -> Iterator[None]:
 def told_shortly(spec: str) -> Iterator[None]:
     """Foreign errors of loading `spec` as ours, in a line or two."""
     is_ours = spec == "demo" or spec.startswith(PREFIX)
-    is_hub_id = not is_ours and not Path(spec).expanduser().exists()
+    is_hub_id = not is_ours and not _is_there(spec)
     offline = is_hub_id and not _hub_reachable()
     before = hub.HF_HUB_OFFLINE
     hub.HF_HUB_OFFLINE = before or offline  # else 23 s of retries; the local cache still counts
@@ -343,6 +343,14 @@ def told_shortly(spec: str) -> Iterator[None]:
         raise _explained(spec, exc, is_hub_id=is_hub_id, offline=offline or before) from exc
     finally:
         hub.HF_HUB_OFFLINE = before
+
+
+def _is_there(spec: str) -> bool:
+    """Whether `spec` names a file or folder; what cannot be looked at is told when it is loaded."""
+    try:
+        return Path(spec).expanduser().exists()
+    except (OSError, RuntimeError):  # RuntimeError: no home of that name
+        return True
 
 
 def _explained(
