@@ -251,6 +251,25 @@ def test_wiping_leaves_nothing(device: str, engine: Engine, arena: Arena) -> Non
     carry_out_format(plan_format(device))
 
 
+def test_a_drive_that_keeps_what_it_was_told_to_discard_is_overwritten(
+    device: str, engine: Engine, arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRIM is advice: a drive may take it and go on reading what was there."""
+    assert device_module.find_drive(device).discard_bytes_max
+    with Store.open(device, engine, keep_blocks=True) as store:
+        extent = store.allocate(4 * MIB, Door.DIRECT)
+        arena.buffer[:] = b"\x55" * (4 * MIB)
+        store.write(extent, 0, arena.address, 4 * MIB).wait()
+    real = fcntl.ioctl
+
+    def deaf(fd: int, request: int, *rest: object) -> object:
+        return 0 if request == device_module._BLKDISCARD else real(fd, request, *rest)
+
+    monkeypatch.setattr(device_module.fcntl, "ioctl", deaf)
+    assert carry_out_wipe(plan_wipe(device), tell=lambda _: None) == ["overwritten with zeros"]
+    assert not any(contents(device))
+
+
 def test_planning_writes_nothing(blank: str) -> None:
     plan_format(blank)
     assert not any(contents(blank))

@@ -105,6 +105,10 @@ def test_what_is_partitioned_and_its_partition(blank: str, tmp_path: Path) -> No
     named = replace(facts, serial="S123")
     assert named.name == "S123-part1", "all partitions of a drive have its serial"
     assert replace(named, partition=None).name == "S123"
+    assert replace(named, serial="", wwid="t10.ATA  DISK").name == "t10.ATA_DISK-part1"
+    assert replace(named, serial="", wwid="").name == part
+    second = replace(named, whole_path="/dev/nvme0n2")
+    assert second.name == "S123-n2-part1", "namespaces of one drive share its serial"
     with pytest.raises(NotAStore, match="already"):
         plan_format(part)
     subprocess.run(["mkfs.ext4", "-q", "-F", part], check=True)
@@ -121,6 +125,46 @@ def test_what_is_partitioned_and_its_partition(blank: str, tmp_path: Path) -> No
 def test_a_partition_that_is_somebodys_by_type(blank: str) -> None:
     """EFI: empty to libblkid, and yet not ours to take."""
     assert_refused(partition(blank, 0xEF), "its partition type is 0xef", "sfdisk --part-type")
+
+
+@needs_root
+def test_a_partition_whose_type_cannot_be_told(blank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who may open the partition alone, as in a container, hears nothing of it from libblkid."""
+    part, real = partition(blank, 0xEF), drives._blkid
+
+    def without_entry(path: str) -> dict[str, str]:
+        return {key: word for key, word in real(path).items() if not key.startswith("PART_ENTRY")}
+
+    monkeypatch.setattr(drives, "_blkid", without_entry)
+    with pytest.raises(NotAStore, match=f"type cannot be told without reading {blank}"):
+        plan_format(part)
+    assert findings(find_drive(part), has_store=True) == [], "a store that is there is in use"
+
+
+@needs_root
+def test_doctor_without_the_tools_says_so(blank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container without util-linux."""
+    carry_out_format(plan_format(blank))
+    monkeypatch.setattr(drives, "_TOOL_PATH", "/nowhere")
+    for words in ((), ("--json",)):
+        _, told, complaint = run("doctor", blank, *words)
+        assert "not installed, so a device cannot be shown to be free" in " ".join(told.split())
+        assert "unexpected" not in complaint
+
+
+@needs_root
+def test_another_drive_under_the_same_name_is_another_drive(tmp_path: Path) -> None:
+    """Loop devices and USB sticks have no serial to tell them apart by."""
+    with loop_device(tmp_path / "one", SIZE_BYTES, 512) as device:
+        before = find_drive(device)
+        if not Path(f"/sys/block/{Path(device).name}/diskseq").exists():
+            pytest.skip("Linux before 5.15 does not number drives")
+        assert find_drive(device) == before
+        subprocess.run(["losetup", "-d", device], check=True)
+        (tmp_path / "other").write_bytes(bytes(SIZE_BYTES))
+        subprocess.run(["losetup", "--partscan", device, tmp_path / "other"], check=True)
+        assert find_drive(device) != before
+        assert replace(find_drive(device), sequence=before.sequence) == before
 
 
 @needs_root

@@ -28,9 +28,10 @@ from dualblade.errors import (
 )
 from dualblade.host import devices
 from dualblade.io import Arena, Engine, Op, open_engine
-from dualblade.store import Door, Store
+from dualblade.store import Door, Store, formatting
 from dualblade.store.format import DATA_OFFSET, SUPERBLOCK_BYTES
 from dualblade.store.formatting import carry_out_wipe, plan_formats, plan_wipe
+from dualblade.store.inspect import inspect_store
 from dualblade.store.members import Members
 from dualblade.testing import Fault, FaultyEngine
 from dualblade.testing.contract import fork
@@ -139,6 +140,47 @@ def test_a_private_store_has_no_name_where_files_cannot_be_made_without(
         assert len(unlinked) == 1
         assert list(own_cache_directory.iterdir()) == []
         assert os.fstat(store._members.backings[0].buffered_fd).st_mode & 0o777 == 0o600
+
+
+def test_a_private_store_that_keeps_a_name_is_told(
+    tmp_path: Path,
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """NFS renames a file that is unlinked while it is open, and removes it when it is closed."""
+    real_open = os.open
+
+    def refuse(path: Any, flags: int, *mode: int, **options: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        return real_open(path, flags, *mode, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "unlink", lambda path: os.rename(path, tmp_path / ".nfs0001"))
+    open_store(tmp_path, engine).close()
+    assert f"{tmp_path} gives a file a name until it is closed" in caplog.text
+
+
+def test_a_new_store_that_others_can_read_all_the_same_is_told(
+    tmp_path: Path,
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """exFAT and the like: modes are of the mount, and changing one may even succeed."""
+    real_open = os.open
+
+    def readable(path: Any, flags: int, mode: int = 0o777, **options: Any) -> int:
+        fd = real_open(path, flags, mode, **options)
+        if flags & os.O_CREAT:
+            os.chmod(fd, 0o755)
+        return fd
+
+    monkeypatch.setattr(os, "open", readable)
+    monkeypatch.setattr(os, "fchmod", lambda *_: None)
+    open_store(tmp_path / "kv.store", engine).close()
+    assert "can be read by others, which stays: its file system keeps no modes" in caplog.text
 
 
 @pytest.mark.parametrize(("free", "left"), [(1000 * MIB, 50 * MIB), (100 << 30, 2 << 30)])
@@ -280,6 +322,28 @@ def test_a_store_that_others_can_read_is_made_private(tmp_path: Path, engine: En
     path.chmod(0o644)
     open_store(path, engine).close()
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_name_that_went_to_another_file_is_not_removed(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who owns the folder may put a link there while a wipe goes on."""
+    path, others = tmp_path / "kv.store", tmp_path / "others"
+    open_store(path, engine).close()
+    others.write_text("theirs")
+    plan, real = plan_wipe(str(path)), formatting.hold_file
+
+    def held_and_swapped(*places: Any, **options: Any) -> Any:
+        held = real(*places, **options)
+        path.rename(tmp_path / "aside.store")
+        path.symlink_to(others)
+        return held
+
+    monkeypatch.setattr(formatting, "hold_file", held_and_swapped)
+    with pytest.raises(NotAStore, match="another file by now"):
+        carry_out_wipe(plan, tell=lambda _: None)
+    assert others.read_text() == "theirs"
+    assert inspect_store(str(tmp_path / "aside.store")).problem is None
 
 
 @needs_root

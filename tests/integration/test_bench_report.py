@@ -124,8 +124,8 @@ def test_a_file_that_looks_like_ours_stops_no_other(
         ({}, "Linux 6.18, torch 2, transformers 5, dualblade 0 at 0123456789ab"),
         ({"device": {"file_system": "ext4", "queue": {"name": "vda"}}}, "6.18, ext4 on vda, torch"),
         (
-            {"device": {"file_system": "xfs", "queue": {"name": "sda", "read_ahead_bytes": 131072}}},
-            "6.18, xfs on sda, 128 KiB read ahead, torch",
+            {"device": {"file_system": "xfs", "queue": {"name": "sda", "read_ahead_bytes": 4096}}},
+            "6.18, xfs on sda, 4 KiB read ahead, torch",
         ),
         ({"device": {"file_system": "overlay", "queue": None}}, "Linux 6.18, overlay, torch 2"),
         ({"device": None, "git": None}, "transformers 5, dualblade 0"),

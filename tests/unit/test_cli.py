@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -191,6 +192,11 @@ USAGE_ERRORS = [
         "'checksums'",
     ),
     (["bench", "decode", "-m", TINY, "--mode", "static-101"], "unknown mode"),
+    (["bench", "decode", "-m", TINY, "--output", "/tmp"], "/tmp is a folder"),
+    (["bench", "envelope", "--output", "/tmp"], "/tmp is a folder"),
+    (["bench", "io", "--store", "x", "--seed", "-1"], "--seed"),
+    (["generate", "-m", "~nobody-of-this-name/x", "-p", "x"], "cannot be looked into"),
+    (["plan", "-m", TINY, "--context", "9", "--path", "memory", "--memory-budget", "x"], "a size"),
     (["bench", "envelope", "--output", "x", "--figure", "x.gif"], "a .svg or .png file"),
     (["bench", "envelope", "--output", "x", "--memory-limit", "none"], "under limits"),
     (["bench", "io", "--store", "x", "--size", "1KiB"], "not whole chunks"),
@@ -260,6 +266,23 @@ def test_an_answer_that_was_cut_off_is_told() -> None:
     assert "stopped at" not in asked.stderr
     full = invoke(*command, "-p", "x" * 590)
     assert "stopped at 10 tokens, where the model's positions end" in full.stderr
+
+
+def test_text_for_a_terminal_has_nothing_that_it_obeys() -> None:
+    hostile = "a\tb\n\x1b]52;c;cm0=\x07\x9b2J\r"
+    assert output.without_controls(hostile) == "a\tb\n\ufffd]52;c;cm0=\ufffd\ufffd2J\ufffd"
+    assert output.without_controls("é 漢 🙂") == "é 漢 🙂"
+
+
+@pytest.mark.parametrize("child", ["bench.child_process", "cli.demo_process"])
+def test_children_take_no_module_from_where_they_are_started(child: str, tmp_path: Path) -> None:
+    """It may be a folder of others, who would be root then; or have a json.py of one's own."""
+    (tmp_path / "json.py").write_text("raise SystemExit('taken from here')\n")
+    command = importlib.import_module(f"dualblade.{child}")._COMMAND
+    done = subprocess.run(
+        command, cwd=tmp_path, input="", capture_output=True, text=True, check=False, timeout=120
+    )
+    assert "taken from here" not in done.stderr
 
 
 def test_all_options_that_a_path_does_not_heed_are_told() -> None:

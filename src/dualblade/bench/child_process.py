@@ -15,7 +15,7 @@ from dualblade.host.cgroup import MemoryCgroup
 _LET_GO_SECONDS = 15.0
 """For a child that was interrupted to close its cache; then it is killed."""
 
-_COMMAND = [sys.executable, "-m", "dualblade.bench.child"]
+_COMMAND = [sys.executable, "-P", "-m", "dualblade.bench.child"]  # -P: no module from where we are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

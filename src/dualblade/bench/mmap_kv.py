@@ -65,13 +65,14 @@ class MappedFiles(TileMemory):
     def allocate(self, size_bytes: int, door: Door) -> Extent:
         """See `Space`."""
         size = round_up(size_bytes, HUGE_PAGE_BYTES)
+        flags = os.O_RDWR | os.O_CLOEXEC
         try:
             if self._keep:
                 self._folder.mkdir(exist_ok=True, mode=0o700)
                 name = self._folder / f"{len(self._held):04d}.kv"
-                fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                fd = os.open(name, flags | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             else:
-                fd = os.open(self._folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+                fd = os.open(self._folder, flags | os.O_TMPFILE, 0o600)
             try:
                 os.posix_fallocate(fd, 0, size)
                 mapped = mmap.mmap(fd, size)

@@ -173,7 +173,7 @@ def _needs(reference: dict[str, Any]) -> tuple[int, int]:
 
 
 def _show(result: dict[str, Any]) -> None:
-    from dualblade.cli.output import colored, result_console
+    from dualblade.cli.output import colored, result_console, without_controls
 
     console = result_console()
     console.print(
@@ -181,7 +181,7 @@ def _show(result: dict[str, Any]) -> None:
         "Constitution of the United States, Articles I and II\n"
     )
     console.print(colored("Question ", "bold"), result["question"])
-    console.print(colored("Answer   ", "bold"), f"{result['answer']}\n")
+    console.print(colored("Answer   ", "bold"), f"{without_controls(result['answer'])}\n")
     console.print(
         f"KV cache {format_size(result['kv_bytes'])}, memory budget "
         f"{format_size(result['budget_bytes'])}: {result['kv_to_budget']:.1f} times as much KV as "
@@ -235,12 +235,12 @@ def _notes(result: dict[str, Any]) -> list[str]:
     from dualblade.host.machine import STOLEN_MAX
 
     dual = next(run for run in result["runs"] if run["path"] == "dual")["cache"]
-    cached = [unit for unit in dual["plan"] if unit["path"] == "page-cache"]
+    cached, planned = (sum(u[k] for u in dual["plan"]) for k in ("cached_bytes", "bytes"))
     engine = dual["engine"]
     because = f" ({engine['reason']})" if engine["reason"] else ""
     notes = [
         "",
-        f"dual: {len(cached)} of {len(dual['plan'])} units through the page cache, the rest "
+        f"dual: {format_size(cached)} of {format_size(planned)} through the page cache, the rest "
         f"direct; I/O engine {engine['name']}{because}",
     ]
     if result["stolen_fraction"] > STOLEN_MAX:

@@ -16,7 +16,7 @@ from dualblade.cli.output import Reporter
 from dualblade.errors import DualBladeError
 from dualblade.host.cgroup import MemoryCgroup
 
-_COMMAND = [sys.executable, "-m", "dualblade.cli.demo_run"]
+_COMMAND = [sys.executable, "-P", "-m", "dualblade.cli.demo_run"]  # -P: no module from where we are
 
 
 def run_demo_child(options: DemoRun, *, in_cgroup: bool, reporter: Reporter) -> dict[str, Any]:

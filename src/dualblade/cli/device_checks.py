@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from dualblade.errors import DualBladeError, NotAStore, Unsupported
-from dualblade.host.drives import Drive, find_drive, findings
+from dualblade.host.drives import Drive, Finding, find_drive, findings
 from dualblade.host.nvme import nvme_facts
 from dualblade.io import Namespace, open_engine
 from dualblade.store.format import Superblock
@@ -32,18 +32,27 @@ def examine(path: str) -> dict[str, Any] | None:
         "store_problem": None,
         "in_use_now": None,
         "pieces": None,
-        "drive": {**asdict(drive), **_nvme(drive), "passthrough": _passthrough(drive)},
+        "drive": {
+            **asdict(drive),
+            **_nvme(drive),
+            "passthrough": _passthrough(drive),
+            "findings": None,
+        },
     }
     try:
         report = inspect_store(path)
-        found = [] if report.in_use_now and report.problem is None else findings(drive)
-        told["drive"]["findings"] = [asdict(finding) for finding in found]
-        told["store_problem"], told["in_use_now"] = report.problem, report.in_use_now
-        if report.superblock is not None and report.problem is None:
-            told["store"] = superblock_facts(report.superblock)
     except DualBladeError as exc:
         told["store_problem"] = exc.message
-        told["drive"]["findings"] = None
+        return told
+    told["store_problem"], told["in_use_now"] = report.problem, report.in_use_now
+    is_store = report.superblock is not None and report.problem is None
+    if report.superblock is not None and is_store:
+        told["store"] = superblock_facts(report.superblock)
+    try:
+        found = [] if is_store and report.in_use_now else findings(drive, has_store=is_store)
+    except DualBladeError as exc:
+        found = [Finding(what=exc.message, free_with=exc.hint)]
+    told["drive"]["findings"] = [asdict(finding) for finding in found]
     return told
 
 

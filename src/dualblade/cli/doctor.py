@@ -66,12 +66,12 @@ def doctor(
 def _show(result: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from dualblade.cli.output import colored, result_console
+    from dualblade.cli.output import colored, result_console, without_controls
 
     table = Table(show_header=False, box=None, pad_edge=False)
     for section in (_machine_rows, _memory_rows, _engine_rows, _members_rows):
         for mark, name, text in section(result):
-            table.add_row(colored(mark, _COLORS.get(mark, "")), name, text)
+            table.add_row(colored(mark, _COLORS.get(mark, "")), name, without_controls(text))
     result_console().print(table)
 
 
@@ -236,7 +236,7 @@ def _state(facts: dict[str, Any]) -> str:
         alone = "" if facts["refused"] is None else f"; refused: {facts['refused']}"
         return f"{what}, {state}{unclean}{pieces}{alone}"
     words = {"missing": "would be made here", "directory": "a folder; stores are files in it"}
-    return words[facts["kind"]]
+    return words.get(facts["kind"]) or str(facts["store_problem"])
 
 
 def _device(facts: dict[str, Any]) -> str:

@@ -106,7 +106,8 @@ PromptLookup = Annotated[
         min=0,
         metavar="N",
         help="Guess up to N tokens from earlier text and verify them in one sweep of the KV: "
-        "quotes come several at a time. The text stays the same but for near-ties in bfloat16.",
+        "quotes come several at a time. At temperature 0 the text stays the same but for near-ties "
+        "in bfloat16.",
     ),
 ]
 Stats = Annotated[
@@ -342,7 +343,9 @@ def _read_per_token(
 
 
 def _write_text(text: str) -> None:
-    sys.stdout.write(text)
+    from dualblade.cli.output import without_controls
+
+    sys.stdout.write(without_controls(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 

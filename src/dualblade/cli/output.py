@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
+import unicodedata
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -42,6 +44,14 @@ def colored(words: str, color: str) -> Text:
     return Text(words, style=color)
 
 
+def without_controls(text: str) -> str:
+    """`text` of others for a terminal, which obeys control characters: only line ends and tabs
+    stay, others become U+FFFD."""
+    return "".join(
+        one if one in "\n\t" or unicodedata.category(one) != "Cc" else "\ufffd" for one in text
+    )
+
+
 def write_json(result: dict[str, Any]) -> None:
     """The one JSON object of `--json`."""
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
@@ -55,6 +65,8 @@ def write_json_file(path: Path, result: dict[str, Any]) -> None:
         part.write_text(json.dumps(result, indent=2) + "\n")
         part.replace(path)
     except OSError as exc:
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise ConfigError(f"cannot write {path}: {exc.strerror}") from exc
 
 

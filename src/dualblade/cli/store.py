@@ -237,11 +237,13 @@ def _confirm(plans: list[Plan], operation: str, yes: bool) -> None:
     """Ask for the serials. Raises: ConfigError when something else, or nothing, was typed."""
     if yes or (plans[0].drive is None and operation == "format"):
         return
+    from dualblade.cli.output import without_controls
+
     for plan in plans:
         what = plan.path
         if plan.drive is not None:
             size = format_size(plan.drive.size_bytes)
-            what += f" ({' '.join(filter(None, (plan.drive.model, size)))})"
+            what += f" ({' '.join(filter(None, (without_controls(plan.drive.model), size)))})"
         sys.stderr.write(f"all that {what} holds will be lost\n")
     wanted = " ".join(plan.confirmation for plan in plans)
     sys.stderr.write(f"type {wanted} to {operation} {'them' if plans[1:] else 'it'}: ")
@@ -259,6 +261,8 @@ def _size(capacity_bytes: int | None) -> str:
 
 
 def _report_text(report: Report) -> str:
+    from dualblade.cli.output import without_controls
+
     block = report.superblock
     what = "a dualblade store"
     if block is not None and block.member is not None:
@@ -273,7 +277,7 @@ def _report_text(report: Report) -> str:
         ]
     if block is not None and block.device is not None:
         lines.append(
-            f"  device      serial {block.device.serial or '-'}, "
+            f"  device      serial {without_controls(block.device.serial) or '-'}, "
             f"{format_size(block.device.size_bytes)}, blocks of {block.device.block_bytes} bytes"
         )
     for copy in report.copies:

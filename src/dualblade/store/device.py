@@ -225,6 +225,7 @@ def _open_passthrough(drive: Drive, engine: Engine, capacity_bytes: int) -> int:
         )
         engine.register_namespace(fd, namespace)
     except BaseException:
+        engine.unregister_file(fd)
         os.close(fd)
         raise
     return fd

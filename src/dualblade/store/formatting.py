@@ -38,10 +38,13 @@ from dualblade.store.format import (
 from dualblade.store.inspect import inspect_store
 from dualblade.store.members import as_places, check_kinds, open_members
 from dualblade.store.place import storage_error
-from dualblade.units import GIB, MIB, format_size
+from dualblade.units import BLOCK_BYTES, GIB, MIB, format_size
 
 _WIPE_STEP_BYTES = GIB
 """Discarded or zeroed at once, so that a long wipe can be told of and interrupted."""
+
+_SAMPLES = 16
+"""Blocks of a step that are read after it was discarded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +190,7 @@ def plan_wipe(path: str) -> Plan:
             member=superblock.member,
         )
     drive = find_drive(path)
-    _refuse(drive, "wipe", findings(drive))
+    _refuse(drive, "wipe", findings(drive, has_store=True))
     fd = hold_device(drive)
     try:
         superblock = recognise(fd, drive)
@@ -227,10 +230,13 @@ def _tell_of(tell: Callable[[float], None], done: int, count: int, part: float) 
 
 
 def _wipe(plan: Plan, fd: int, tell: Callable[[float], None]) -> str:
-    """One held store or member. Raises: OSError."""
+    """One held store or member. Raises: OSError; NotAStore for a name that is another file's."""
     if plan.drive is None:
         # The name first: a store that cannot be removed stays one. `fd` may be behind a link.
-        os.unlink(os.path.realpath(plan.path))
+        target = os.path.realpath(plan.path)
+        if not os.path.samestat(os.stat(target), os.fstat(fd)):
+            raise NotAStore(f"{plan.path} is another file by now", path=plan.path)
+        os.unlink(target)
         os.ftruncate(fd, 0)
         if os.path.islink(plan.path):
             os.unlink(plan.path)
@@ -260,12 +266,24 @@ def _wipe_content(fd: int, drive: Drive, end: int, tell: Callable[[float], None]
     how = "discarded"
     for offset in range(DATA_OFFSET, end, _WIPE_STEP_BYTES):
         size_bytes = min(_WIPE_STEP_BYTES, end - offset)
-        if not discard(fd, drive, offset, size_bytes):
+        told = discard(fd, drive, offset, size_bytes)
+        if not told or not _reads_as_empty(fd, offset, size_bytes):
             how = "overwritten with zeros"
             for at in range(offset, offset + size_bytes, 64 * MIB):
                 zero(fd, at, min(64 * MIB, offset + size_bytes - at))
         tell((offset + size_bytes) / end)
     return how
+
+
+def _reads_as_empty(fd: int, offset: int, size_bytes: int) -> bool:
+    """Whether samples of a range that was discarded tell nothing: a drive may read what was there
+    all the same. Flash that was erased reads as ones; what cannot be read is to be overwritten."""
+    step = max(BLOCK_BYTES, size_bytes // _SAMPLES // BLOCK_BYTES * BLOCK_BYTES)
+    try:
+        found = {os.pread(fd, BLOCK_BYTES, at) for at in range(offset, offset + size_bytes, step)}
+    except OSError:
+        return False
+    return found <= {bytes(BLOCK_BYTES), b"\xff" * BLOCK_BYTES}
 
 
 def _refuse(drive: Drive, operation: str, found: list[Finding]) -> None:

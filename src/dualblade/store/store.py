@@ -60,8 +60,10 @@ class Store:
         # (dualblade.testing) is not passed by.
         self._maps = len(members.backings) == 1 and engine.reads_in_place
         self.counters = DoorCounters()
-        for fd in self._paths:
-            engine.register_file(fd)
+        # Not the buffered ones, which hold devices: before Linux 6.2 what was registered is closed
+        # a second late.
+        for direct_fd in filter(None, (backing.direct_fd for backing in members.backings)):
+            engine.register_file(direct_fd)
         if not read_ahead:
             for backing in members.backings:
                 os.posix_fadvise(backing.buffered_fd, 0, 0, os.POSIX_FADV_RANDOM)
@@ -361,7 +363,7 @@ class Store:
 
     def file_pieces(self) -> int | None:
         """Contiguous pieces of the store on its device; None where the file system cannot tell."""
-        return self._members.pieces()
+        return None if self._members.is_closed else self._members.pieces()
 
     def close(self) -> None:
         """Wait for transfers, discard the content, unlock. Twice is once; what Ctrl-C left is ended
