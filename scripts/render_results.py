@@ -459,11 +459,13 @@ def drive_speed(data: dict[str, Any], mode: str, limit: str) -> str:
     return f"{speed:.2f} ({speed * GIB / median_of(limited, 'fio_read_bytes_per_second'):.2f})"
 
 
-def against_limits(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def against_limits(
+    data: dict[str, Any], *, brief: bool = False
+) -> tuple[list[str], list[list[str]]]:
     """Head and rows of a decode result under several limits, dual among its modes; beside each kind
-    of mapped files that is among them, too."""
+    of mapped files that is among them, too. `brief`: not what those read."""
     modes, mapped = data["options"]["modes"], mapped_modes(data)
-    beside = [*mapped, "dual"]
+    beside = ["dual"] if brief else [*mapped, "dual"]
     by_limit: dict[str, dict[str, Any]] = {}
     for item in data["summary"]:
         by_limit.setdefault(item["memory_limit"], {})[item["mode"]] = item
@@ -537,9 +539,9 @@ def spread_text(ratios: list[float]) -> str:
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
 
-def budgets() -> str:
+def budgets(*, brief: bool = False) -> str:
     data, above, fits = (load(f"budgets/budgets{part}") for part in ("", "-150", "-fits"))
-    head, rows = against_limits(data)
+    head, rows = against_limits(data, brief=brief)
     apart = (
         f"{item['mode']} {1000 * item['step_seconds_median']:.0f}" for item in above["summary"]
     )
@@ -576,7 +578,7 @@ def read_ahead() -> str:
     )
 
 
-def paper() -> str:
+def paper(*, brief: bool = False) -> str:
     shapes = {
         "OPT-6.7B": "paper-opt-6.7b",
         "OPT-2.7B": "paper-opt-2.7b",
@@ -585,7 +587,7 @@ def paper() -> str:
     rows, of, machines = [], [], set()
     for name, file in shapes.items():
         data = load(f"paper-24gib/{file}")
-        head, its = against_limits(data)
+        head, its = against_limits(data, brief=brief)
         rows += [[name, *row] for row in its]
         options = data["options"]
         machines.add(machine_line(data["machine"]))
@@ -769,8 +771,8 @@ def prefill_paths() -> str:
         f"{table(head, rows)}\n\nWrites: 12 prompts of 512 tokens in one pass, 1.1 GiB of KV, a "
         "budget of half of it, no memory limit. Chunks: 2048 tokens in chunks of 32, or 64, half "
         "of the KV in memory, the drive held to 1 GB/s. Fresh: a new store, "
-        "as a first prompt finds it; chunks into one: two runs, by themselves. Ratios are medians of "
-        "those within a round, with their spread. Stalled: the "
+        "as a first prompt finds it; chunks into one: two runs, by themselves. Ratios are medians "
+        "of those within a round, with their spread. Stalled: the "
         "model's thread waited for reads or writes; of mapped files page faults of what it writes "
         f"are not in it. {stolen_note(*results)}"
         "`dualblade bench paper prefill --output results/prefill` on "
@@ -825,8 +827,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "lmcache": lmcache,
     "mlperf": mlperf,
     "budgets": budgets,
+    "budgets-brief": partial(budgets, brief=True),
     "read-ahead": read_ahead,
     "paper": paper,
+    "paper-brief": partial(paper, brief=True),
     "paper-large": paper_large,
     "growth": growth,
     "pipeline": pipeline,
