@@ -796,7 +796,8 @@ def ablation() -> str:
         f"Milliseconds a step; medians of {data['options']['repeats']} runs, with half or a "
         f"quarter of the KV's {kv_bytes(data) / GIB:.2f} GiB in memory. Fixed residency: 40, "
         "30 or 15 % of the KV. All before `+ pipeline` read one tile after another, but for mapped "
-        f"files, which are copied a layer ahead. {stolen_note(*results)}"
+        f"files (`{data['options']['modes'][0]}`), which are copied a layer ahead. "
+        f"{stolen_note(*results)}"
         "`dualblade bench paper ablation --output results/ablation` on "
         f"{machine_line(data['machine'])}; files: `results/ablation/`."
     )
