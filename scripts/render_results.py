@@ -425,7 +425,8 @@ def mlperf_way(runs: list[dict[str, Any]], way: str) -> list[str]:
 
 
 def flexllmgen() -> str:
-    shapes = ("flexllmgen-narrow", "flexllmgen-tenth", "flexllmgen")
+    narrow = ("flexllmgen-narrow-128KiB", "flexllmgen-narrow-1MiB")
+    shapes = (*narrow, "flexllmgen-tenth", "flexllmgen")
     return "\n\n".join(of_section(flexllmgen_section, name) for name in shapes)
 
 

@@ -144,7 +144,7 @@ def checkout(folder: Path, program: str, backend: str = "") -> Path:
 def options(checkout: Path, store: Path, **others: object) -> argparse.Namespace:
     asked = argparse.Namespace(
         checkout=checkout, python=sys.executable, store=store, model="opt-6.7b", batch=12,
-        context=1984, steps=8, memory_limit=None, storage_only=False,
+        context=1984, steps=8, memory_limit=None, read_ahead=None, storage_only=False,
     )  # fmt: skip
     vars(asked).update(others)
     return asked
@@ -206,6 +206,8 @@ def test_a_result_says_the_command_that_makes_it(tmp_path: Path, script: ModuleT
     assert script.result_of(asked, None, None, [])["command"].endswith(
         "--repeats 1 --output results/narrow.json"
     )
+    asked.read_ahead = "1MiB"
+    assert "--read-ahead 1MiB --output" in script.result_of(asked, None, None, [])["command"]
 
 
 def refused(*words: str | Path) -> str:
@@ -222,6 +224,7 @@ def test_what_cannot_run_is_refused(tmp_path: Path) -> None:
     assert "FlexLLMGen serves OPT shapes" in refused(place, "--model", "llama-3.2-1b")
     assert "write it like 512MiB" in refused(place, "--memory-limit", "some")
     assert "needs --storage-only" in refused(place, "--memory-limit", "+1GiB")
+    assert "write it like 512MiB" in refused(place, "--storage-only", "--read-ahead", "far")
     for output in (tmp_path, tmp_path / "nowhere" / "file.json"):
         assert "cannot be written" in refused(place, "--output", output)
     if not torch.cuda.is_available():
