@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 OURS, BEST, OTHERS = "#0072B2", "#CC79A7", "#8A9199"
 _NAME_POINTS, _LINE_POINTS = 8, 9  # of names beside lines
+_NAME_STEP = 1.08  # from one to the next above it, on the logarithmic axis of a figure
 
 _TALL = 10
 """Times the median that a linear scale still shows."""
@@ -147,9 +148,7 @@ def decode_figure(result: Mapping[str, Any]) -> Figure:
         took = [entry["step_seconds_median"] for entry in summary]
         # One that thrashes would flatten all others.
         if max(took) > _TALL * statistics.median(took):
-            axes.set_yscale("log", subs=[])
-            axes.locator_params("y", subs=(1, 2, 5))
-            axes.yaxis.set_major_formatter("{x:g}")
+            _logarithmic(axes)
         else:
             axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
         axes.set_xticks(range(len(limits)), [limit_word(limit) for limit in limits])
@@ -269,17 +268,27 @@ def changing_memory_figure(result: Mapping[str, Any]) -> Figure:
             text = f" {phase['fraction']:.0%} in memory"
             axes.annotate(text, where, xycoords=("data", "axes fraction"), fontsize=_NAME_POINTS)
             at += phase["seconds"]
-        axes.set_yscale("log")
+        _logarithmic(axes)
         axes.set_xlabel("seconds")
         axes.set_ylabel("ms per decode step")
         axes.set_title("Memory that changes while it decodes", pad=18)
-        for x, y, name in ends:
+        least = 0.0
+        for x, y, name in sorted(ends, key=lambda end: end[1]):
+            place = max(y, least)  # beside its line, or above the name below it
+            least = _NAME_STEP * place
             axes.annotate(
-                name, (x, y), xytext=(5, 0), textcoords="offset points", fontsize=_NAME_POINTS,
+                name, (x, place), xytext=(5, 0), textcoords="offset points", fontsize=_NAME_POINTS,
                 color=mode_color(name), va="center",
             )  # fmt: skip
         axes.margins(x=0.02)
     return figure
+
+
+def _logarithmic(axes: Axes) -> None:
+    """The y axis, with numbers, not powers."""
+    axes.set_yscale("log", subs=[])
+    axes.locator_params("y", subs=(1, 2, 5))
+    axes.yaxis.set_major_formatter("{x:g}")
 
 
 def mode_color(mode: str) -> str:
