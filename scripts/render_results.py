@@ -189,7 +189,9 @@ def smollm2() -> str:
     return (
         f"{table(['path, attention', 'ms/token', 'spread'], rows)}\n\nSmolLM2-135M, "
         f"{run['context']} tokens, {run['dtype']}, KV {run['kv_bytes'] / MIB:.0f} MiB; "
-        f"`{load('decode-smollm2-tiles')['command']}`; files: `results/decode-smollm2-*.json`."
+        f"`{load('decode-smollm2-tiles')['command']}` on "
+        f"{machine_line(load('decode-smollm2-tiles')['machine'])}; "
+        "files: `results/decode-smollm2-*.json`."
     )
 
 
@@ -218,7 +220,8 @@ def context() -> str:
     ]
     return (
         f"{table(head, rows)}\n\nDirect path, tiles, budget 64 MiB; "
-        f"`{load('context-256000')['command']}`; files: `results/context-*.json`."
+        f"`{load('context-256000')['command']}` on "
+        f"{machine_line(load('context-256000')['machine'])}; files: `results/context-*.json`."
     )
 
 
@@ -342,8 +345,8 @@ def checksums() -> str:
     first = data["runs"][0]
     return (
         f"{table(head, rows)}\n\nLlama-3.2-1B shape, KV {first['kv_bytes'] / GIB:.2f} GiB, direct "
-        f"path, runs in turn, ratios within a round of {len(off)}; `{data['command']}`; file: "
-        "`results/checksums.json`."
+        f"path, runs in turn, ratios within a round of {len(off)}; `{data['command']}` on "
+        f"{machine_line(data['machine'])}; file: `results/checksums.json`."
     )
 
 
