@@ -118,37 +118,9 @@ def test_a_private_store_has_no_name(own_cache_directory: Path, engine: Engine) 
         assert "private" in store.path
 
 
-def test_a_private_store_has_no_name_where_files_cannot_be_made_without(
-    own_cache_directory: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """NFS and FUSE: it has one for a moment."""
-    real_open, real_unlink, unlinked = os.open, os.unlink, list[str]()
-
-    def refuse(path: Any, flags: int, *mode: int, **options: Any) -> int:
-        if flags & os.O_TMPFILE == os.O_TMPFILE:
-            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-        return real_open(path, flags, *mode, **options)
-
-    def unlink(path: str, **options: Any) -> None:
-        unlinked.extend([path] if "dualblade-" in path else [])
-        real_unlink(path, **options)
-
-    monkeypatch.setattr(os, "open", refuse)
-    monkeypatch.setattr(os, "unlink", unlink)
-    with open_store(None, engine) as store:
-        store.allocate(2 * MIB, Door.DIRECT)
-        assert len(unlinked) == 1
-        assert list(own_cache_directory.iterdir()) == []
-        assert os.fstat(store._members.backings[0].buffered_fd).st_mode & 0o777 == 0o600
-
-
-def test_a_private_store_that_keeps_a_name_is_told(
-    tmp_path: Path,
-    engine: Engine,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """NFS renames a file that is unlinked while it is open, and removes it when it is closed."""
+@pytest.fixture
+def no_tmpfile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that cannot make files without a name, as NFS and FUSE."""
     real_open = os.open
 
     def refuse(path: Any, flags: int, *mode: int, **options: Any) -> int:
@@ -157,6 +129,35 @@ def test_a_private_store_that_keeps_a_name_is_told(
         return real_open(path, flags, *mode, **options)
 
     monkeypatch.setattr(os, "open", refuse)
+
+
+@pytest.mark.usefixtures("no_tmpfile")
+def test_a_private_store_has_no_name_where_files_cannot_be_made_without(
+    own_cache_directory: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has one for a moment."""
+    real_unlink, unlinked = os.unlink, list[str]()
+
+    def unlink(path: str, **options: Any) -> None:
+        unlinked.extend([path] if "dualblade-" in path else [])
+        real_unlink(path, **options)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    with open_store(None, engine) as store:
+        store.allocate(2 * MIB, Door.DIRECT)
+        assert len(unlinked) == 1
+        assert list(own_cache_directory.iterdir()) == []
+        assert os.fstat(store._members.backings[0].buffered_fd).st_mode & 0o777 == 0o600
+
+
+@pytest.mark.usefixtures("no_tmpfile")
+def test_a_private_store_that_keeps_a_name_is_told(
+    tmp_path: Path,
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """NFS renames a file that is unlinked while it is open, and removes it when it is closed."""
     monkeypatch.setattr(os, "unlink", lambda path: os.rename(path, tmp_path / ".nfs0001"))
     open_store(tmp_path, engine).close()
     assert f"{tmp_path} gives a file a name until it is closed" in caplog.text

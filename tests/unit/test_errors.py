@@ -7,26 +7,18 @@ import pickle
 
 import pytest
 
-from dualblade.errors import (
-    BudgetError,
-    Closed,
-    ConfigError,
-    CorruptExtent,
-    DeviceError,
-    DualBladeError,
-    NoSpace,
-    NotAStore,
-    StorageError,
-    Unsupported,
-)
+from dualblade import errors
+from dualblade.errors import DualBladeError
 
-PLAIN = [DualBladeError, ConfigError, Unsupported, Closed]
-OF_STORAGE = [StorageError, NoSpace, CorruptExtent, NotAStore]
+PLAIN = [DualBladeError, errors.ConfigError, errors.Unsupported, errors.Closed]
+OF_STORAGE = [errors.StorageError, errors.NoSpace, errors.CorruptExtent, errors.NotAStore]
 ALL = [
     *(kind("what", hint="do this") for kind in PLAIN),
     *(kind("what", operation="read", path="/x", offset=1, size_bytes=2) for kind in OF_STORAGE),
-    BudgetError("what", needed_bytes=7),
-    DeviceError(errno=5, operation="read", path="/x", offset=1, size_bytes=2, nvme_status=0x281),
+    errors.BudgetError("what", needed_bytes=7),
+    errors.DeviceError(
+        errno=5, operation="read", path="/x", offset=1, size_bytes=2, nvme_status=0x281
+    ),
 ]
 
 

@@ -11,7 +11,7 @@ import io
 import math
 import os
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 OURS, BEST, OTHERS = "#0072B2", "#CC79A7", "#8A9199"
 _NAME_POINTS, _LINE_POINTS = 8, 9  # of names beside lines
-_NAME_STEP = 1.08  # from one to the next above it, on the logarithmic axis of a figure
 
 _TALL = 10
 """Times the median that a linear scale still shows."""
@@ -89,19 +88,23 @@ def envelope_figure(result: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _name_lines(axes: Axes, ends: Sequence[tuple[float, float, str]]) -> None:
+def _name_lines(
+    axes: Axes,
+    ends: Sequence[tuple[float, float, str]],
+    color_of: Callable[[str], str] = lambda _: "#5B6268",
+) -> None:
     """Names at the right ends (x, y, name) of lines, moved up where they would overlap."""
-    height = axes.get_window_extent().height * 72 / axes.figure.dpi
-    points_per_unit = height / (axes.get_ylim()[1] - axes.get_ylim()[0])
+    axes.get_ylim()  # settles the limits, which the transform below goes by
     below = -math.inf
     for x, y, name in sorted(ends, key=lambda end: end[1]):
-        at = max(y * points_per_unit, below + _LINE_POINTS)
+        own = axes.transData.transform((x, y))[1] * 72 / axes.figure.dpi
+        at = max(own, below + _LINE_POINTS)
         axes.annotate(
             name,
             (x, y),
-            xytext=(7, at - y * points_per_unit),
+            xytext=(7, at - own),
             textcoords="offset points",
-            color="#5B6268",
+            color=color_of(name),
             fontsize=_NAME_POINTS,
             va="center",
         )
@@ -272,15 +275,8 @@ def changing_memory_figure(result: Mapping[str, Any]) -> Figure:
         axes.set_xlabel("seconds")
         axes.set_ylabel("ms per decode step")
         axes.set_title("Memory that changes while it decodes", pad=18)
-        least = 0.0
-        for x, y, name in sorted(ends, key=lambda end: end[1]):
-            place = max(y, least)  # beside its line, or above the name below it
-            least = _NAME_STEP * place
-            axes.annotate(
-                name, (x, place), xytext=(5, 0), textcoords="offset points", fontsize=_NAME_POINTS,
-                color=mode_color(name), va="center",
-            )  # fmt: skip
         axes.margins(x=0.02)
+        _name_lines(axes, ends, mode_color)
     return figure
 
 

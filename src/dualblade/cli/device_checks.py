@@ -45,9 +45,9 @@ def examine(path: str) -> dict[str, Any] | None:
         told["store_problem"] = exc.message
         return told
     told["store_problem"], told["in_use_now"] = report.problem, report.in_use_now
-    is_store = report.superblock is not None and report.problem is None
-    if report.superblock is not None and is_store:
+    if report.superblock is not None and report.problem is None:
         told["store"] = superblock_facts(report.superblock)
+    is_store = told["store"] is not None
     try:
         found = [] if is_store and report.in_use_now else findings(drive, has_store=is_store)
     except DualBladeError as exc:
