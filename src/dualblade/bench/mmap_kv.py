@@ -37,6 +37,7 @@ from dualblade.io import Arena
 from dualblade.metrics import CacheStats, StageSeconds, TransferTotals
 from dualblade.pipeline import MemoryKV
 from dualblade.pipeline.attend import Arrived, NewRows
+from dualblade.pipeline.copies import HostCopies
 from dualblade.pipeline.gather import scatter
 from dualblade.pipeline.layer import HalfLayer, Layer
 from dualblade.pipeline.memory import TileMemory
@@ -50,6 +51,11 @@ _TRY_OTHER_SWEEPS = 16
 
 _WHOLE = 1 << 62
 """Pieces are as large as they come: a mapping has no slots."""
+
+_ALONE = 32_000
+"""Elements that torch copies without help: just below what it shares among its threads."""
+
+_HOST = HostCopies()
 
 
 class MappedFiles(TileMemory):
@@ -310,9 +316,18 @@ class MmapKV(MemoryKV):
 
 
 def _copy(place: torch.Tensor, rows: torch.Tensor) -> None:
-    """By torch, as FlexLLMGen copies, which walks the pages in order. A large memmove, as numpy's,
-    goes through four at once, so that the kernel reads ahead for none: ten times the faults."""
-    place.copy_(rows)
+    """In this thread alone, in the order of the pages.
+
+    FlexLLMGen copies by torch, which shares a large copy among a team of threads: beside a model
+    that computes on the same cores those wait for each other. A large memmove, as numpy's, goes
+    through four pages at once, so that the kernel reads ahead for none: ten times the faults.
+    """
+    if not (place.is_contiguous() and rows.is_contiguous()):
+        _HOST.copy(place, rows)  # by numpy: runs of a tile's rows, which are short
+        return
+    pieces = (tensor.flatten().view(torch.int64).split(_ALONE) for tensor in (place, rows))
+    for to, some in zip(*pieces, strict=True):
+        to.copy_(some)
 
 
 def _major_faults() -> int:
