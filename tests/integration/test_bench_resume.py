@@ -170,6 +170,10 @@ def test_a_log_of_other_code_or_another_machine_gets_no_more_runs(
         ({"versions": {**here["versions"], "torch": "1.0"}}, "torch .*, not 1.0"),
         ({"cpu_count": 64}, "cpu_count .*, not 64"),
         ({"device": {"path": "/mnt/other"}}, "store on /mnt/kv, not /mnt/other"),
+        (
+            {"device": {"path": "/mnt/kv", "queue": {"read_ahead_bytes": 131072}}},
+            "bytes read ahead None, not 131072",
+        ),
     ):
         now = {**here, **other}
         monkeypatch.setattr(decode, "machine_facts", lambda *_, now=now: now)

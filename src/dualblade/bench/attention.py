@@ -124,7 +124,7 @@ def _run(shape: AttentionShape, dtype: str, options: AttentionBenchOptions) -> d
         "tiles": lambda turn: layers[turn % 2].tiles(),
         "sdpa_contiguous": lambda turn: layers[turn % 2].sdpa(),
     }
-    swept = torch.ones(_BANDWIDTH_BYTES // 4)
+    swept = _in_huge_pages(torch.ones(_BANDWIDTH_BYTES // 4))
     samples: dict[str, list[float]] = {name: [] for name in (*ways, "memory_read")}
     for _ in range(options.repeats):
         for name, way in ways.items():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,13 +78,23 @@ def stop_child(child: subprocess.Popen[str]) -> None:
 def _outcome(status: int, out: str, errors: str, group: MemoryCgroup | None) -> ChildOutcome:
     if group is not None and group.was_oom_killed(status):
         return ChildOutcome(result={}, oom_killed=True, error=None)
-    lines = out.strip().splitlines()
-    if status == 0 and lines:
-        return ChildOutcome(result=json.loads(lines[-1]), oom_killed=False, error=None)
-    if status == 1 and lines:
-        return ChildOutcome(result={}, oom_killed=False, error=json.loads(lines[-1])["error"])
+    told = _told(out)
+    if status == 0 and told is not None:
+        return ChildOutcome(result=told, oom_killed=False, error=None)
+    if status == 1 and told is not None and "error" in told:
+        return ChildOutcome(result={}, oom_killed=False, error=told["error"])
     said = " ".join(errors.strip().splitlines()[-1:])
     how = f"signal {-status}" if status < 0 else f"status {status}"
     return ChildOutcome(
         result={}, oom_killed=False, error=f"the run ended with {how}: {said or 'no message'}"
     )
+
+
+def _told(out: str) -> dict[str, Any] | None:
+    """The newest line that is a result: libraries print at their end, too."""
+    for line in reversed(out.splitlines()):
+        with suppress(ValueError):
+            told = json.loads(line)
+            if isinstance(told, dict):
+                return told
+    return None

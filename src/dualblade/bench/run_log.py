@@ -160,12 +160,14 @@ class RunLog:
 def _identity(machine: Mapping[str, Any]) -> dict[str, Any]:
     """Of machine_facts what must not change between the runs of one result."""
     git = machine.get("git") or {}
-    store = (machine.get("device") or {}).get("path")
+    device = machine.get("device") or {}
     same = ("cpu_model", "cpu_features", "cpu_count", "kernel")
     names = {name: machine.get(name) for name in same}
     names["memory in GiB"] = round((machine.get("memory_bytes") or 0) / GIB)
     code = {"commit": git.get("commit"), "uncommitted changes": git.get("dirty")}
-    return {**code, "store on": store, **names, **machine.get("versions", {})}
+    store = {"store on": device.get("path")}
+    store["bytes read ahead"] = (device.get("queue") or {}).get("read_ahead_bytes")
+    return {**code, **store, **names, **machine.get("versions", {})}
 
 
 def finished_count(path: Path) -> int:
