@@ -19,5 +19,5 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> list[FaultyEngine]:
         opened.append(FaultyEngine(open_engine(*args, **options)))
         return opened[-1]
 
-    monkeypatch.setattr("dualblade.hf.cache.open_engine", open_faulty)
+    monkeypatch.setattr("dualblade.hf.opening.open_engine", open_faulty)
     return opened

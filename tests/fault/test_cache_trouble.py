@@ -106,6 +106,8 @@ def test_a_layer_type_that_nobody_knows_is_named() -> None:
         ({"attention": "flash"}, "unknown attention"),
         ({"memory_budget": "lots"}, "not a size"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"memory_budget": "much", "path": "memory"}, "not a size"),
     ],
 )
 def test_arguments_that_mean_nothing(options: dict[str, Any], why: str) -> None:
@@ -179,7 +181,7 @@ def test_a_context_that_outgrows_the_budget_is_refused_before_the_step() -> None
     with DualBladeCache.for_model(tiny_model(), memory_budget="8MiB") as cache:
         while 2 * cache.stats().memory.gather_bytes < 8 << 20:
             step(cache, 1000)
-        with pytest.raises(BudgetError, match="gather buffer") as caught:
+        with pytest.raises(BudgetError, match="group buffer") as caught:
             step(cache, 100_000)
         tokens = cache.get_seq_length()
         assert caught.value.needed_bytes > cache.stats().memory.budget_bytes

@@ -183,7 +183,7 @@ def test_random_faults_give_an_error_or_the_right_output() -> None:
             return engines[-1]
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dualblade.hf.cache.open_engine", open_faulty)
+            patch.setattr("dualblade.hf.opening.open_engine", open_faulty)
             if path == "dual":
                 halves = EngineConfig(staging_bytes=512 * KIB, cache_percent=50)
                 patch.setitem(SETTINGS, "config", halves)

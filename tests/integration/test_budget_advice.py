@@ -55,6 +55,33 @@ def test_it_is_enough(wide: PreTrainedModel, attention: str, path: str, tokens: 
         assert memory.used_bytes <= refused.needed_bytes
 
 
+def test_it_is_enough_for_a_context_that_outgrew_its_budget(wide: PreTrainedModel) -> None:
+    """A new cache gives more of a larger budget to staging and tails than the refused one had."""
+    ids, chunk = torch.randint(0, 300, (1, 4096)), 64
+    asked = {"path": "direct", "attention": "exact"}
+
+    def fill(cache: DualBladeCache, tokens: int) -> None:
+        with torch.inference_mode():
+            for first in range(0, tokens, chunk):
+                wide(ids[:, first : first + chunk], cache=cache)
+
+    least = refusal(wide, memory_budget=MIB, max_tokens=chunk, **asked).needed_bytes
+    with DualBladeCache.for_model(wide, memory_budget=least, **asked) as cache:  # type: ignore[arg-type]
+        with pytest.raises(BudgetError, match="is too small") as caught:
+            fill(cache, 4096)
+        held = cache.get_seq_length()
+    assert held > chunk, "the first chunks had room"
+    assert caught.value.hint is not None
+    words = re.search(r"at least (\d+ MiB), which do for (\d+) tokens", caught.value.hint)
+    assert words is not None
+    assert parse_size(words[1]) == caught.value.needed_bytes > least
+    tokens = int(words[2])
+    assert tokens == held + chunk
+    with DualBladeCache.for_model(wide, memory_budget=words[1], **asked) as cache:  # type: ignore[arg-type]
+        fill(cache, tokens)
+        assert cache.get_seq_length() == tokens
+
+
 def test_staging_that_is_asked_for_is_counted(wide: PreTrainedModel) -> None:
     config = EngineConfig(staging_bytes=40 * MIB)
     assert (refusal(wide, memory_budget="24MiB", config=config).needed_bytes or 0) > 40 * MIB

@@ -84,7 +84,7 @@ def test_the_least_that_fits_is_told() -> None:
         "float32",
     ):
         assert word in said
-    assert "--dtype bfloat16" in said
+    assert "dtype bfloat16" in said
 
 
 def test_weights_of_another_type_are_cast_one_at_a_time() -> None:

@@ -16,7 +16,7 @@ import torch
 from dualblade.config import EngineConfig
 from dualblade.config import Path as KVPath
 from dualblade.errors import Closed, DeviceError
-from dualblade.hf.cache import _budget
+from dualblade.hf.opening import budget_of
 from dualblade.host.memory import MemoryReading, OwnMemory
 from dualblade.host.page_cache import cached_bytes
 from dualblade.host.pressure import Pressure
@@ -27,7 +27,7 @@ from dualblade.pipeline.hits import HitSweep
 from dualblade.pipeline.memory_watch import MemorySource
 from dualblade.store import Door, Store
 from dualblade.store.format import DATA_OFFSET
-from dualblade.units import KIB, MIB
+from dualblade.units import KIB, MIB, parse_size
 
 LAYERS, HEADS, DIM, TOKENS = 6, 2, 32, 4096
 UNIT_BYTES = HEADS * DIM * TOKENS * 4
@@ -157,7 +157,7 @@ def test_a_stated_budget_is_a_limit_that_less_memory_lowers(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("asked", ["auto", "64MiB"])
 def test_every_budget_asks_what_memory_there_is(asked: str) -> None:
-    budget, source = _budget(asked, EngineConfig())
+    budget, source = budget_of(None if asked == "auto" else parse_size(asked), EngineConfig())
     assert source.read is not None
     found = source.read(OwnMemory())
     if asked == "auto":

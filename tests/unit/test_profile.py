@@ -172,9 +172,9 @@ def test_caches_measure_only_when_the_plan_has_something_to_gain(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[object] = []
-    monkeypatch.setattr("dualblade.hf.cache.FIRST_USE_KV_BYTES_MIN", 8 * MIB)
+    monkeypatch.setattr("dualblade.hf.opening.FIRST_USE_KV_BYTES_MIN", 8 * MIB)
     monkeypatch.setattr(
-        "dualblade.hf.cache.measure_at_first_use",
+        "dualblade.hf.opening.measure_at_first_use",
         lambda *given: asked.append(given) or measure_at_first_use(*given),
     )
     model = load_model(TINY, dtype=torch.float32, device="cpu").model

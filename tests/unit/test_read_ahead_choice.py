@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dualblade.config import EngineConfig, Path
-from dualblade.hf.cache import _lets_kernel_read_ahead
+from dualblade.hf.opening import lets_kernel_read_ahead
 from dualblade.pipeline import KVSettings
 from dualblade.pipeline.memory_watch import MemorySource
 from dualblade.units import MIB
@@ -26,8 +26,8 @@ SETTINGS = KVSettings(
 
 @pytest.mark.parametrize("path", list(Path))
 def test_it_may_where_all_goes_that_way(path: Path) -> None:
-    assert _lets_kernel_read_ahead(replace(SETTINGS, path=path)) == (path is Path.PAGE_CACHE)
+    assert lets_kernel_read_ahead(replace(SETTINGS, path=path)) == (path is Path.PAGE_CACHE)
 
 
 def test_it_may_not_where_it_would_push_out_what_it_read() -> None:
-    assert not _lets_kernel_read_ahead(replace(SETTINGS, budget_bytes=256 * MIB - 1))
+    assert not lets_kernel_read_ahead(replace(SETTINGS, budget_bytes=256 * MIB - 1))

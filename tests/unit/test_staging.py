@@ -126,8 +126,9 @@ def test_a_claim_for_tokens_to_come_keeps_to_the_memory_that_there_is_now() -> N
     sizes = LayerSizes(batch=1, keys=half, values=half, tail_rows=64)
     layer: Any = SimpleNamespace(index=0, batch=1, tail_bytes=sizes.tail_bytes, sizes=sizes)
     buffers: Any = SimpleNamespace(try_to_hold=lambda *_: True)
+    refuse: Any = None  # nothing is refused
     tokens = 40 * 1024  # 160 MiB are gathered of keys and values, of an eighth more 180
     for in_force, capacity in ((512 * MIB, 45 * 1024), (170 * MIB, tokens), (1 * MIB, tokens)):
         budget = MemoryBudget(512 * MIB, None)
-        budget.claim([layer], 1, 2 * MIB, tokens, buffers, in_force)
+        budget.claim([layer], 1, 2 * MIB, tokens, buffers, in_force, refuse)
         assert budget.capacity_tokens == capacity

@@ -34,9 +34,14 @@ def test_the_model_computes_between_two_calls(monkeypatch: pytest.MonkeyPatch) -
     timeline.enter()  # is inside
     timeline.leave()  # at 6000
     timeline.pause()
+    assert timeline.stages().wall_seconds == pytest.approx(5e-6)
     timeline.enter()  # another prompt: nobody computed
     timeline.leave()
     assert timeline.stages().compute_seconds == pytest.approx(3e-6)
+    assert timeline.stages().wall_seconds == pytest.approx(6e-6)
+    timeline.pause()
+    timeline.pause()
+    assert timeline.stages().wall_seconds == pytest.approx(6e-6)
 
 
 def test_overlap_and_utilisation() -> None:

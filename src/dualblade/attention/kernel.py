@@ -27,8 +27,9 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def kernel_name() -> str:
-    """The instruction set that the kernel was chosen for: amx, avx512, avx2 or plain."""
-    return _attention.Attention(1, "").kernel
+    """The instruction set of the kernel in force: amx, avx512, avx2 or plain. Raises: ConfigError
+    where DUALBLADE_KERNEL names another."""
+    return _make_native(1).kernel
 
 
 class KernelAttention:

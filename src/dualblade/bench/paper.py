@@ -188,7 +188,7 @@ def needs_of(entry: Entry) -> Needs:
     import torch  # here: costs seconds to import
 
     from dualblade.hf.footprint import footprint
-    from dualblade.hf.geometry import item_bytes, layer_shapes
+    from dualblade.hf.geometry import layer_shapes
     from dualblade.hf.models import config_of
 
     options = entry.options
@@ -196,7 +196,7 @@ def needs_of(entry: Entry) -> Needs:
     dtype = getattr(torch, options.dtype, torch.bfloat16)
     weights = footprint(config, dtype, rows=1, staging_bytes=0).weights_bytes
     heads = sum(s.kv_heads * (s.key_dim + s.value_dim) for s in layer_shapes(config))
-    kv = heads * item_bytes(dtype) * options.batch * options.context
+    kv = heads * dtype.itemsize * options.batch * options.context
     cache = 0
     for text in options.memory_limits or ("none",):
         limit = parse_limit(text)

@@ -13,7 +13,6 @@ from dualblade.cli.store_place import check_store
 from dualblade.config import Path as KVPath
 from dualblade.hf.choice import choose
 from dualblade.hf.footprint import footprint, skeleton, staging_least, weights_per_token
-from dualblade.hf.geometry import item_bytes
 from dualblade.hf.linear import rows_in_turn
 from dualblade.hf.models import (
     ModelText,
@@ -73,7 +72,7 @@ def _check_budget(request: Request, prepared: Prepared, unloaded: Any, device: s
     planned = PlanRequest(
         tokens=tokens,
         batch=1,
-        item_bytes=item_bytes(unloaded.dtype),
+        item_bytes=unloaded.dtype.itemsize,
         budget_bytes=int(request.memory_budget),
         path=KVPath.parse(request.path),
         engine=request.engine,

@@ -65,12 +65,12 @@ def engine_settings(
     io_engine: str, queue_depth: int | None, chunk: str | None, settings: list[str] | None
 ) -> dict[str, Any]:
     """Engine settings that were given, by name."""
-    from dualblade.config import parse_settings
-
-    given: dict[str, Any] = {"io_engine": io_engine, "queue_depth": queue_depth}
-    given["chunk_bytes"] = None if chunk is None else parse_size(chunk)
-    given.update(parse_settings(settings or ()))
-    return {name: value for name, value in given.items() if value is not None}
+    return options.given_settings(
+        settings,
+        io_engine=io_engine,
+        queue_depth=queue_depth,
+        chunk_bytes=None if chunk is None else parse_size(chunk),
+    )
 
 
 def require_agreement(result: Mapping[str, Any]) -> None:

@@ -88,7 +88,7 @@ Attention = Annotated[
         "--attention",
         metavar="WAY",
         help="tiles (ours, on tiles where they lie), exact (the model's own, on gathered KV), or "
-        "auto: the faster one that holds for the model.",
+        "auto: tiles on a CPU where the model allows it, else exact.",
     ),
 ]
 DiskCapacity = Annotated[
@@ -220,11 +220,18 @@ def engine_config(
 ) -> EngineConfig:
     """Engine settings from options; None means the default, and `settings`, written NAME=VALUE,
     come last. Raises: ConfigError."""
-    from dualblade.config import EngineConfig, parse_settings
+    from dualblade.config import EngineConfig
 
-    given: dict[str, Any] = {"io_engine": io_engine, "queue_depth": queue_depth, **others}
-    given |= parse_settings(settings or ())
-    return EngineConfig.from_mapping({k: v for k, v in given.items() if v is not None})
+    given = given_settings(settings, io_engine=io_engine, queue_depth=queue_depth, **others)
+    return EngineConfig.from_mapping(given)
+
+
+def given_settings(settings: list[str] | None, **given: str | int | None) -> dict[str, Any]:
+    """Those of `given` that are not None, by name, and `settings`, written NAME=VALUE."""
+    from dualblade.config import parse_settings
+
+    together: dict[str, Any] = given | parse_settings(settings or ())
+    return {name: value for name, value in together.items() if value is not None}
 
 
 _HEEDED_IN_MEMORY = ("tile_tokens", "trace_events")

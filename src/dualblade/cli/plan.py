@@ -143,13 +143,12 @@ class _Subject:
 
     def request(self, *, store: Any, engine: EngineConfig, **asked: Any) -> PlanRequest:
         """What is `asked`, as the model and the drive below `store` have it."""
-        from dualblade.hf.geometry import item_bytes
         from dualblade.hf.plan import PlanRequest, gathers_on_host
 
         return PlanRequest(
             **asked,
             engine=engine,
-            item_bytes=item_bytes(self.unloaded.dtype),
+            item_bytes=self.unloaded.dtype.itemsize,
             gather_on_host=gathers_on_host(self.device),
             over_tiles=self.over_tiles,
             **_measured(self.unloaded, self.device, store, engine),

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 
-from dualblade.errors import Closed, Unsupported
-from dualblade.hf.held_text import HeldText
-from dualblade.hf.layer import MemoryLayer, StoredLayer, removed_count
+from dualblade.errors import Closed
+from dualblade.hf.layer import MemoryLayer, StoredLayer
 
 
 class Beside:
@@ -134,102 +133,3 @@ class _Passes:
         cache = self._cache()
         is_ours = cache is not None and any(it is cache for it in (*args, *kwargs.values()))
         return self._beside if is_ours else None
-
-
-def _goes_back(layer: Any, count: int) -> bool:
-    """Whether `layer` can forget its newest `count` tokens (transformers 5.24, their `crop`): it
-    has them all, or nothing of its own, or what its convolutions and window need was kept."""
-    if isinstance(layer, LinearAttentionCacheLayerMixin):
-        kept = zip(layer.conv_states.values(), layer.conv_kernel_size.values(), strict=True)
-        if not layer.record_past or any(
-            state is not None and size is not None and state.shape[-1] - count < size
-            for state, size in kept
-        ):
-            return False
-    window = getattr(layer, "sliding_window", None)
-    if window is None or layer.get_seq_length() < window:
-        return True
-    needed = min(window - 1, layer.get_seq_length() - count)
-    return bool(layer.record_past and layer.keys.shape[-2] - count >= needed)
-
-
-class WholeSteps(Cache):
-    """A cache that goes on from whole steps alone, whichever layer a failure or Ctrl-C left out."""
-
-    def __init__(self, layers: list[Any]) -> None:
-        super().__init__(layers=layers)
-        self._beside = Beside(layers)
-        self.held_text = HeldText()
-
-    def get_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-        """See transformers' `Cache`; a model may write to what it gets."""
-        return self._given(super().get_conv_state(*args, **kwargs))
-
-    def get_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-        """See transformers' `Cache`; a model may write to what it gets."""
-        return self._given(super().get_recurrent_state(*args, **kwargs))
-
-    def _given(self, state: torch.Tensor | None) -> torch.Tensor | None:
-        if state is not None:
-            self._beside.touch()
-        return state
-
-    def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """See transformers' `Cache`."""
-        self._beside.touch()
-        return super().update_conv_state(*args, **kwargs)
-
-    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """See transformers' `Cache`."""
-        self._beside.touch()
-        return super().update_recurrent_state(*args, **kwargs)
-
-    def reset(self) -> None:
-        """Forget all tokens, for another prompt. Raises: DeviceError, Closed."""
-        self.held_text.forget()
-        self._beside.change(self.layers, lambda layer: layer.reset())
-        self._beside.forget()
-        for layer in self._recording():
-            layer.record_past = False
-
-    def end_recording(self) -> None:
-        """Candidates are over: keep what a layer needs. transformers leaves its layers recording,
-        and they grow with each token."""
-        self.crop(0)
-        for layer in self._recording():
-            layer.record_past = False
-
-    def _recording(self) -> list[Any]:
-        return [layer for layer in self.layers if getattr(layer, "record_past", False)]
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest `-tokens_to_remove`; 0: only what was kept to go back to. Raises:
-        DeviceError, Closed; before anything changed ConfigError, and Unsupported where layers with
-        windows or states keep nothing to go back to."""
-        count = removed_count(tokens_to_remove)
-        if not count:
-            self._beside.change(self._recording(), lambda layer: layer.crop(0))
-            return
-        if not all(_goes_back(layer, count) for layer in self.layers):
-            raise Unsupported(
-                "layers with windows or states keep nothing of tokens to go back to",
-                hint="reset() it, and give it the text that is to stay",
-            )
-        past = self.get_seq_length()
-        self._beside.change(self.layers, lambda layer: layer.crop(tokens_to_remove))
-        self.held_text.crop(past, self.get_seq_length())
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Sequence i becomes what `beam_idx[i]` was. Raises: ConfigError, Closed."""
-        self.held_text.forget()
-        self._beside.change(self.layers, lambda layer: layer.reorder_cache(beam_idx))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each sequence `repeats` times, copies side by side. Raises: Closed."""
-        self.held_text.forget()
-        self._beside.change(self.layers, lambda layer: layer.batch_repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the sequences that `indices` name, in that order. Raises: ConfigError, Closed."""
-        self.held_text.forget()
-        self._beside.change(self.layers, lambda layer: layer.batch_select_indices(indices))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -14,7 +13,6 @@ from transformers import PreTrainedModel
 
 from dualblade.config import AttentionWord, EngineConfig, Path
 from dualblade.errors import Closed, ConfigError, Unsupported
-from dualblade.hf.beside import WholeSteps
 from dualblade.hf.choice import (
     AttentionChoice,
     choose,
@@ -28,32 +26,23 @@ from dualblade.hf.continues import watch_generate, watch_texts
 from dualblade.hf.footprint import weights_per_token
 from dualblade.hf.geometry import (
     are_alike,
-    item_bytes,
     layer_shapes,
     memory_layers,
     offloadable,
 )
 from dualblade.hf.layer import MemoryLayer, StoredLayer
 from dualblade.hf.linear import rows_in_turn
+from dualblade.hf.opening import budget_of, kv_bytes_least, layer_weights_bytes, open_pipeline
 from dualblade.hf.plan import PlanRequest, gathers_on_host
 from dualblade.hf.refusals import (
     check_budget,
     check_kinds,
     check_model,
-    check_words,
     warn_of_boundary,
     warn_of_version,
 )
-from dualblade.hf.speeds import (
-    FIRST_USE_KV_BYTES_MIN,
-    door_speeds,
-    known_profile,
-    measure_at_first_use,
-    reads_in_place,
-)
-from dualblade.host.memory import MemoryProbe
+from dualblade.hf.whole_steps import WholeSteps
 from dualblade.host.profile import DeviceProfile
-from dualblade.io import Engine, open_engine
 from dualblade.metrics import (
     CacheStats,
     ChecksumTotals,
@@ -64,9 +53,8 @@ from dualblade.metrics import (
     TransferTotals,
 )
 from dualblade.pipeline import KVPipeline, KVSettings, MemoryKV
-from dualblade.pipeline.memory_watch import MemorySource
-from dualblade.store import Place, Store, member_count
-from dualblade.units import MIB, parse_size
+from dualblade.store import Place, Store
+from dualblade.units import parse_size
 
 
 class DualBladeCache(WholeSteps):
@@ -103,9 +91,8 @@ class DualBladeCache(WholeSteps):
         self._end_watches: list[Callable[[], object]] = []
         if model is None:
             return
-        usable = (lambda: None) if pipeline is None else pipeline.check_usable
-        self._end_watches += watch_texts(texts_come_to(model), self, usable)
-        self._end_watches += watch_generate(generating(model), self, usable)
+        self._end_watches += watch_texts(texts_come_to(model), self)
+        self._end_watches += watch_generate(generating(model), self)
         self._beside.watch(decoder_of(model), self)
         if attention.over_tiles:  # last: what fails above leaves the model as it was
             lend(model)
@@ -134,11 +121,12 @@ class DualBladeCache(WholeSteps):
                        budget is a limit that less memory lowers.
         path           `dual` keeps in the page cache what fits under the budget and reads the
                        rest directly, or splits as EngineConfig.cache_percent says; `page-cache`,
-                       `direct` and `memory` are one way for all.
+                       `direct` and `memory` (no store, no budget) are one way for all.
         attention      `exact`: the model's own attention on gathered tiles, bit-equal to
                        `DynamicCache`. `tiles`: ours on tiles where they lie, in memory that does
                        not grow with the context; rounding differs, as between sdpa and eager. The
-                       model has it until close. `auto`: the faster one that holds for the model.
+                       model has it until close. `auto`: tiles on a CPU where the model allows it,
+                       else exact.
         max_tokens     most tokens of a sequence, prompt (and candidates of assisted decoding)
                        included: each unit is then one contiguous extent. None: it grows as needed.
         config         engine settings.
@@ -147,22 +135,21 @@ class DualBladeCache(WholeSteps):
                 which `generate` would write wrong text; Unsupported, BudgetError, NotAStore,
                 NoSpace, StorageError.
         """
-        check_kinds(model, config)
+        check_kinds(model, config, max_tokens)
         warn_of_version()
         way, settings = Path.parse(path), config or EngineConfig()
         settings.check_path(way)
-        check_words(attention, max_tokens)
+        stated = None if memory_budget == "auto" else parse_size(memory_budget)
         layers = memory_layers(model.config)
         stored = offloadable(model.config, layers)
         check_model(model, layers, stored)
         warn_of_boundary(model, max_tokens)
         choice = choose(model, attention)
         if way is Path.MEMORY:
-            memory = MemoryKV(model.device, settings.tile_tokens, max_tokens, settings.trace_events)
-            _keep(layers, stored, memory, max_tokens, choice)
-            pipeline = memory if choice.over_tiles else None
-            return cls(layers, path=way, attention=choice, model=model, pipeline=pipeline)
-        budget, source = _budget(memory_budget, settings)
+            memory = _memory_kv(model, choice, max_tokens, settings)
+            _take_over(layers, stored, memory, max_tokens, choice)
+            return cls(layers, path=way, attention=choice, model=model, pipeline=memory)
+        budget, source = budget_of(stated, settings)
         check_budget(model.config, _one_token(model, way, choice, budget, settings), max_tokens)
         kv = KVSettings(
             path=way,
@@ -172,13 +159,13 @@ class DualBladeCache(WholeSteps):
             device=model.device,
             config=settings,
             over_tiles=choice.over_tiles,
-            layer_weights_bytes=_layer_weights_bytes(model, len(layers)),
+            layer_weights_bytes=layer_weights_bytes(model, len(layers)),
             rows_in_turn=rows_in_turn(model.dtype),
             layers_alike=are_alike(s for s in layer_shapes(model.config) if s.offloaded),
             memory=source,
         )
-        opened, over, profile = _open_pipeline(store, kv, _kv_bytes_least(model, max_tokens))
-        _replace(layers, stored, lambda i: StoredLayer(over, i, max_tokens, choice))
+        opened, over, profile = open_pipeline(store, kv, kv_bytes_least(model, max_tokens))
+        _take_over(layers, stored, over, max_tokens, choice)
         made = cls(layers, path=way, attention=choice, model=model, pipeline=over, store=opened)
         made._profile = profile
         return made
@@ -197,12 +184,17 @@ class DualBladeCache(WholeSteps):
         the cache's model has not."""
         self._check_layer(layer_idx)
         if layer_idx == self._beside.first:  # of a step
-            if self._pipeline is not None:
-                self._pipeline.check_usable()
+            self.check_usable()
             self._beside.check(self.get_seq_length(layer_idx), key_states.shape[2])
         together = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._beside.touch()
         return together
+
+    def check_usable(self) -> None:
+        """Raises: Closed where the content is lost, and after close; not of plain tensors, which
+        lose nothing."""
+        if self._pipeline is not None:
+            self._pipeline.check_usable()
 
     def _check_layer(self, layer_idx: int) -> None:
         """Raises: ConfigError, Closed."""
@@ -330,18 +322,6 @@ _NO_MEMORY = MemoryUse(
 )
 
 
-def _budget(asked: str | int, config: EngineConfig) -> tuple[int, MemorySource]:
-    """The budget to begin with, and where it comes from while the cache lives."""
-    reserve = config.memory_reserve_bytes
-    if asked == "auto":
-        probe = MemoryProbe(reserve_bytes=reserve)
-        return probe.read().budget_bytes, MemorySource(asked_bytes=None, read=probe.read)
-    stated = parse_size(asked)
-    # Who states a budget has thought of the others: no reserve unless one is stated too.
-    probe = MemoryProbe(reserve_bytes=reserve or 0)
-    return stated, MemorySource(asked_bytes=stated, read=probe.read)
-
-
 def _one_token(
     model: PreTrainedModel, path: Path, choice: AttentionChoice, budget: int, config: EngineConfig
 ) -> PlanRequest:
@@ -350,7 +330,7 @@ def _one_token(
     return PlanRequest(
         tokens=1,
         batch=1,
-        item_bytes=item_bytes(model.dtype),
+        item_bytes=model.dtype.itemsize,
         budget_bytes=budget,
         path=path,
         engine=config,
@@ -359,84 +339,6 @@ def _one_token(
         weights_bytes=weights_per_token(model) if is_on_cpu else 0,
         rows_in_turn=rows_in_turn(model.dtype),
     )
-
-
-def _open_pipeline(
-    store: Place | Sequence[Place] | None, settings: KVSettings, kv_bytes: int | None
-) -> tuple[Store, KVPipeline, DeviceProfile | None]:
-    """The engine, the store and the pipeline over them, and the speeds that it goes by; nothing
-    stays open when one refuses. `kv_bytes`: the least that is to be expected, None: no end."""
-    config = settings.config
-    engine = open_engine(
-        config.io_engine,
-        queue_depth=config.queue_depth * member_count(store),  # each member's own is to be full
-        chunk_bytes=config.chunk_bytes,
-        io_poll=config.io_poll,
-    )
-    try:
-        opened = Store.open(
-            store,
-            engine,
-            direct=settings.path is not Path.PAGE_CACHE,
-            capacity_bytes=config.disk_capacity_bytes,
-            keep_blocks=config.keep_store_blocks,
-            discard=config.discard,
-            read_ahead=_lets_kernel_read_ahead(settings),
-        )
-    except BaseException:
-        engine.close()
-        raise
-    try:
-        profile = _profile(store, opened, engine, settings, kv_bytes)
-        in_place = reads_in_place(config, settings.device.type, store)
-        settings = replace(settings, speeds=door_speeds(profile, in_place=in_place))
-        return opened, KVPipeline(opened, engine, settings), profile
-    except BaseException:
-        opened.close()
-        engine.close()
-        raise
-
-
-_READ_AHEAD_BYTES_MIN = 256 * MIB
-"""Of budget. With less, what the kernel reads ahead (8 MiB at a time here) may be gone before it
-is used: a step of narrow layers took 1.4 s for 0.57 with 77 MiB, and 0.4 to 0.9 for 0.53 with 192.
-With 384 MiB it takes 0.4 for 0.53, and one of OPT-6.7B's layers with 1 GiB 3.1 s for 4.2."""
-
-
-def _lets_kernel_read_ahead(settings: KVSettings) -> bool:
-    """Whether reads through the page cache do best to let the kernel read farther than asked."""
-    is_alone = settings.path is Path.PAGE_CACHE
-    return is_alone and settings.budget_bytes >= _READ_AHEAD_BYTES_MIN
-
-
-def _profile(
-    place: Place | Sequence[Place] | None,
-    store: Store,
-    engine: Engine,
-    settings: KVSettings,
-    kv_bytes: int | None,
-) -> DeviceProfile | None:
-    """What is known of the store's device; measured now where a plan of this size asks for it."""
-    known = known_profile(place)
-    if known is not None or settings.path is not Path.DUAL:
-        return known
-    worth = settings.budget_bytes if kv_bytes is None else min(kv_bytes, settings.budget_bytes)
-    is_fixed = settings.config.cache_percent is not None
-    if is_fixed or min(worth, store.capacity_bytes) < FIRST_USE_KV_BYTES_MIN:
-        return None
-    return measure_at_first_use(place, store, engine)
-
-
-def _kv_bytes_least(model: PreTrainedModel, tokens_max: int | None) -> int | None:
-    """KV of one sequence of the stated maximum; None where none is stated."""
-    shapes = [shape for shape in layer_shapes(model.config) if shape.offloaded]
-    elements = sum(shape.kv_heads * (shape.key_dim + shape.value_dim) for shape in shapes)
-    return None if tokens_max is None else elements * item_bytes(model.dtype) * tokens_max
-
-
-def _layer_weights_bytes(model: PreTrainedModel, layer_count: int) -> int:
-    """What a processor multiplies in each layer. A GPU is done with it before a slot is read."""
-    return weights_per_token(model) // layer_count if model.device.type == "cpu" else 0
 
 
 def _speed_facts(profile: DeviceProfile | None) -> SpeedFacts | None:
@@ -451,25 +353,30 @@ def _speed_facts(profile: DeviceProfile | None) -> SpeedFacts | None:
     )
 
 
-def _keep(
+def _memory_kv(
+    model: PreTrainedModel, choice: AttentionChoice, max_tokens: int | None, config: EngineConfig
+) -> MemoryKV | None:
+    """Tiles in memory; None where attention is the model's own, for which plain tensors do."""
+    if not choice.over_tiles:
+        return None
+    return MemoryKV(model.device, config.tile_tokens, max_tokens, config.trace_events)
+
+
+def _take_over(
     layers: list[Any],
     stored: list[bool],
-    memory: MemoryKV,
+    pipeline: KVPipeline | MemoryKV | None,
     max_tokens: int | None,
     choice: AttentionChoice,
 ) -> None:
-    """Layers whose KV stays in memory; `memory` holds it where attention is ours."""
-    if choice.over_tiles:
-        _replace(layers, stored, lambda index: StoredLayer(memory, index, max_tokens, choice))
-    else:
-        _replace(layers, stored, lambda _: MemoryLayer(max_tokens))
-
-
-def _replace(layers: list[Any], stored: list[bool], made: Callable[[int], Any]) -> None:
-    """Put `made(0)`, `made(1)`, ... where layers are to be ours."""
+    """Put ours where layers are `stored`: over `pipeline`, or None in plain tensors."""
     ours = [index for index, is_stored in enumerate(stored) if is_stored]
     for number, index in enumerate(ours):
-        layers[index] = made(number)
+        layers[index] = (
+            MemoryLayer(max_tokens)
+            if pipeline is None
+            else StoredLayer(pipeline, number, max_tokens, choice)
+        )
 
 
 def _layer_bytes(layer: Any) -> int:

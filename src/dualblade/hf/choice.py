@@ -40,8 +40,8 @@ class AttentionChoice:
 
 
 def choose(model: PreTrainedModel, word: str, device: str | None = None) -> AttentionChoice:
-    """The way that `word` names for `model`; for `auto` the faster one that holds on `device`, by
-    default the model's own.
+    """The way that `word` names for `model`; for `auto` tiles where they hold on a CPU, else exact.
+    `device`: None is the model's own.
 
     Raises: ConfigError; Unsupported when tiles are asked for and cannot be.
     """

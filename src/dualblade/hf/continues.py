@@ -21,20 +21,20 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from dualblade.errors import ConfigError, Unsupported
-from dualblade.hf.beside import WholeSteps
 from dualblade.hf.choice import MODELS_LOCK
 from dualblade.hf.layer import MemoryLayer, StoredLayer
+from dualblade.hf.whole_steps import WholeSteps
 from dualblade.pipeline.layer import check_length
 
 log = logging.getLogger("dualblade.hf")
 
 
 def watch_generate(
-    models: Iterable[PreTrainedModel], cache: WholeSteps, check_usable: Callable[[], object]
+    models: Iterable[PreTrainedModel], cache: WholeSteps
 ) -> list[Callable[[], object]]:
     """Check texts where `generate` of `models` slices them for `cache`, for as long as
     `watch_texts` does, and like it."""
-    _USABLE[cache] = check_usable
+    cache.is_watched = True
     ends: list[Callable[[], object]] = []
     for model in models:
         watch = object()
@@ -50,9 +50,6 @@ def watch_generate(
         ends.append(weakref.finalize(cache, _end_watch, weakref.ref(model), watch))
     return ends
 
-
-_USABLE: weakref.WeakKeyDictionary[WholeSteps, Callable[[], object]] = weakref.WeakKeyDictionary()
-"""Of each cache whose texts are checked, what raises when its content is lost."""
 
 _WATCHED: weakref.WeakKeyDictionary[torch.nn.Module, set[object]] = weakref.WeakKeyDictionary()
 """What each model is watched for, one for each cache. No count: a finalizer of another cache may
@@ -108,7 +105,7 @@ def _check_room(model_kwargs: dict[str, Any], tokens: int, most: int) -> None:
     """Before the first chunk of a text of `tokens` in all, which may grow to `most`, is computed.
     Raises: ConfigError where it is longer than the cache was made for."""
     cache = model_kwargs.get("cache")
-    if not isinstance(cache, WholeSteps) or cache not in _USABLE:
+    if not isinstance(cache, WholeSteps) or not cache.is_watched:
         return
     stated = (la for la in cache.layers if isinstance(la, StoredLayer | MemoryLayer))
     tokens_max = next((la.get_max_length() for la in stated), -1)
@@ -168,10 +165,9 @@ def check_methods() -> None:
 def _checked_cache(model_kwargs: dict[str, Any]) -> WholeSteps | None:
     """The cache that is given, where it is watched and holds a text."""
     cache = model_kwargs.get("cache")
-    usable = _USABLE.get(cache) if isinstance(cache, WholeSteps) else None
-    if cache is None or usable is None:
+    if not isinstance(cache, WholeSteps) or not cache.is_watched:
         return None
-    usable()
+    cache.check_usable()
     if model_kwargs.get("use_cache") is False:
         raise ConfigError(
             "a cache is given, and use_cache=False: each pass would bring it the whole text",
@@ -182,12 +178,12 @@ def _checked_cache(model_kwargs: dict[str, Any]) -> WholeSteps | None:
 
 
 def watch_texts(
-    modules: Iterable[torch.nn.Module], cache: WholeSteps, check_usable: Callable[[], object]
+    modules: Iterable[torch.nn.Module], cache: WholeSteps
 ) -> list[Callable[[], object]]:
     """Check each pass of `modules` through `cache`, for as long as that lives or until the returned
     functions are called. A pass that does not go on from there raises ConfigError, and has changed
     nothing; of a cache that lost its content `check_usable` tells first."""
-    check = _TextCheck(cache, check_usable)
+    check = _TextCheck(cache)
     hooks = [module.register_forward_pre_hook(check, with_kwargs=True) for module in modules]
     return [weakref.finalize(cache, hook.remove) for hook in hooks]
 
@@ -197,12 +193,11 @@ class _TextCheck:
     removed meanwhile (the collector, or another thread, ended its cache) no `kwargs`. Of a copied
     or saved model it looks at nothing."""
 
-    def __init__(self, cache: WholeSteps | None, check_usable: Callable[[], object] | None) -> None:
+    def __init__(self, cache: WholeSteps | None) -> None:
         self._cache = (lambda: None) if cache is None else weakref.ref(cache)
-        self._check_usable = check_usable
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (None, None)
+        return type(self), (None,)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
@@ -211,8 +206,7 @@ class _TextCheck:
             return
         if not any(given is cache for given in (*args, *kwargs.values())):
             return
-        assert self._check_usable is not None, "given with the cache"
-        self._check_usable()
+        cache.check_usable()
         past, brought = cache.get_seq_length(), _brought(args, kwargs)
         new = None if brought is None else brought.shape[1]
         # Half a step is told of by the layers, which know more.

@@ -13,7 +13,7 @@ from dualblade.attention import widening_pays
 from dualblade.config import EngineConfig
 from dualblade.errors import BudgetError
 from dualblade.geometry import TILE_ROWS_DEFAULT
-from dualblade.hf.geometry import layer_shapes
+from dualblade.hf.geometry import layer_shapes, stated_dtype
 from dualblade.hf.linear import widening_bytes
 from dualblade.hf.random_models import share_layers
 from dualblade.host.memory import MemoryReading
@@ -59,7 +59,7 @@ class Footprint:
             f"({there.source})",
             needed_bytes=self.needed_bytes,
             hint="give this process more memory, or use a smaller model"
-            + (" or --dtype bfloat16" if self.dtype == torch.float32 else ""),
+            + (" or dtype bfloat16" if self.dtype == torch.float32 else ""),
         )
 
 
@@ -79,7 +79,7 @@ def footprint(
     parameters = list(skeleton(config, dtype).parameters())  # tied weights come once
     sizes = [parameter.nbytes for parameter in parameters]
     unpacked = sum(parameter.numel() for parameter in parameters) * _UNPACKED_ITEM_BYTES
-    stored = getattr(config.get_text_config(decoder=True), "dtype", None) or config.dtype
+    stored = stated_dtype(config)
     cast = max(sizes) if stored not in (None, dtype) else 0  # a tensor beside the one it was
     return Footprint(
         dtype=dtype,

@@ -119,9 +119,11 @@ def are_alike(shapes: Iterable[LayerShape]) -> bool:
     return len({(shape.kv_heads, shape.key_dim, shape.value_dim) for shape in shapes}) <= 1
 
 
-def item_bytes(dtype: torch.dtype) -> int:
-    """Bytes of one element."""
-    return torch.empty((), dtype=dtype).element_size()
+def stated_dtype(config: Any) -> torch.dtype | None:
+    """The checkpoint's own, as its configuration says; None: it does not."""
+    stated = getattr(config.get_text_config(decoder=True), "dtype", None) or config.dtype
+    found: torch.dtype | None = getattr(torch, stated) if isinstance(stated, str) else stated
+    return found
 
 
 def _cached_shape(config: Any) -> tuple[int, int, int]:

@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 from dualblade.config import check_word
 from dualblade.errors import ConfigError, DualBladeError, Unsupported
 from dualblade.hf.demo_model import MODEL_NAME, demo_folder
+from dualblade.hf.geometry import stated_dtype
 from dualblade.hf.gguf import gguf_options, require_gguf
 from dualblade.hf.linear import widen_linears
 from dualblade.hf.progress import download_bars, unpacking
@@ -83,8 +84,7 @@ class ModelText:
         except Exception as exc:  # it is a program of the model's
             raise ConfigError(
                 f"the chat template of {self.name} refuses: {exc}",
-                hint="put a system text at the beginning of the prompt, or leave the template out "
-                "(--no-chat)",
+                hint="put a system text at the beginning of the prompt, or leave the template out",
             ) from exc
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
@@ -249,7 +249,7 @@ def parse_device(word: str | torch.device | None) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"models on {device.type} are not served", hint="use cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise Unsupported("there is no CUDA GPU that torch can use", hint="use --device cpu")
+        raise Unsupported("there is no CUDA GPU that torch can use", hint="use device cpu")
     return device
 
 
@@ -258,10 +258,10 @@ def default_dtype(config: PretrainedConfig, device: str) -> torch.dtype:
 
     The checkpoint's own; bfloat16 in place of float16 on a CPU, and where none is stated.
     """
-    stated = getattr(config.get_text_config(decoder=True), "dtype", None) or config.dtype
+    stated = stated_dtype(config)
     if stated is None or (stated == torch.float16 and device == "cpu"):
         return torch.bfloat16
-    return stated if isinstance(stated, torch.dtype) else getattr(torch, str(stated))
+    return stated
 
 
 def _find(spec: str, tell: Callable[[str], None]) -> _Source:

@@ -11,15 +11,19 @@ from transformers import PretrainedConfig
 
 from dualblade.config import EngineConfig, Path
 from dualblade.errors import BudgetError, ConfigError
-from dualblade.geometry import Part, TileGeometry, UnitId, choose_tile_rows
+from dualblade.geometry import Part, TileGeometry, UnitId
 from dualblade.hf.geometry import LayerShape, are_alike, layer_shapes
 from dualblade.host.profile import ComputeSpeeds
 from dualblade.metrics import UnitPlacement
 from dualblade.pipeline.copies import shares_host_memory
-from dualblade.pipeline.division import CAPACITY_STEP_TOKENS, Division, LayerSizes
+from dualblade.pipeline.division import (
+    CAPACITY_STEP_TOKENS,
+    Division,
+    LayerSizes,
+    least_budget,
+    too_small,
+)
 from dualblade.pipeline.residence import describe
-from dualblade.pipeline.staging import staging_shape
-from dualblade.pipeline.tails import TailLimit
 from dualblade.residency import (
     BudgetShares,
     DoorSpeeds,
@@ -31,10 +35,7 @@ from dualblade.residency import (
     plan_fixed,
     predict,
 )
-from dualblade.units import MIB, format_size, round_up
-
-_TRIES_MAX = 64
-"""Of a larger budget staging and tails take less than half, so each try halves what is missing."""
+from dualblade.units import round_up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,11 +121,11 @@ def plan_cache(config: PretrainedConfig, request: PlanRequest) -> CachePlan:
             for part, dim in zip(Part, (shape.key_dim, shape.value_dim), strict=True)
         ]
         return _plan([*whole, *kept], None, [], token_bytes, request)
-    rows = _tile_rows(stored, request)
-    division = _division(stored, rows, request)
-    shares = _shares(division, request, _layer_weights(request, len(shapes)))
-    if shares.fixed_bytes > request.budget_bytes:
-        raise too_small(config, request, shares)
+    division = _division(stored, request)
+    shares = _shares(division, request, len(shapes))
+    if not shares.fits:
+        raise refusal(config, request, shares)
+    rows = [layer.rows for layer in division.layers]
     placed = _residency(stored, division, shares, request)
     made = _plan([*map(describe, placed.placements), *kept], shares, rows, token_bytes, request)
     return replace(made, step=_step(placed, shares, made.kv_bytes, len(shapes), request))
@@ -136,32 +137,24 @@ def budget_shares(config: PretrainedConfig, request: PlanRequest) -> BudgetShare
     stored = [shape for shape in shapes if shape.offloaded]
     if request.path is Path.MEMORY or not stored:
         return None
-    division = _division(stored, _tile_rows(stored, request), request)
-    return _shares(division, request, _layer_weights(request, len(shapes)))
+    return _shares(_division(stored, request), request, len(shapes))
 
 
-def too_small(config: PretrainedConfig, request: PlanRequest, shares: BudgetShares) -> BudgetError:
+def refusal(config: PretrainedConfig, request: PlanRequest, shares: BudgetShares) -> BudgetError:
     """That `shares` pass a budget, with the least, in whole MiB, that `request` fits in."""
-    needed = shares.budget_bytes
-    for _ in range(_TRIES_MAX):
-        told = budget_shares(config, replace(request, budget_bytes=needed))
-        if told is None or told.fixed_bytes <= needed:
-            break
-        needed = round_up(max(told.fixed_bytes, needed + 1), MIB)
-    each = f"{request.batch} x {request.tokens}" if request.batch > 1 else f"{request.tokens}"
-    return BudgetError(
-        f"the memory budget of {format_size(shares.budget_bytes)} is too small: staging "
-        f"{format_size(shares.staging_bytes)}, {buffer_name(request)} "
-        f"{format_size(shares.gather_bytes)}, tails and tables "
-        f"{format_size(shares.tail_bytes + shares.table_bytes)}",
-        needed_bytes=needed,
-        hint=f"give it at least {needed // MIB} MiB, which do for {each} tokens",
+
+    def anew(budget_bytes: int) -> BudgetShares:
+        told = budget_shares(config, replace(request, budget_bytes=budget_bytes))
+        assert told is not None, "there are shares of it"
+        return told
+
+    return too_small(
+        shares,
+        least_budget(shares.budget_bytes, anew),
+        batch=request.batch,
+        tokens=request.tokens,
+        over_tiles=request.over_tiles,
     )
-
-
-def buffer_name(request: PlanRequest) -> str:
-    """What attention puts together: a layer, or over tiles a group of them."""
-    return "group buffer" if request.over_tiles else "gather buffer"
 
 
 def _layer_weights(request: PlanRequest, layer_count: int) -> int:
@@ -196,50 +189,33 @@ def _elements(shape: LayerShape) -> int:
     return shape.kv_heads * (shape.key_dim + shape.value_dim)
 
 
-def _tile_rows(stored: Sequence[LayerShape], request: PlanRequest) -> list[int]:
-    limit = TailLimit(request.budget_bytes, len(stored), request.over_tiles)
-    return [
-        request.engine.tile_tokens
-        or choose_tile_rows(
-            kv_heads=shape.kv_heads,
-            dims=(shape.key_dim, shape.value_dim),
-            item_bytes=request.item_bytes,
-            batch=request.batch,
-            tail_bytes_max=limit.bytes_max(request.batch * _elements(shape), request.item_bytes),
-        )
-        for shape in stored
-    ]
-
-
-def _division(stored: Sequence[LayerShape], rows: Sequence[int], request: PlanRequest) -> Division:
-    return Division(
+def _division(stored: Sequence[LayerShape], request: PlanRequest) -> Division:
+    known = Division(
         budget_bytes=request.budget_bytes,
-        layers=[_sizes(shape, tile, request) for shape, tile in zip(stored, rows, strict=True)],
+        layers=[_sizes(shape, request) for shape in stored],
         layer_count=len(stored),
         are_alike=are_alike(stored),
         over_tiles=request.over_tiles,
         gather_on_host=request.gather_on_host,
     )
+    return known.under(request.budget_bytes, request.engine.tile_tokens)
 
 
-def _sizes(shape: LayerShape, rows: int, request: PlanRequest) -> LayerSizes:
+def _sizes(shape: LayerShape, request: PlanRequest) -> LayerSizes:
+    """Of a layer whose tiles are still to be chosen."""
     keys, values = (
-        TileGeometry(kv_heads=shape.kv_heads, rows=rows, dim=dim, item_bytes=request.item_bytes)
+        TileGeometry(kv_heads=shape.kv_heads, rows=1, dim=dim, item_bytes=request.item_bytes)
         for dim in (shape.key_dim, shape.value_dim)
     )
-    return LayerSizes(batch=request.batch, keys=keys, values=values, tail_rows=rows)
+    return LayerSizes(batch=request.batch, keys=keys, values=values, tail_rows=0)
 
 
-def _shares(division: Division, request: PlanRequest, layer_weights_bytes: int) -> BudgetShares:
-    staging = staging_shape(
+def _shares(division: Division, request: PlanRequest, layer_count: int) -> BudgetShares:
+    staging = division.staging(
         request.engine,
-        request.budget_bytes,
-        max(half.slab_bytes for half in division.layers[0].halves),
-        room_bytes=division.staging_room(),
-        layer_weights_bytes=layer_weights_bytes,
-        fitting_bytes=division.fitting_staging(request.tokens, request.speeds)
-        if request.engine.has_choice(request.path)
-        else 0,
+        layer_weights_bytes=_layer_weights(request, layer_count),
+        fitting_tokens=request.tokens if request.engine.has_choice(request.path) else None,
+        speeds=request.speeds,
     )
     capacity = round_up(request.tokens, CAPACITY_STEP_TOKENS)
     return division.shares(capacity, staging_bytes=staging.total_bytes)

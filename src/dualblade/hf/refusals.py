@@ -12,10 +12,10 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from dualblade.config import EngineConfig, check_attention
+from dualblade.config import EngineConfig
 from dualblade.errors import ConfigError, Unsupported
 from dualblade.hf.continues import check_methods
-from dualblade.hf.plan import PlanRequest, budget_shares, too_small
+from dualblade.hf.plan import PlanRequest, budget_shares, refusal
 
 log = logging.getLogger("dualblade.hf")
 
@@ -23,7 +23,7 @@ TESTED_TRANSFORMERS = (5, 24)
 """The newest that the tests were run with. Caches lean on much that it does not promise."""
 
 
-def check_kinds(model: object, config: object) -> None:
+def check_kinds(model: object, config: object, max_tokens: object) -> None:
     """What a type checker would have said."""
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
         raise ConfigError(
@@ -35,12 +35,9 @@ def check_kinds(model: object, config: object) -> None:
             f"config is an EngineConfig, not a {type(config).__name__}",
             hint="such as dualblade.EngineConfig(queue_depth=4)",
         )
-
-
-def check_words(attention: str, max_tokens: int | None) -> None:
-    """Raises: ConfigError for another word, or a maximum of tokens that is none."""
-    check_attention(attention)
-    if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
+    if max_tokens is None:
+        return
+    if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
         raise ConfigError(f"max_tokens must be a positive number, not {max_tokens!r}")
 
 
@@ -119,6 +116,6 @@ def check_budget(config: PretrainedConfig, request: PlanRequest, tokens_max: int
     """Refuse at once a budget that the tokens of `request`, which are certain, do not fit in.
     Raises: BudgetError, with the bytes that `tokens_max` (None: not known) would do with."""
     shares = budget_shares(config, request)
-    if shares is not None and shares.fixed_bytes > request.budget_bytes:
+    if shares is not None and not shares.fits:
         tokens = max(request.tokens, tokens_max or _TOKENS_ADVISED)
-        raise too_small(config, replace(request, tokens=tokens), shares)
+        raise refusal(config, replace(request, tokens=tokens), shares)

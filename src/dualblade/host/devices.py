@@ -148,7 +148,7 @@ def block_queue(device: int, root: Path = ROOT) -> BlockQueue | None:
     if os.major(device) == 0 or not node.exists():
         return None
     node = node.resolve()
-    whole = _whole(node)
+    whole = whole_of(node)
     queue = whole / "queue"
     rotational = _number(queue / "rotational")
     read_ahead_kb = _number(queue / "read_ahead_kb")
@@ -174,10 +174,10 @@ def whole_drive(folder: Path, *, root: Path = ROOT) -> Path | None:
     single one. Raises: StorageError."""
     queue = device_facts(folder, root).queue
     node = None if queue is None else (root / "sys/class/block" / queue.name).resolve()
-    return None if node is None or not node.exists() else _whole(node)
+    return None if node is None or not node.exists() else whole_of(node)
 
 
-def _whole(node: Path) -> Path:
+def whole_of(node: Path) -> Path:
     """The drive that a block device in sysfs is a partition of, or is."""
     return node.parent if (node / "partition").exists() else node
 
@@ -292,7 +292,7 @@ def _model_of(whole: Path) -> str | None:
         return model
     below = [link.resolve() for link in sorted((whole / "slaves").glob("*"))]
     if below:
-        drives = (one.parent if (one / "partition").exists() else one for one in below)
+        drives = map(whole_of, below)
         return " + ".join(_model_of(drive) or drive.name for drive in drives)
     number = _text(whole / "device/cid") or _text(whole / "serial") or _text(whole / "wwid")
     return " ".join(filter(None, (_text(whole / "device/name"), number))) or None

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dualblade.errors import NotAStore, StorageError, Unsupported
+from dualblade.host.devices import whole_of
 from dualblade.host.nvme import namespace_id
 
 PERMISSION_WORDS = "read and write permission on it: docs/raw-devices.md"
@@ -111,7 +112,7 @@ def find_drive(path: str | os.PathLike[str]) -> Drive:
         is_ng = stat.S_ISCHR(mode)
         block_path = _block_twin(given) if is_ng else os.path.realpath(given)
         node = _sys_node(block_path)
-        whole = node.parent if (node / "partition").exists() else node
+        whole = whole_of(node)
         partition = _number(node / "partition")
         limits = {
             name: _number(whole / "queue" / name) or 0

@@ -340,7 +340,7 @@ def open_engine(
         except OSError as error:
             reason = _why_no_uring(error)
             if name != "auto" or io_poll:
-                hint = "take --io-engine auto or posix"
+                hint = "leave io_poll off" if io_poll else "use io_engine auto or posix"
                 if _native.HAVE_URING:
                     hint += ", or allow io_uring"
                 raise Unsupported(reason, hint=hint) from error

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
+from dualblade.errors import BudgetError
 from dualblade.pipeline.division import CAPACITY_STEP_TOKENS, Division
 from dualblade.pipeline.gather import GatherBuffers, no_room_to_gather
 from dualblade.pipeline.layer import Layer
-from dualblade.residency import BudgetShares, DoorSpeeds
+from dualblade.residency import BudgetShares
 from dualblade.units import round_up
 
 _GROWTH_SHARE = 8
@@ -68,14 +69,16 @@ class MemoryBudget:
         tokens: int,
         buffers: GatherBuffers,
         in_force_bytes: int,
+        too_small: Callable[[BudgetShares], BudgetError],
     ) -> None:
         """Claim for `tokens` and a while more, or for `tokens` alone where `in_force_bytes`, the
         budget in force, or `buffers`, a GPU's own memory, have no room for more.
 
         Layers not seen yet are taken to be like the ones that were.
-        Raises: BudgetError with the bytes needed; the claims are then as before.
+        Raises: what `too_small` makes of shares that pass the budget, BudgetError; the claims are
+        then as before.
         """
-        division = self._division(layers, layer_count)
+        division = self.division(layers, layer_count)
         wide = round_up(tokens_ahead(tokens, self._tokens_max), CAPACITY_STEP_TOKENS)
         narrow = round_up(tokens, CAPACITY_STEP_TOKENS)
         most = self.shares.budget_bytes
@@ -89,23 +92,12 @@ class MemoryBudget:
             if fits and (self.over_tiles or buffers.try_to_hold(*gathered)):
                 break
         else:
-            shares.require()
+            if not shares.fits:
+                raise too_small(shares)
             raise no_room_to_gather(sum(gathered))
         self.keys_bytes, self.values_bytes = gathered
         self._claimed = {layer.index: (layer.batch, layer.tail_bytes) for layer in layers}
         self.shares, self.capacity_tokens = shares, capacity  # last: Ctrl-C before claims anew
-
-    def staging_room(self, layers: Collection[Layer], layer_count: int) -> int:
-        """See `Division`."""
-        return self._division(layers, layer_count).staging_room()
-
-    def fitting_staging(
-        self, layers: Collection[Layer], layer_count: int, speeds: DoorSpeeds | None
-    ) -> int:
-        """See `Division`; 0 too where nobody said how many tokens there will be."""
-        if self._tokens_max is None:
-            return 0
-        return self._division(layers, layer_count).fitting_staging(self._tokens_max, speeds)
 
     def forget(self) -> None:
         """No layer is known any more; staging and gather buffers stay."""
@@ -116,7 +108,8 @@ class MemoryBudget:
         whole = self.capacity_tokens
         return min(whole, layer.group_tiles * layer.rows) if self.over_tiles else whole
 
-    def _division(self, layers: Collection[Layer], layer_count: int) -> Division:
+    def division(self, layers: Collection[Layer], layer_count: int) -> Division:
+        """The budget as it is, and `layers`, of the `layer_count` that there will be."""
         return Division(
             budget_bytes=self.shares.budget_bytes,
             layers=tuple(layer.sizes for layer in layers),

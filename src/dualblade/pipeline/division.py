@@ -3,14 +3,18 @@ layers that are there, and for those of a model that is not loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from dualblade.attention import group_tokens
-from dualblade.geometry import TileGeometry
+from dualblade.config import EngineConfig
+from dualblade.errors import BudgetError
+from dualblade.geometry import TileGeometry, choose_tile_rows
 from dualblade.pipeline.gather import GatherBuffers
+from dualblade.pipeline.staging import StagingShape, staging_shape
+from dualblade.pipeline.tails import TailLimit
 from dualblade.residency import BudgetShares, DoorSpeeds, worth_caching
-from dualblade.units import round_up
+from dualblade.units import MIB, format_size, round_up
 
 CAPACITY_STEP_TOKENS = 64
 """Gather buffers hold a multiple of this many tokens."""
@@ -19,6 +23,9 @@ _TABLE_ITEM_BYTES = 4 + 2 * 8
 """For each tile and sequence: an int32 of the sequence table, checksums of keys and of values."""
 
 _FP32_BYTES = 4
+
+_TRIES_MAX = 64
+"""Of a larger budget staging and tails take less than half, so each try halves what is missing."""
 
 
 def group_tiles(batch: int, keys: TileGeometry, values: TileGeometry) -> int:
@@ -45,6 +52,26 @@ class LayerSizes:
     def rows(self) -> int:
         """Tokens in a tile."""
         return self.keys.rows
+
+    def with_tails(self, limit: TailLimit, tile_tokens: int | None) -> LayerSizes:
+        """The layer with tiles of `tile_tokens`; None: of as many as `limit` allows a new layer.
+        Its tail is one of them, or as many as it is now."""
+        keys, values = self.halves
+        rows = tile_tokens or choose_tile_rows(
+            kv_heads=keys.kv_heads,
+            dims=(keys.dim, values.dim),
+            item_bytes=keys.item_bytes,
+            batch=self.batch,
+            tail_bytes_max=limit.bytes_max(
+                self.batch * keys.kv_heads * (keys.dim + values.dim), keys.item_bytes
+            ),
+        )
+        return replace(
+            self,
+            keys=replace(keys, rows=rows),
+            values=replace(values, rows=rows),
+            tail_rows=rows * max(1, self.tail_rows // self.rows),
+        )
 
     @property
     def group_tiles(self) -> int:
@@ -91,6 +118,34 @@ class Division:
     over_tiles: bool
     gather_on_host: bool
 
+    def under(self, budget_bytes: int, tile_tokens: int | None) -> Division:
+        """The same layers in a cache that is made with another budget. `tile_tokens`: as
+        `EngineConfig` has it."""
+        limit = TailLimit(budget_bytes, self.layer_count, self.over_tiles)
+        layers = [layer.with_tails(limit, tile_tokens) for layer in self.layers]
+        return replace(self, budget_bytes=budget_bytes, layers=layers)
+
+    def staging(
+        self,
+        config: EngineConfig,
+        *,
+        layer_weights_bytes: int,
+        fitting_tokens: int | None,
+        speeds: DoorSpeeds | None,
+    ) -> StagingShape:
+        """The slots for this budget. `fitting_tokens`: whose KV staging makes way for, where that
+        is enough to keep all of it in the page cache; None: it makes none."""
+        return staging_shape(
+            config,
+            self.budget_bytes,
+            max(half.slab_bytes for half in self.layers[0].halves),
+            room_bytes=self.staging_room(),
+            layer_weights_bytes=layer_weights_bytes,
+            fitting_bytes=0
+            if fitting_tokens is None
+            else self.fitting_staging(fitting_tokens, speeds),
+        )
+
     def shares(self, tokens: int, *, staging_bytes: int = 0) -> BudgetShares:
         """What each takes, with gather buffers and tables for `tokens`."""
         gathered = map(GatherBuffers.allocated_bytes, self.gathered_bytes(tokens))
@@ -132,6 +187,38 @@ class Division:
 
     def _of_all(self, size_bytes: int) -> int:
         return size_bytes * self.layer_count // len(self.layers)
+
+
+def least_budget(budget_bytes: int, shares_of: Callable[[int], BudgetShares]) -> int:
+    """The least that does, each divided by `shares_of`: `budget_bytes`, or more in whole MiB."""
+    for _ in range(_TRIES_MAX):
+        shares = shares_of(budget_bytes)
+        if shares.fits:
+            break
+        budget_bytes = round_up(max(shares.fixed_bytes, budget_bytes + 1), MIB)
+    return budget_bytes
+
+
+def too_small(
+    shares: BudgetShares, needed_bytes: int, *, batch: int, tokens: int, over_tiles: bool
+) -> BudgetError:
+    """That `shares` pass their budget, and what would do for `tokens` of each sequence."""
+    each = f"{batch} x {tokens}" if batch > 1 else f"{tokens}"
+    return BudgetError(
+        f"the memory budget of {format_size(shares.budget_bytes)} is too small: staging "
+        f"{format_size(shares.staging_bytes)}, {buffer_name(over_tiles=over_tiles)} "
+        f"{format_size(shares.gather_bytes)}, tails and tables "
+        f"{format_size(shares.tail_bytes + shares.table_bytes)}",
+        needed_bytes=needed_bytes,
+        hint=f"give it at least {needed_bytes // MIB} MiB, which do for {each} tokens"
+        if needed_bytes > shares.budget_bytes
+        else f"make a new cache, which has room for {each} tokens in as much",
+    )
+
+
+def buffer_name(*, over_tiles: bool) -> str:
+    """What attention puts together: a layer, or over tiles a group of them."""
+    return "group buffer" if over_tiles else "gather buffer"
 
 
 def staging_room(claimed: BudgetShares) -> int:

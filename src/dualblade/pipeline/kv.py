@@ -30,6 +30,7 @@ from dualblade.pipeline.attend import Arrived, NewRows
 from dualblade.pipeline.budget import MemoryBudget
 from dualblade.pipeline.checksums import Checksums
 from dualblade.pipeline.copies import shares_host_memory
+from dualblade.pipeline.division import CAPACITY_STEP_TOKENS, Division, least_budget, too_small
 from dualblade.pipeline.facts import engine_facts, transfer_totals
 from dualblade.pipeline.gather import GatherBuffers, scatter
 from dualblade.pipeline.layer import HalfLayer, Layer, LayerMaker, check_continues, check_rows
@@ -40,11 +41,13 @@ from dualblade.pipeline.pace import Pace
 from dualblade.pipeline.read_ahead import Landing, ReadAhead
 from dualblade.pipeline.residence import Placements
 from dualblade.pipeline.settings import KVSettings
-from dualblade.pipeline.staging import CopyEvent, StagingShape, staging_shape
+from dualblade.pipeline.staging import CopyEvent, StagingShape
 from dualblade.pipeline.tails import TailLimit
 from dualblade.pipeline.timeline import Lane, now_ns
 from dualblade.pipeline.unit import Unit
+from dualblade.residency import BudgetShares
 from dualblade.store import Store
+from dualblade.units import round_up
 
 
 class KVPipeline(LayeredKV):
@@ -224,7 +227,7 @@ class KVPipeline(LayeredKV):
             self._budget.raise_to(self._placements.budget_bytes)
         is_made = self._machinery is not None and self._machinery.is_registered
         if self._budget.needs_claim(layer, tokens) or not is_made:
-            self._claim(layer, tokens)
+            self._claim(tokens)
         self._place(layer, tokens)
         for other in together:
             tiles = other.full_tiles(new_rows)
@@ -239,20 +242,19 @@ class KVPipeline(LayeredKV):
                         self.fail(exc)
                     raise
 
-    def _claim(self, layer: Layer, tokens: int) -> None:
+    def _claim(self, tokens: int) -> None:
         count, layers = self._settings.layer_count, self._layers.values()
-        shape = self._shape or staging_shape(
-            self._settings.config,
-            self._settings.budget_bytes,
-            max(half.unit.geometry.slab_bytes for half in layer.halves),
-            room_bytes=self._budget.staging_room(layers, count),
-            layer_weights_bytes=self._settings.multiplied_bytes(layer.batch),
-            fitting_bytes=self._budget.fitting_staging(layers, count, self._settings.speeds)
-            if self._settings.config.has_choice(self._settings.path)
-            else 0,
-        )
+        shape = self._shape or self._staging(self._budget.division(layers, count))
         in_force = self._placements.budget_bytes
-        self._budget.claim(layers, count, shape.total_bytes, tokens, self._gather, in_force)
+        self._budget.claim(
+            layers,
+            count,
+            shape.total_bytes,
+            tokens,
+            self._gather,
+            in_force,
+            partial(self._too_small, tokens),
+        )
         if self._machinery is None:
             device, sums, timeline = self._settings.device, self.checksums, self._timeline
             self._pace = Pace(
@@ -269,11 +271,42 @@ class KVPipeline(LayeredKV):
             )
         self._machinery.register(self._engine)
 
+    def _staging(self, division: Division) -> StagingShape:
+        settings = self._settings
+        return division.staging(
+            settings.config,
+            layer_weights_bytes=settings.multiplied_bytes(division.layers[0].batch),
+            fitting_tokens=settings.tokens_max
+            if settings.config.has_choice(settings.path)
+            else None,
+            speeds=settings.speeds,
+        )
+
+    def _too_small(self, tokens: int, shares: BudgetShares) -> BudgetError:
+        """That `shares` for `tokens` do not fit, and with what budget a new cache's would."""
+        here = self._budget.division(self._layers.values(), self._settings.layer_count)
+        # As it was made: a model that touches keys turns a cache over tiles to gathering later.
+        made = replace(here, over_tiles=self._settings.over_tiles)
+
+        def anew(budget_bytes: int) -> BudgetShares:
+            begun = made.under(budget_bytes, self._settings.config.tile_tokens)
+            staging = self._staging(begun).total_bytes
+            then = replace(begun, over_tiles=here.over_tiles)
+            return then.shares(round_up(tokens, CAPACITY_STEP_TOKENS), staging_bytes=staging)
+
+        return too_small(
+            shares,
+            least_budget(shares.budget_bytes, anew),
+            batch=here.layers[0].batch,
+            tokens=tokens,
+            over_tiles=here.over_tiles,
+        )
+
     def _gather_whole_layers(self, layer: Layer, new_rows: int) -> None:
         """From here on layers are gathered whole. Raises: BudgetError when there is no room."""
         if self._budget.over_tiles:
             self._budget.over_tiles = False
-            self._claim(layer, layer.tokens + new_rows)
+            self._claim(layer.tokens + new_rows)
             self._place(layer, layer.tokens + new_rows)
 
     def _group_buffers(self, layer: Layer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -51,6 +51,8 @@ class Timeline:
         self._stall_ns = [0] * len(Lane)
         self.copied_ns = 0
         self._began_ns = 0
+        self._wall_ns = 0  # of prompts before the one in hand, which began at:
+        self._prompt_ns = 0
         self._left_ns = 0
         self._is_inside = False
 
@@ -99,8 +101,8 @@ class Timeline:
         now = now_ns()
         if self._left_ns:
             self.span(Lane.COMPUTE, "model", self._left_ns, now)
-        elif not self._began_ns:
-            self._began_ns = now
+        self._began_ns = self._began_ns or now
+        self._prompt_ns = self._prompt_ns or now
 
     def leave(self) -> None:
         """The model's thread goes out of the cache."""
@@ -113,7 +115,12 @@ class Timeline:
 
     def pause(self) -> None:
         """What comes until the next `enter` is nobody's compute: between two prompts."""
-        self._is_inside, self._left_ns = False, 0
+        self._wall_ns = self._so_far_ns()
+        self._is_inside, self._prompt_ns, self._left_ns = False, 0, 0
+
+    def _so_far_ns(self) -> int:
+        """Between the first rows of a prompt and the last time that it left, of all prompts."""
+        return self._wall_ns + max(0, self._left_ns - self._prompt_ns)
 
     def stages(
         self, *, drive_bytes: int = 0, profile_bytes_per_second: float | None = None
@@ -121,7 +128,7 @@ class Timeline:
         """Totals so far, for `drive_bytes` moved through the direct door."""
         busy = [ns / 1e9 for ns in self._busy_ns]
         return PipelineStages(
-            wall_seconds=max(0, self._left_ns - self._began_ns) / 1e9,
+            wall_seconds=self._so_far_ns() / 1e9,
             reads_seconds=busy[Lane.READS],
             copies_seconds=busy[Lane.COPIES],
             compute_seconds=busy[Lane.COMPUTE],

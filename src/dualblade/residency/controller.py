@@ -332,7 +332,6 @@ class Controller:
             from_bytes=before,
             to_bytes=self._planned_bytes,
             level=level,
-            moved_bytes=sum(m.moved_bytes(d.now_bytes) for m, d in zip(moves, moving, strict=True)),
             moves=moves,
             reason=reason,
         )

@@ -74,10 +74,7 @@ class Move:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """One decision: units to move now, from `from_bytes` planned in the page cache to `to_bytes`,
-    which is `level`. All go one way.
-
-    `moved_bytes` are stored bytes whose path changes; of them a demotion writes only dirty ones,
-    and a promotion none.
+    which is `level`. All go one way: a demotion writes what is dirty of them, a promotion nothing.
     """
 
     time_seconds: float
@@ -85,7 +82,6 @@ class Event:
     from_bytes: int
     to_bytes: int
     level: Level
-    moved_bytes: int
     moves: tuple[Move, ...]
     reason: str
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dualblade.config import Path
-from dualblade.errors import BudgetError, ConfigError
+from dualblade.errors import ConfigError
 from dualblade.geometry import UnitId
 from dualblade.residency.ladder import NOTHING, Ladder, Level, UnitDemand
 from dualblade.residency.speeds import DoorSpeeds, worth_caching
-from dualblade.units import MIB, format_size, round_up
+from dualblade.units import MIB, format_size
 
 MARGIN_FRACTION = 0.05
 """Left free under the budget: one step above it, a cyclic sweep of the page cache hits nothing
@@ -51,18 +51,10 @@ class BudgetShares:
         share = min(int(self.budget_bytes * MARGIN_FRACTION), MARGIN_BYTES_MAX)
         return max(share, min(MIB, self.budget_bytes // 4))
 
-    def require(self) -> None:
-        """Raises: BudgetError, with the bytes needed, when the fixed part alone does not fit."""
-        if self.fixed_bytes > self.budget_bytes:
-            raise BudgetError(
-                f"the memory budget of {format_size(self.budget_bytes)} is too small: staging "
-                f"{format_size(self.staging_bytes)}, gather buffer "
-                f"{format_size(self.gather_bytes)}, tails and tables "
-                f"{format_size(self.tail_bytes + self.table_bytes)}",
-                needed_bytes=self.fixed_bytes,
-                hint=f"give it at least {round_up(self.fixed_bytes, MIB) // MIB} MiB, or a shorter "
-                "context",
-            )
+    @property
+    def fits(self) -> bool:
+        """Whether the budget is enough for that."""
+        return self.fixed_bytes <= self.budget_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

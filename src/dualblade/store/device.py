@@ -272,7 +272,7 @@ def _check_unchanged(fd: int, drive: Drive) -> None:
 def recognise(fd: int, drive: Drive) -> Superblock:
     """The newest superblock of the store on `drive`, which is proven to be this very device.
 
-    Reads only. Raises: NotAStore, Unsupported.
+    Reads only. Raises: NotAStore, Unsupported, StorageError.
     """
     if drive.metadata_bytes:
         raise Unsupported(
@@ -280,7 +280,10 @@ def recognise(fd: int, drive: Drive) -> Superblock:
             hint=f"format it without: nvme format {drive.block_path} --lbaf=N",
         )
     offsets = (0, max(0, second_copy_offset(drive.size_bytes)))
-    raws = tuple(read_superblock(fd, offset) for offset in offsets)
+    try:
+        raws = tuple(read_superblock(fd, offset) for offset in offsets)
+    except OSError as exc:
+        raise storage_error("open", drive.path, exc) from exc
     superblock = choose_superblock(raws[0], raws[1], path=drive.path, here=section_of(drive))
     # Foreign metadata can lie beside an untouched superblock (RAID and pools do): theirs, then.
     found = signatures(drive)

@@ -105,7 +105,10 @@ def plan_format(path: str) -> Plan:
         )
     if drive.block_bytes > SUPERBLOCK_BYTES:
         raise Unsupported(f"{path} has blocks of {drive.block_bytes} bytes, more than 4096")
-    fd = os.open(drive.block_path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fd = os.open(drive.block_path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise storage_error("format", path, exc) from exc
     try:
         _refuse_store(fd, drive)
     finally:

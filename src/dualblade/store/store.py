@@ -147,7 +147,7 @@ class Store:
         through `door`; both also in words. Blocks come before the first write so that no write can
         meet a full disk.
 
-        Raises: NoSpace, ConfigError (nothing is taken), Closed.
+        Raises: NoSpace, ConfigError, StorageError (nothing is taken), Closed.
         """
         self.check_open()
         door, size_bytes = self._door(door), parse_size(size_bytes)
