@@ -32,6 +32,7 @@ from dualblade.bench.decode_rows import fill, kv_bytes
 from dualblade.bench.envelope import MODEL
 from dualblade.bench.series import in_turn
 from dualblade.bench.workload import calibrate, parse_mode, read_ahead_of
+from dualblade.cli.command import ending_at_signals
 from dualblade.cli.output import write_json
 from dualblade.errors import BudgetError
 from dualblade.host.cgroup import MemoryCgroup, MemoryLimit
@@ -210,4 +211,5 @@ def phase_summary(runs: list[dict[str, Any]], number: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    with ending_at_signals():
+        main()

@@ -50,6 +50,7 @@ CASES = (
     Case("narrow layers", MODEL, 1, 4096),
     Case("narrow layers, short", MODEL, 1, 1000),
     Case("OPT-1.3B", "random:opt-1.3b", 8, 1000),
+    Case("Llama-3.2-1B", "random:llama-3.2-1b", 1, 32_000),
 )
 
 

@@ -41,6 +41,7 @@ from typing import Any
 
 from dualblade.bench.fio import FioYardstick
 from dualblade.bench.workload import ALLOWANCE_BYTES
+from dualblade.cli.command import ending_at_signals
 from dualblade.errors import ConfigError, Unsupported
 from dualblade.host.cgroup import MemoryCgroup
 from dualblade.host.machine import machine_facts
@@ -283,4 +284,5 @@ def result_of(
 
 
 if __name__ == "__main__":
-    main()
+    with ending_at_signals():
+        main()

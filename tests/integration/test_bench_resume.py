@@ -184,6 +184,29 @@ def test_a_log_of_other_code_or_another_machine_gets_no_more_runs(
         assert modes == []
 
 
+def test_two_benchmarks_at_once_are_told_of(
+    children: Install, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    told: list[str] = []
+    outer = children()
+    real = decode.one_run
+
+    def with_another_inside(*asked: Any, **more: Any) -> dict[str, Any]:
+        if not told:
+            inner = Watch(progress=told.append)
+            monkeypatch.setattr(decode, "one_run", real)
+            run_decode_bench(replace(OPTIONS, repeats=1), inner)
+        return real(*asked, **more)
+
+    monkeypatch.setattr(decode, "one_run", with_another_inside)
+    alone: list[str] = []
+    run_decode_bench(OPTIONS, Watch(progress=alone.append))
+    assert sum("another benchmark is under way" in line for line in told) == 1
+    assert not any("another benchmark" in line for line in alone)
+    assert len(outer) == 6
+
+
 def test_changes_that_are_not_committed_stop_nothing(
     children: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import statistics
 import tempfile
 import time
@@ -15,7 +17,8 @@ from dualblade.bench.fio import FioYardstick, find_fio
 from dualblade.bench.run_log import RunLog
 from dualblade.bench.workload import Progress, Workload, is_device, is_stored, quiet, store_place
 from dualblade.config import EngineConfig
-from dualblade.errors import Unsupported
+from dualblade.errors import StorageError, Unsupported
+from dualblade.store import cache_directory
 from dualblade.units import MIB
 
 P = TypeVar("P")
@@ -77,20 +80,40 @@ def run_all(
     Raises: what `run` raises; KeyboardInterrupt. The finished runs are in the log.
     """
     try:
-        while (planned := next_run(log.runs)) is not None:
-            started = time.monotonic()
-            done = run(planned)
-            log.append({**done, "wall_seconds": round(time.monotonic() - started, 1)})
-            left = max(0, total(log.runs) - len(log.runs))
-            seconds = statistics.median(each["wall_seconds"] for each in log.runs)
-            watch.progress(
-                f"{len(log.runs)} of {len(log.runs) + left}: {told(done)}; "
-                f"{_time_left(seconds * (left + watch.following))}"
-            )
+        with _telling_of_others(watch.progress):
+            while (planned := next_run(log.runs)) is not None:
+                started = time.monotonic()
+                done = run(planned)
+                log.append({**done, "wall_seconds": round(time.monotonic() - started, 1)})
+                left = max(0, total(log.runs) - len(log.runs))
+                seconds = statistics.median(each["wall_seconds"] for each in log.runs)
+                watch.progress(
+                    f"{len(log.runs)} of {len(log.runs) + left}: {told(done)}; "
+                    f"{_time_left(seconds * (left + watch.following))}"
+                )
     except KeyboardInterrupt:
         if watch.log_path is not None:
             watch.progress(f"{len(log.runs)} runs are kept; the same command goes on from there")
         raise
+
+
+@contextlib.contextmanager
+def _telling_of_others(tell: Progress) -> Iterator[None]:
+    """Say at once if another benchmark of this user is under way: they would measure each other,
+    and put back each other's read-ahead."""
+    try:
+        place = os.open(cache_directory(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (OSError, StorageError):  # nowhere to see each other
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            tell("warning: another benchmark is under way, and both will measure each other")
+        yield
+    finally:
+        os.close(place)
 
 
 def _time_left(seconds: float) -> str:

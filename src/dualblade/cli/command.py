@@ -37,7 +37,8 @@ def _terminate(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
 
 
 @contextmanager
-def _ending_at_signals() -> Iterator[None]:
+def ending_at_signals() -> Iterator[None]:
+    """Within, SIGTERM and SIGHUP end what there is to end, as Ctrl-C does. Raises: Terminated."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are for the main thread alone
         return
@@ -55,7 +56,7 @@ class Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with _ending_at_signals():
+            with ending_at_signals():
                 return super().invoke(ctx)
         except Terminated as exc:
             _tell("terminated")
