@@ -30,7 +30,7 @@ tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 dualblade.widen_linears(model)
 
-with dualblade.DualBladeCache.for_model(model, memory_budget="64MiB", path="direct") as cache:
+with dualblade.DualBladeCache.for_model(model) as cache:
     messages: list[dict[str, str]] = []
     text = torch.tensor([], dtype=torch.int64)  # all of it so far, as tokens
     for question in QUESTIONS:

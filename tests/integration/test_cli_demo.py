@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -159,14 +160,27 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
     ],
 )
 def test_examples_run(demo_environment: dict[str, str], arguments: list[str], said: str) -> None:
-    script, *rest = arguments
+    assert said in run_example(demo_environment, *arguments)
+
+
+def test_an_example_computes_a_text_once(demo_environment: dict[str, str]) -> None:
+    text = str(EXAMPLES / "conversation.py")
+    told = run_example(demo_environment, "questions.py", "MODEL", text, "Whose text?", "What else?")
+    counts = re.findall(r"of (\d+) tokens (\d+) were there already", told)
+    (first, none), (second, known) = ([int(count) for count in found] for found in counts)
+    assert none == 0
+    assert 0 < second - known < 20, "the question alone"
+    assert known > first - 20
+
+
+def run_example(environment: dict[str, str], script: str, *arguments: str) -> str:
     model = str(demo_model.demo_folder(lambda _line: None))
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / script), *(model if a == "MODEL" else a for a in rest)],
+        [sys.executable, EXAMPLES / script, *(model if a == "MODEL" else a for a in arguments)],
         capture_output=True,
         text=True,
         check=False,
-        env=demo_environment,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
-    assert said in done.stdout
+    return done.stdout

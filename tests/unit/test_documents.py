@@ -158,7 +158,7 @@ def test_prefill_paths_tell_how_runs_ended(
     assert ", 2 of 3 runs |" in dual
 
 
-@pytest.mark.parametrize("name", ["conversation.py", "long_prompt.py"])
+@pytest.mark.parametrize("name", ["conversation.py", "long_prompt.py", "questions.py"])
 def test_an_example_without_arguments_says_what_it_wants(name: str) -> None:
     command = [sys.executable, str(ROOT / "examples" / name)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
