@@ -467,9 +467,14 @@ def against_limits(
     data: dict[str, Any], *, brief: bool = False
 ) -> tuple[list[str], list[list[str]]]:
     """Head and rows of a decode result under several limits, dual among its modes; beside each kind
-    of mapped files that is among them, too. `brief`: not what those read."""
+    of mapped files that is among them, too. `brief`: no spreads, and not what they read."""
     modes, mapped = data["options"]["modes"], mapped_modes(data)
-    beside = ["dual"] if brief else [*mapped, "dual"]
+    beside = [] if brief else [*mapped, "dual"]
+
+    def ratio_cell(limit: str, other: str | None) -> str:
+        cell = paired_cell(data, limit, other)
+        return cell.partition(" (")[0] if brief else cell
+
     by_limit: dict[str, dict[str, Any]] = {}
     for item in data["summary"]:
         by_limit.setdefault(item["memory_limit"], {})[item["mode"]] = item
@@ -481,8 +486,8 @@ def against_limits(
             [
                 limit.removeprefix("+").replace("%", " %").replace("GiB", " GiB"),
                 *(step_cell(data, items[mode]) for mode in modes),
-                *(paired_cell(data, limit, mode) for mode in mapped),
-                paired_cell(data, limit, min(others, key=others.__getitem__, default=None)),
+                *(ratio_cell(limit, mode) for mode in mapped),
+                ratio_cell(limit, min(others, key=others.__getitem__, default=None)),
                 *(drive_speed(data, mode, limit) for mode in beside),
             ]
         )
@@ -524,6 +529,10 @@ def paired_ratios(
     ]
 
 
+BRIEF_RATIOS = (
+    "ratios are medians of those within a round; the best of the others is the mode with the least "
+    "median."
+)
 OF_PAIRS = (
     "Ratios are medians of those within a round, with their spread; the best of the others is the "
     "mode with the least median."
@@ -546,6 +555,12 @@ def spread_text(ratios: list[float]) -> str:
 def budgets(*, brief: bool = False) -> str:
     data, above, fits = (load(f"budgets/budgets{part}") for part in ("", "-150", "-fits"))
     head, rows = against_limits(data, brief=brief)
+    if brief:
+        return (
+            f"{table(head, rows)}\n\nMilliseconds a step, medians of {data['options']['repeats']} "
+            f"runs in turn; {BRIEF_RATIOS} Memory: of the KV's {kv_bytes(data) / GIB:.2f} GiB. On "
+            f"{machine_line(data['machine'])} ([performance](docs/performance.md#every-budget))."
+        )
     apart = (
         f"{item['mode']} {1000 * item['step_seconds_median']:.0f}" for item in above["summary"]
     )
@@ -599,12 +614,69 @@ def paper(*, brief: bool = False) -> str:
             f"{name}: {options['batch']} x {options['context']} tokens, "
             f"{kv_bytes(data) / GIB:.1f} GiB of KV, {options['repeats']} runs"
         )
+    if brief:
+        return (
+            f"{table(['shape', *head], rows)}\n\nMilliseconds a step, medians of runs in turn; "
+            f"{BRIEF_RATIOS} Memory: left for the cache beside weights and activations. "
+            f"{'. '.join(of)}. On {' and '.join(sorted(machines))} "
+            "([performance](docs/performance.md#real-shapes))."
+        )
     return (
         f"{table(['shape', *head], rows)}\n\nMilliseconds a step; medians of runs in turn, "
         f"bfloat16, attention tiles. {OF_PAIRS} Memory: left for the cache beside weights and "
         "activations. "
         f"{'. '.join(of)}. `dualblade bench paper paper-24gib --output results/paper-24gib` on "
         f"{' and '.join(sorted(machines))}; files: `results/paper-24gib/`."
+    )
+
+
+HEADLINE = {
+    "mapped files, 128 KiB read ahead (Linux' default)": ("mmap+read_ahead=128KiB", True),
+    "mapped files, 1 MiB read ahead": ("mmap+read_ahead=1MiB", True),
+    "page cache alone": ("page-cache", True),
+    "direct reads alone": ("direct", True),
+    "**dual**, the default": ("dual", True),
+    'all KV in memory (`path="memory"`)': ("memory", False),
+    "transformers' `DynamicCache`, all in memory": ("dynamic-cache", False),
+}
+"""Of a mode under a limit or, False, without one."""
+
+
+def headline() -> str:
+    """Two decodes, of many sequences and of one, for who reads no other table."""
+    large, one = load("paper-24gib/paper-opt-6.7b"), load("decode-llama-3.2-1b")
+    rows = []
+    for words, (mode, is_limited) in HEADLINE.items():
+        cells = []
+        for data, limit in ((large, "+4GiB"), (one, "0.5")):
+            found = (
+                item["step_seconds_median"]
+                for item in data["summary"]
+                if (item["mode"], item["memory_limit"]) == (mode, limit if is_limited else None)
+            )
+            seconds = next(found, None)
+            cells.append("" if seconds is None else f"{seconds:.2f}")
+        rows.append([words, *cells])
+    heads = [
+        f"{name}, {data['options']['batch']} x {data['options']['context']} tokens: {memory} of "
+        f"{kv_bytes(data) / GIB:.1f} GiB of KV in memory"
+        for name, data, memory in (("OPT-6.7B", large, "4"), ("Llama-3.2-1B", one, "half"))
+    ]
+    machines = {machine_line(data["machine"]) for data in (large, one)}
+    fio = (
+        statistics.median(
+            run["fio_read_bytes_per_second"]
+            for run in data["runs"]
+            if run.get("fio_read_bytes_per_second")
+        )
+        for data in (large, one)
+    )
+    speeds = " and ".join(f"{speed / GIB:.1f}" for speed in fio)
+    return (
+        f"{table(['seconds a step', *heads], rows)}\n\nDecode steps of models of these shapes, "
+        f"random weights; medians of {large['options']['repeats']} and {one['options']['repeats']} "
+        f"runs in turn; fio reads {speeds} GiB/s beside them. On {' and '.join(sorted(machines))}; "
+        "files: `results/paper-24gib/paper-opt-6.7b.json`, `results/decode-llama-3.2-1b.json`."
     )
 
 
@@ -809,6 +881,7 @@ def ablation() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
+    "headline": headline,
     "io": partial(of_section, io_section, "io-128KiB", "io-1MiB"),
     "deepspeed": partial(of_section, deepspeed_section, "deepspeed"),
     "striping": partial(of_section, striping_section, "striping"),
