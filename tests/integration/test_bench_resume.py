@@ -188,6 +188,7 @@ def test_two_benchmarks_at_once_are_told_of(
     children: Install, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "dualblade").mkdir()
     told: list[str] = []
     outer = children()
     real = decode.one_run

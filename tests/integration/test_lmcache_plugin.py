@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import importlib
 import json
 import os
@@ -345,6 +346,7 @@ def test_parameters_are_checked(plugin: ModuleType) -> None:
 
 def test_closing_leaves_nothing(plugin: ModuleType, tmp_path: Path) -> None:
     named = tmp_path / "kv.store"
+    gc.collect()  # what other tests left is not to go in between
     before = set(os.listdir("/proc/self/fd"))
     config = plugin.DualBladeL2AdapterConfig.from_dict({"store": str(named)})
     adapter = plugin.DualBladeL2Adapter(config)
@@ -372,6 +374,7 @@ def test_closing_leaves_nothing(plugin: ModuleType, tmp_path: Path) -> None:
 def test_an_adapter_that_cannot_open_leaves_nothing(plugin: ModuleType, tmp_path: Path) -> None:
     foreign = tmp_path / "notes.txt"
     foreign.write_text("not a store")
+    gc.collect()  # what other tests left is not to go in between
     before = set(os.listdir("/proc/self/fd"))
     config = plugin.DualBladeL2AdapterConfig.from_dict({"store": str(foreign)})
     with pytest.raises(Exception, match="not a dualblade store"):

@@ -17,8 +17,8 @@ from dualblade.bench.fio import FioYardstick, find_fio
 from dualblade.bench.run_log import RunLog
 from dualblade.bench.workload import Progress, Workload, is_device, is_stored, quiet, store_place
 from dualblade.config import EngineConfig
-from dualblade.errors import StorageError, Unsupported
-from dualblade.store import cache_directory
+from dualblade.errors import Unsupported
+from dualblade.store.backing import cache_folder
 from dualblade.units import MIB
 
 P = TypeVar("P")
@@ -102,8 +102,8 @@ def _telling_of_others(tell: Progress) -> Iterator[None]:
     """Say at once if another benchmark of this user is under way: they would measure each other,
     and put back each other's read-ahead."""
     try:
-        place = os.open(cache_directory(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except (OSError, StorageError):  # nowhere to see each other
+        place = os.open(cache_folder(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:  # nowhere to see each other
         yield
         return
     try:
