@@ -206,7 +206,7 @@ def too_small(
     each = f"{batch} x {tokens}" if batch > 1 else f"{tokens}"
     return BudgetError(
         f"the memory budget of {format_size(shares.budget_bytes)} is too small: staging "
-        f"{format_size(shares.staging_bytes)}, {buffer_name(over_tiles=over_tiles)} "
+        f"{format_size(shares.staging_bytes)}, {_buffer_name(over_tiles=over_tiles)} "
         f"{format_size(shares.gather_bytes)}, tails and tables "
         f"{format_size(shares.tail_bytes + shares.table_bytes)}",
         needed_bytes=needed_bytes,
@@ -216,7 +216,7 @@ def too_small(
     )
 
 
-def buffer_name(*, over_tiles: bool) -> str:
+def _buffer_name(*, over_tiles: bool) -> str:
     """What attention puts together: a layer, or over tiles a group of them."""
     return "group buffer" if over_tiles else "gather buffer"
 
