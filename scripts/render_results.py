@@ -631,8 +631,8 @@ def paper(*, brief: bool = False) -> str:
 
 
 HEADLINE = {
-    "mapped files, 128 KiB read ahead (Linux' default)": ("mmap+read_ahead=128KiB", True),
-    "mapped files, 1 MiB read ahead": ("mmap+read_ahead=1MiB", True),
+    "memory-mapped files, 128 KiB read ahead (Linux' default)": ("mmap+read_ahead=128KiB", True),
+    "memory-mapped files, 1 MiB read ahead": ("mmap+read_ahead=1MiB", True),
     "page cache alone": ("page-cache", True),
     "direct reads alone": ("direct", True),
     "**dual**, the default": ("dual", True),
@@ -675,29 +675,37 @@ def headline() -> str:
     return (
         f"{table(['seconds a step', *heads], rows)}\n\nDecode steps of models of these shapes, "
         f"random weights; medians of {large['options']['repeats']} and {one['options']['repeats']} "
-        f"runs in turn; fio reads {speeds} GiB/s beside them. On {' and '.join(sorted(machines))}; "
+        f"runs in turn; fio reads {speeds} GiB/s beside them. Memory-mapped files are what earlier "
+        "offloaders use, page cache and direct reads what `dual` chooses from. On "
+        f"{' and '.join(sorted(machines))}; "
         "files: `results/paper-24gib/paper-opt-6.7b.json`, `results/decode-llama-3.2-1b.json`."
     )
 
 
 def paper_large() -> str:
-    shapes = {"OPT-6.7B": "paper-opt-6.7b-8-11", "Llama-3-8B": "paper-llama-3-8b"}
+    shapes = {
+        "OPT-6.7B": "decode-opt-6.7b",
+        "OPT-6.7B, `exact`": "exact-opt-6.7b",
+        "Llama-3-8B": "decode-llama-3-8b",
+    }
     rows, of, machines = [], [], set()
     for name, file in shapes.items():
-        data = load(file)
+        data = load(f"paper/{file}")
         head, its = against_limits(data)
         rows += [[name, *row] for row in its]
         options = data["options"]
-        runs = "one run" if options["repeats"] == 1 else f"medians of {options['repeats']} runs"
         machines.add(machine_line(data["machine"]))
         of.append(
             f"{name}: {options['batch']} x {options['context']} tokens, "
-            f"{kv_bytes(data) / GIB:.1f} GiB of KV, {runs} of {options['steps']} steps after "
-            f"{options['warmup_steps']}, in turn; `{data['command']}`; file: `results/{file}.json`."
+            f"{kv_bytes(data) / GIB:.1f} GiB of KV"
         )
     return (
-        f"{table(['shape', *head], rows)}\n\nMilliseconds a step, all layers sharing the weights "
-        f"of one, on {' and '.join(sorted(machines))}. {' '.join(of)}"
+        f"{table(['shape', *head], rows)}\n\nMilliseconds a step, bfloat16, attention tiles where "
+        f"nothing else is said, all layers sharing the weights of one; medians of "
+        f"{options['repeats']} runs of {options['steps']} steps after {options['warmup_steps']}, "
+        f"in turn. {OF_PAIRS} Memory: left for the cache beside weights and activations. "
+        f"{'. '.join(of)}. `{data['command']}` on {' and '.join(sorted(machines))}; files: "
+        "`results/paper/`."
     )
 
 

@@ -36,7 +36,7 @@ from lmcache.v1.platform import create_event_notifier
 
 from dualblade import Closed, ConfigError, DualBladeError, Unsupported
 from dualblade.io import EngineChoice, Ticket, open_engine
-from dualblade.store import Door, Store, as_places
+from dualblade.store import Door, Store, as_places, member_count
 from dualblade.units import BLOCK_BYTES, MIB, parse_size, round_up
 
 log = logging.getLogger("dualblade.lmcache")
@@ -159,17 +159,18 @@ class DualBladeL2Adapter(L2AdapterInterface):
                 f"{BLOCK_BYTES}",
                 hint=f"use --l1-align-bytes {BLOCK_BYTES}, or path page-cache",
             )
+        places = as_places(config.store)
         with ExitStack() as opened:
             self._engine = opened.enter_context(
                 open_engine(
                     config.io_engine,
-                    queue_depth=config.queue_depth,
+                    queue_depth=config.queue_depth * member_count(places),
                     chunk_bytes=config.chunk_bytes,
                 )
             )
             self._store = opened.enter_context(
                 Store.open(
-                    as_places(config.store),
+                    places,
                     self._engine,
                     direct=direct,
                     capacity_bytes=config.capacity_bytes,

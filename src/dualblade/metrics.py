@@ -208,7 +208,7 @@ class CacheStats:
     attention_reason: str
     engine: EngineFacts | None
     store_path: str | None
-    store_pieces: int | None
+    store_fragments: int | None
     tokens: int
     kv_bytes: int
     stored_bytes: int

@@ -22,7 +22,7 @@ from dualblade.host.page_cache import cached_bytes
 from dualblade.host.profile import load_profile
 from dualblade.io import Arena, open_engine
 from dualblade.store.backing import cache_folder
-from dualblade.store.fiemap import contiguous_pieces, file_extents
+from dualblade.store.fiemap import count_fragments, file_extents
 from dualblade.store.inspect import inspect_store
 from dualblade.units import BLOCK_BYTES, MIB
 
@@ -148,7 +148,7 @@ def _torch() -> dict[str, Any]:
 
 def _content(place: Path) -> dict[str, Any]:
     """Whether the file is a dualblade store, its state, and how contiguous it is on the device."""
-    empty = dict.fromkeys(("store", "store_problem", "in_use_now", "pieces", "drive"))
+    empty = dict.fromkeys(("store", "store_problem", "in_use_now", "fragments", "drive"))
     try:
         mode = place.stat().st_mode
     except FileNotFoundError:
@@ -158,17 +158,18 @@ def _content(place: Path) -> dict[str, Any]:
     if not stat.S_ISREG(mode):
         return {**empty, "kind": "other"}
     report = inspect_store(str(place))
-    found = {**empty, "kind": "file", "store_problem": report.problem, "pieces": _pieces(place)}
+    found = {**empty, "kind": "file", "store_problem": report.problem}
+    found["fragments"] = _fragments(place)
     if report.problem is not None or report.superblock is None:
         return found
     told = device_checks.superblock_facts(report.superblock)
     return {**found, "store": told, "in_use_now": report.in_use_now}
 
 
-def _pieces(place: Path) -> int | None:
+def _fragments(place: Path) -> int | None:
     """Contiguous ranges on the device; None for a file system that cannot tell."""
     with contextlib.suppress(OSError), place.open("rb") as file:
-        return contiguous_pieces(file_extents(file.fileno()))
+        return count_fragments(file_extents(file.fileno()))
     return None
 
 

@@ -31,7 +31,7 @@ def examine(path: str) -> dict[str, Any] | None:
         "store": None,
         "store_problem": None,
         "in_use_now": None,
-        "pieces": None,
+        "fragments": None,
         "drive": {
             **asdict(drive),
             **_nvme(drive),

@@ -231,10 +231,11 @@ def _state(facts: dict[str, Any]) -> str:
         store = facts["store"]
         state = "in use now" if facts["in_use_now"] else "free"
         unclean = "" if store["closed_cleanly"] or facts["in_use_now"] else ", not closed cleanly"
-        pieces = "" if facts["pieces"] is None else f", in {facts['pieces']} pieces on the device"
+        fragments = facts["fragments"]
+        told = "" if fragments is None else f", in {fragments} fragments on the device"
         what = f"{store['member']} of a store" if store["member"] else "a dualblade store"
         alone = "" if facts["refused"] is None else f"; refused: {facts['refused']}"
-        return f"{what}, {state}{unclean}{pieces}{alone}"
+        return f"{what}, {state}{unclean}{told}{alone}"
     words = {"missing": "would be made here", "directory": "a folder; stores are files in it"}
     return words.get(facts["kind"]) or str(facts["store_problem"])
 

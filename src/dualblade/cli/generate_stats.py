@@ -44,7 +44,7 @@ def _stats_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     because = f" ({engine['reason']})" if engine["reason"] else ""
     return [
         *rows,
-        ("store", f"{cache['store_path']}, in {cache['store_pieces']} pieces"),
+        ("store", f"{cache['store_path']}, in {cache['store_fragments']} fragments"),
         ("engine", f"{engine['name']}{because}, {engine['queue_depth']} in flight"),
         *(("", note) for note in engine["notes"]),
         ("plan", f"{format_size(cached)} of {format_size(planned)} through the page cache"),

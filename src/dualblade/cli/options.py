@@ -41,7 +41,14 @@ Store = Annotated[
 ]
 OneStore = Annotated[
     list[Path] | None,
-    typer.Option("--store", "--offload-dir", metavar="STORE", help=_STORE_HELP.format("")),
+    typer.Option(
+        "--store",
+        "--offload-dir",
+        metavar="STORE",
+        help="Store for the KV: a folder, where the runs make dualblade-bench.store, removed at "
+        "the end; a file, made if missing; or a device that was formatted (dualblade store "
+        "format). Without it: a file in ~/.cache/dualblade, removed likewise.",
+    ),
 ]
 
 

@@ -23,7 +23,7 @@ from dualblade.host.devices import device_facts
 from dualblade.host.drives import find_drive
 from dualblade.host.page_cache import is_overlay
 from dualblade.io import Engine, Op
-from dualblade.store.fiemap import contiguous_pieces, file_extents
+from dualblade.store.fiemap import count_fragments, file_extents
 from dualblade.store.format import DATA_OFFSET, Superblock
 from dualblade.store.place import (
     Location,
@@ -72,12 +72,12 @@ class FileBacking:
     def discard(self, offset: int, size_bytes: int) -> None:
         """A file keeps its blocks until it is closed: the next extent needs them."""
 
-    def pieces(self) -> int | None:
+    def fragments(self) -> int | None:
         try:
             extents = file_extents(self.buffered_fd)
         except OSError:
             return None
-        return contiguous_pieces([e for e in extents if e.logical_offset >= DATA_OFFSET])
+        return count_fragments([e for e in extents if e.logical_offset >= DATA_OFFSET])
 
     def close(self, *, keep_blocks: bool, end: int) -> None:  # noqa: ARG002 - the file knows its end
         try:

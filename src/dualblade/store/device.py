@@ -72,7 +72,7 @@ class DeviceBacking:
     def discard(self, offset: int, size_bytes: int) -> None:
         discard(self.buffered_fd, self.drive, offset, size_bytes)
 
-    def pieces(self) -> int:
+    def fragments(self) -> int:
         return 1
 
     def close(self, *, keep_blocks: bool, end: int) -> None:

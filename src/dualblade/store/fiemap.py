@@ -57,13 +57,13 @@ def file_extents(fd: int, *, size_bytes: int = (1 << 63) - 1) -> list[FileExtent
     return found
 
 
-def contiguous_pieces(extents: list[FileExtent]) -> int:
-    """How many pieces remain once neighbours that touch on the device are taken as one."""
-    pieces = 0
+def count_fragments(extents: list[FileExtent]) -> int:
+    """How many contiguous ranges there are: neighbours that touch on the device are one."""
+    fragments = 0
     end_logical = end_physical = -1
     for extent in extents:
         if (extent.logical_offset, extent.physical_offset) != (end_logical, end_physical):
-            pieces += 1
+            fragments += 1
         end_logical = extent.logical_offset + extent.size_bytes
         end_physical = extent.physical_offset + extent.size_bytes
-    return pieces
+    return fragments

@@ -103,9 +103,9 @@ class Members:
             for member, backing in enumerate(self.backings)
         ]
 
-    def pieces(self) -> int | None:
-        """Contiguous pieces on the devices; None where a file system cannot tell."""
-        counts = [backing.pieces() for backing in self.backings]
+    def fragments(self) -> int | None:
+        """Contiguous ranges on the devices; None where a file system cannot tell."""
+        counts = [backing.fragments() for backing in self.backings]
         return None if None in counts else sum(filter(None, counts))
 
     def close(self, *, keep_blocks: bool, end: int) -> None:

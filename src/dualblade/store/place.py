@@ -104,8 +104,8 @@ class Backing(Protocol):
         """
         ...
 
-    def pieces(self) -> int | None:
-        """Contiguous pieces on the device; None where the file system cannot tell."""
+    def fragments(self) -> int | None:
+        """Contiguous ranges on the device; None where the file system cannot tell."""
         ...
 
     def close(self, *, keep_blocks: bool, end: int) -> None:

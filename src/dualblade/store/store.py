@@ -361,9 +361,9 @@ class Store:
         """Bytes of `extent` in the page cache now."""
         return sum(cached_bytes(*where).cached_bytes for where in self._buffered(extent))
 
-    def file_pieces(self) -> int | None:
-        """Contiguous pieces of the store on its device; None where the file system cannot tell."""
-        return None if self._members.is_closed else self._members.pieces()
+    def file_fragments(self) -> int | None:
+        """Contiguous ranges of the store on its device; None where the file system cannot tell."""
+        return None if self._members.is_closed else self._members.fragments()
 
     def close(self) -> None:
         """Wait for transfers, discard the content, unlock. Twice is once; what Ctrl-C left is ended
