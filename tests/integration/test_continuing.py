@@ -339,18 +339,22 @@ def test_models_are_watched_while_any_of_their_caches_lives() -> None:
     assert not {"_prefill", "_get_candidate_generator"} & vars(model).keys()
 
 
-def test_half_a_step_in_memory_is_noticed() -> None:
-    """A pass that ended between two layers, in a loop of one's own."""
+@pytest.mark.parametrize("is_first", [True, False])
+def test_half_a_step_in_memory_is_noticed(*, is_first: bool) -> None:
+    """A pass that ended between two layers, in a loop of one's own. Of the first one the later
+    layers hold nothing: one token more would be attended to alone."""
     model, ids = tiny_model(), prompt(tokens=40)["input_ids"]
     with cache_for(model, "memory") as cache, torch.no_grad():
-        model(input_ids=ids, cache=cache)
+        if not is_first:
+            model(input_ids=ids, cache=cache)
         layer = model.model.layers[1]
         hook = layer.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError()))
         with pytest.raises(MemoryError):
-            model(input_ids=ids[:, :1], cache=cache)
+            model(input_ids=ids if is_first else ids[:, :1], cache=cache)
         hook.remove()
-        with pytest.raises(Closed, match="between two layers"):
-            model(input_ids=ids[:, :1], cache=cache)
+        for _ in range(2):
+            with pytest.raises(Closed, match="between two layers"):
+                model(input_ids=ids[:, :1], cache=cache)
         cache.reset()
         model(input_ids=ids, cache=cache)
 

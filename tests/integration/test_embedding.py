@@ -299,6 +299,63 @@ def test_another_batch_after_reset_beside_states(family: str, path: str) -> None
             cache.reset()
 
 
+@pytest.mark.parametrize("family", ["gemma3", "lfm2"])
+def test_candidates_that_were_refused_leave_no_layer_recording(family: str) -> None:
+    """transformers lets them record, and only then refuses several sequences."""
+    model = hybrid_model() if family == "lfm2" else tiny_model(family)
+    inputs = prompt(batch=2, tokens=90)
+    with cache_for(model, attention="exact") as cache:
+        with pytest.raises(ValueError, match="batch_size = 1"):
+            generate(model, cache, inputs, prompt_lookup_num_tokens=4)
+        assert any(layer.record_past for layer in cache.layers)
+        plain = generate(model, DynamicCache(config=model.config), inputs)
+        assert torch.equal(generate(model, cache, inputs), plain)
+        assert not any(layer.record_past for layer in cache.layers)
+
+
+@pytest.mark.parametrize("family", ["lfm2", "qwen3-next"])
+@pytest.mark.parametrize("path", ["direct", "memory"])
+def test_states_of_inference_mode_are_forgotten_outside_it(path: str, family: str) -> None:
+    model, inputs = hybrid_model(family), prompt(tokens=70)
+    cache = cache_for(model, path, attention="exact")
+    for end in (cache.reset, cache.close):
+        with torch.inference_mode():
+            model(**inputs, cache=cache)
+        end()
+    with pytest.raises(Closed, match="this cache is closed"), torch.no_grad():
+        model(**inputs, cache=cache)
+
+
+@pytest.mark.parametrize("path", ["direct", "memory"])
+def test_recurrent_states_do_not_go_back_whatever_was_recorded(path: str) -> None:
+    """They are sums over all tokens; transformers' crop leaves them as they are."""
+    model = hybrid_model("qwen3-next")
+    with torch.no_grad(), cache_for(model, path, attention="exact") as cache:
+        cache.activate_past_recording()
+        model(**prompt(tokens=70), cache=cache)
+        with pytest.raises(Unsupported, match="nothing of tokens to go back to"):
+            cache.crop(-1)
+        model(input_ids=torch.tensor([[5]]), cache=cache)
+
+
+@pytest.mark.parametrize("is_window_first", [True, False])
+@pytest.mark.parametrize("path", ["direct", "memory"])
+def test_taking_back_more_than_there_is_changes_nothing_beside_windows(
+    path: str, *, is_window_first: bool
+) -> None:
+    model = tiny_model("gemma3")
+    if not is_window_first:
+        model.config.layer_types = ["full_attention", "sliding_attention", "sliding_attention"]
+        model = type(model)(model.config).eval()
+    with torch.no_grad(), cache_for(model, path, attention="exact") as cache:
+        cache.crop(-3)  # of nothing
+        model(**prompt(tokens=8), cache=cache)
+        with pytest.raises(ConfigError, match="cannot take back 9 tokens of 8"):
+            cache.crop(-9)
+        assert {layer.get_seq_length() for layer in cache.layers} == {8}
+        model(input_ids=torch.tensor([[5]]), cache=cache)
+
+
 @pytest.mark.parametrize("path", ["direct", "memory"])
 def test_what_the_first_layer_refuses_has_changed_nothing_beside_states(path: str) -> None:
     model = hybrid_model()

@@ -72,10 +72,13 @@ class Beside:
         # Of those that have none a model may have no use (Gemma 3n).
         is_whole &= all(layer.get_seq_length() in (0, past) for layer in self._in_memory)
         if not is_whole:
-            raise Closed(
-                "a step was refused or ended between two layers, and the content is lost",
-                hint="reset the cache for another prompt",
-            )
+            raise _half_a_step()
+
+    def check_along(self, tokens: int, first_tokens: int) -> None:
+        """At a later layer in memory, which comes to have `tokens` where our first one has
+        `first_tokens`: a pass before may have ended between the two. Raises: Closed."""
+        if tokens != first_tokens:
+            raise _half_a_step()
 
     def change(self, layers: list[Any], change: Callable[[Any], object]) -> None:
         """Do `change` to all layers, one after the other: half of it is nothing to go on from. What
@@ -90,18 +93,31 @@ class Beside:
         self._is_broken = before
 
     def forget(self) -> None:
-        """All layers were reset. States are dropped, not zeroed: another batch has others."""
+        """All layers were reset."""
         self._is_passing = self._is_touched = self._is_broken = False
-        for layer in self._states:
-            for number in range(layer.number_of_states):
-                layer.conv_states[number] = layer.recurrent_states[number] = None
-                layer.is_conv_states_initialized[number] = False
-                layer.is_recurrent_states_initialized[number] = False
 
     def end_watch(self) -> None:
         """The model is as it was."""
         while self._hooks:
             self._hooks.pop()()
+
+
+def reset_layer(layer: Any) -> None:
+    """Empty it. States are dropped, where transformers would zero them: another batch has others,
+    and those of a pass under inference_mode cannot be written outside it."""
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        for number in range(layer.number_of_states):
+            layer.conv_states[number] = layer.recurrent_states[number] = None
+            layer.is_conv_states_initialized[number] = False
+            layer.is_recurrent_states_initialized[number] = False
+    layer.reset()
+
+
+def _half_a_step() -> Closed:
+    return Closed(
+        "a step was refused or ended between two layers, and the content is lost",
+        hint="reset the cache for another prompt",
+    )
 
 
 class _Passes:

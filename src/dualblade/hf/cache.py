@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from dualblade.config import AttentionWord, EngineConfig, Path
 from dualblade.errors import Closed, ConfigError, Unsupported
+from dualblade.hf.beside import reset_layer
 from dualblade.hf.choice import (
     AttentionChoice,
     choose,
@@ -186,6 +187,9 @@ class DualBladeCache(WholeSteps):
         if layer_idx == self._beside.first:  # of a step
             self.check_usable()
             self._beside.check(self.get_seq_length(layer_idx), key_states.shape[2])
+        elif isinstance(self.layers[layer_idx], MemoryLayer):
+            tokens = self.get_seq_length(layer_idx) + key_states.shape[2]
+            self._beside.check_along(tokens, self.get_seq_length(self._beside.first))
         together = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._beside.touch()
         return together
@@ -228,12 +232,14 @@ class DualBladeCache(WholeSteps):
             end_watch()
         self._beside.end_watch()
         self._is_closed = True
-        for layer in self.layers:
-            if not isinstance(layer, StoredLayer):
-                layer.reset()
-        if self._pipeline is not None and self._end is not None:
-            self._pipeline.close()
-            self._end.detach()
+        try:
+            for layer in self.layers:
+                if not isinstance(layer, StoredLayer):
+                    reset_layer(layer)
+        finally:
+            if self._pipeline is not None and self._end is not None:
+                self._pipeline.close()
+                self._end.detach()
 
     def __enter__(self) -> DualBladeCache:
         return self

@@ -98,14 +98,16 @@ def _prefill(
             _check_begin(cache, past, input_ids, mask)
         if is_first:
             cache.end_recording()
+    elif is_first and (empty := _watched_cache(model_kwargs)) is not None:
+        empty.stop_recording()  # of candidates that were asked for and refused
     return type(self)._prefill(self, input_ids, generation_config, model_kwargs, **more)
 
 
 def _check_room(model_kwargs: dict[str, Any], tokens: int, most: int) -> None:
     """Before the first chunk of a text of `tokens` in all, which may grow to `most`, is computed.
     Raises: ConfigError where it is longer than the cache was made for."""
-    cache = model_kwargs.get("cache")
-    if not isinstance(cache, WholeSteps) or not cache.is_watched:
+    cache = _watched_cache(model_kwargs)
+    if cache is None:
         return
     stated = (la for la in cache.layers if isinstance(la, StoredLayer | MemoryLayer))
     tokens_max = next((la.get_max_length() for la in stated), -1)
@@ -162,10 +164,16 @@ def check_methods() -> None:
             )
 
 
+def _watched_cache(model_kwargs: dict[str, Any]) -> WholeSteps | None:
+    """The cache that is given, where it is watched."""
+    cache = model_kwargs.get("cache")
+    return cache if isinstance(cache, WholeSteps) and cache.is_watched else None
+
+
 def _checked_cache(model_kwargs: dict[str, Any]) -> WholeSteps | None:
     """The cache that is given, where it is watched and holds a text."""
-    cache = model_kwargs.get("cache")
-    if not isinstance(cache, WholeSteps) or not cache.is_watched:
+    cache = _watched_cache(model_kwargs)
+    if cache is None:
         return None
     cache.check_usable()
     if model_kwargs.get("use_cache") is False:

@@ -3,8 +3,6 @@ whose rows lie in memory side by side."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from dualblade.errors import ConfigError, Unsupported
 from dualblade.hf.choice import AttentionChoice
-from dualblade.hf.lazy import offered_tensors
+from dualblade.hf.lazy import lasting, offered_tensors
 from dualblade.hf.tile_attention import refuse_gradients
 from dualblade.pipeline import KVPipeline, MemoryKV
 from dualblade.pipeline.layer import check_length, check_removal
@@ -69,7 +67,7 @@ class StoredLayer(CacheLayerMixin):
     @record_past.setter
     def record_past(self, value: bool) -> None:
         self._record_past = value
-        with _lasting():
+        with lasting():
             self._pipeline.set_recall(self._index, value)
 
     def activate_past_recording(self) -> None:
@@ -98,7 +96,7 @@ class StoredLayer(CacheLayerMixin):
         key_states = _as_autocast(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        with _lasting():
+        with lasting():
             if self._attention.over_tiles and self.get_seq_length():
                 offer = self._pipeline.offer(self._index, key_states, value_states)
                 return offered_tensors(offer, self._attention.fall_back)
@@ -112,7 +110,7 @@ class StoredLayer(CacheLayerMixin):
         key_states = _as_autocast(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        with _lasting():
+        with lasting():
             self._pipeline.append(self._index, key_states, value_states)
         self._keep_recording()
 
@@ -136,31 +134,31 @@ class StoredLayer(CacheLayerMixin):
         """Forget all tokens, of all layers over tiles: they are one cache."""
         self.is_initialized = False  # models ask: a prefix may see itself whole in the first pass
         if not self._pipeline.is_empty:
-            with _lasting():
+            with lasting():
                 self._pipeline.reset()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Beam search: sequence i becomes what `beam_idx[i]` was. Stored tiles do not move."""
-        with _lasting():
+        with lasting():
             self._pipeline.select(self._index, beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences that `indices` name (numbers, or a mask), in that order."""
         if indices.dtype == torch.bool:
             indices = indices.nonzero().squeeze(1)
-        with _lasting():
+        with lasting():
             self._pipeline.select(self._index, indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence `repeats` times, copies side by side."""
         batch = self._pipeline.batch(self._index)
-        with _lasting():
+        with lasting():
             self._pipeline.select(self._index, torch.arange(batch).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` tokens. Raises: ConfigError for a positive one."""
         count = removed_count(tokens_to_remove)
-        with _lasting():
+        with lasting():
             self._pipeline.crop(self._index, count)
 
     def offload(self) -> None:
@@ -203,7 +201,7 @@ class MemoryLayer(DynamicLayer):
                     f"{now[1]}",
                     hint="reset the cache before another prompt or batch",
                 )
-        with _lasting():
+        with lasting():
             buffers = self._room_for(past + new, key_states, value_states)
             for buffer, rows in zip(buffers, (key_states, value_states), strict=True):
                 buffer[:, :, past : past + new] = rows
@@ -271,13 +269,6 @@ def _not_to_look_into() -> Unsupported:
         "this model's code looks into the layers of its cache, whose KV is in tiles",
         hint="use transformers' own cache for it, or path='memory' with attention='exact'",
     )
-
-
-@contextlib.contextmanager
-def _lasting() -> Iterator[None]:
-    """Tails outlive the call: made under inference_mode they could not be written outside it."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 def _as_autocast(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

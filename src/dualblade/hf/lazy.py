@@ -7,13 +7,21 @@ model that does something with its keys on the way is computed rightly, only slo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
 
 from dualblade.pipeline import Offer
+
+
+@contextlib.contextmanager
+def lasting() -> Iterator[None]:
+    """Tails outlive the call: made under inference_mode they could not be written outside it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class LazyTensor(torch.Tensor):
@@ -77,8 +85,7 @@ def offered_tensors(
         def real() -> torch.Tensor:
             nonlocal made
             on_touch()
-            # As in StoredLayer: tails outlive the call, so they are no inference tensors.
-            with torch.inference_mode(False), torch.no_grad():
+            with lasting():
                 gathered = offer.gather()  # each time: it refuses once another layer's are there
                 if made is None:
                     # As the stand-in says that it lies: views of it may be taken.

@@ -15,7 +15,7 @@ from transformers.masking_utils import causal_mask_function, prepare_padding_mas
 
 from dualblade.attention import AttentionQuery, attend_whole
 from dualblade.errors import ConfigError, Unsupported
-from dualblade.hf.lazy import CausalMask, LazyTensor, OfferedTensor, made_real
+from dualblade.hf.lazy import CausalMask, LazyTensor, OfferedTensor, lasting, made_real
 from dualblade.pipeline import Offer
 
 NAME = "dualblade"
@@ -74,8 +74,7 @@ def tile_attention(
     tokens = key.shape[2]
     query = query.to(key.dtype)  # under autocast it may be wider
     asked = _question(query, tokens, attention_mask, scaling, softcap, position_bias, s_aux)
-    # As in StoredLayer: tails outlive the call, so they are no inference tensors.
-    with torch.inference_mode(False), torch.no_grad():
+    with lasting():
         return offer.attend(asked), None
 
 

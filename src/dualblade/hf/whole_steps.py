@@ -8,9 +8,10 @@ import torch
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from dualblade.errors import Unsupported
-from dualblade.hf.beside import Beside
+from dualblade.hf.beside import Beside, reset_layer
 from dualblade.hf.held_text import HeldText
 from dualblade.hf.layer import removed_count
+from dualblade.pipeline.layer import check_removal
 
 
 class WholeSteps(Cache):
@@ -52,15 +53,18 @@ class WholeSteps(Cache):
     def reset(self) -> None:
         """Forget all tokens, for another prompt. Raises: DeviceError, Closed."""
         self.held_text.forget()
-        self._beside.change(self.layers, lambda layer: layer.reset())
+        self._beside.change(self.layers, reset_layer)
         self._beside.forget()
-        for layer in self._recording():
-            layer.record_past = False
+        self.stop_recording()
 
     def end_recording(self) -> None:
         """Candidates are over: keep what a layer needs. transformers leaves its layers recording,
         and they grow with each token."""
         self.crop(0)
+        self.stop_recording()
+
+    def stop_recording(self) -> None:
+        """Layers keep from here on what they need."""
         for layer in self._recording():
             layer.record_past = False
 
@@ -75,12 +79,16 @@ class WholeSteps(Cache):
         if not count:
             self._beside.change(self._recording(), lambda layer: layer.crop(0))
             return
+        self.check_usable()
+        past = self.get_seq_length()
+        if not past:
+            return
+        check_removal(count, past)
         if not all(_goes_back(layer, count) for layer in self.layers):
             raise Unsupported(
                 "layers with windows or states keep nothing of tokens to go back to",
                 hint="reset() it, and give it the text that is to stay",
             )
-        past = self.get_seq_length()
         self._beside.change(self.layers, lambda layer: layer.crop(tokens_to_remove))
         self.held_text.crop(past, self.get_seq_length())
 
@@ -104,6 +112,8 @@ def _goes_back(layer: Any, count: int) -> bool:
     """Whether `layer` can forget its newest `count` tokens (transformers 5.24, their `crop`): it
     has them all, or nothing of its own, or what its convolutions and window need was kept."""
     if isinstance(layer, LinearAttentionCacheLayerMixin):
+        if any(layer.is_recurrent_states_initialized.values()):
+            return False  # a sum over all tokens
         kept = zip(layer.conv_states.values(), layer.conv_kernel_size.values(), strict=True)
         if not layer.record_past or any(
             state is not None and size is not None and state.shape[-1] - count < size
