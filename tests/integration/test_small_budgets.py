@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dualblade import DualBladeCache
+from dualblade import BudgetError, DualBladeCache, EngineConfig
 from dualblade.metrics import CacheStats
 from dualblade.units import KIB, MIB
 
@@ -74,8 +74,35 @@ def test_taking_back_tokens_finds_room_for_tails_of_two_tiles(model: LlamaForCau
         before = run(model, cache, 8).memory
         cache.activate_past_recording()
         after = run(model, cache, 8).memory
+        cache.end_recording()
+        then = run(model, cache, 8).memory
     assert after.tail_bytes == 2 * before.tail_bytes
     assert after.used_bytes <= 64 * MIB
+    assert then.tail_bytes == before.tail_bytes
+
+
+def test_what_is_refused_while_recording_has_made_no_tail_longer(model: LlamaForCausalLM) -> None:
+    def cache_of(budget_bytes: int) -> DualBladeCache:
+        return DualBladeCache.for_model(
+            model,
+            path="direct",
+            attention="exact",
+            memory_budget=budget_bytes,
+            max_tokens=200,
+            config=EngineConfig(staging_bytes=8 * MIB, tile_tokens=64),
+        )
+
+    with cache_of(512 * MIB) as cache:
+        used = run(model, cache, 8).memory
+    assert used.tail_bytes == 8 * 64 * 64 * KIB
+    with cache_of(used.used_bytes + used.tail_bytes // 2) as cache:
+        run(model, cache, 8)
+        cache.activate_past_recording()
+        with pytest.raises(BudgetError, match="too small"):
+            run(model, cache, 8)
+        assert cache.stats().memory.tail_bytes == used.tail_bytes
+        cache.end_recording()
+        assert run(model, cache, 8).tokens == 82
 
 
 def test_staging_gives_way_where_all_kv_just_fits(model: LlamaForCausalLM) -> None:

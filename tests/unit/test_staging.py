@@ -124,7 +124,7 @@ def test_a_claim_for_tokens_to_come_keeps_to_the_memory_that_there_is_now() -> N
     once is held to the largest budget that there was."""
     half = TileGeometry(kv_heads=8, rows=64, dim=64, item_bytes=4)
     sizes = LayerSizes(batch=1, keys=half, values=half, tail_rows=64)
-    layer: Any = SimpleNamespace(index=0, batch=1, tail_bytes=sizes.tail_bytes, sizes=sizes)
+    layer: Any = SimpleNamespace(index=0, batch=1, tail_capacity=sizes.tail_rows, sizes=sizes)
     buffers: Any = SimpleNamespace(try_to_hold=lambda *_: True)
     refuse: Any = None  # nothing is refused
     tokens = 40 * 1024  # 160 MiB are gathered of keys and values, of an eighth more 180

@@ -59,7 +59,7 @@ class MemoryBudget:
     def needs_claim(self, layer: Layer, tokens: int) -> bool:
         """Whether `tokens` of `layer` pass what was claimed."""
         claimed = self._claimed.get(layer.index)
-        return tokens > self.capacity_tokens or claimed != (layer.batch, layer.tail_bytes)
+        return tokens > self.capacity_tokens or claimed != (layer.batch, layer.tail_capacity)
 
     def claim(
         self,
@@ -96,7 +96,7 @@ class MemoryBudget:
                 raise too_small(shares)
             raise no_room_to_gather(sum(gathered))
         self.keys_bytes, self.values_bytes = gathered
-        self._claimed = {layer.index: (layer.batch, layer.tail_bytes) for layer in layers}
+        self._claimed = {layer.index: (layer.batch, layer.tail_capacity) for layer in layers}
         self.shares, self.capacity_tokens = shares, capacity  # last: Ctrl-C before claims anew
 
     def forget(self) -> None:

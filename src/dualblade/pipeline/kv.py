@@ -220,14 +220,14 @@ class KVPipeline(LayeredKV):
         if layer.index == 0:
             others = (other for other in self._layers.values() if other is not layer)
             together += [other for other in others if other.tokens == layer.tokens]
-        for other in together:
-            other.fit_tails()
         if layer.index == 0:
             self._placements.look(self._budget.shares)
             self._budget.raise_to(self._placements.budget_bytes)
         is_made = self._machinery is not None and self._machinery.is_registered
         if self._budget.needs_claim(layer, tokens) or not is_made:
             self._claim(tokens)
+        for other in together:
+            other.fit_tails()
         self._place(layer, tokens)
         for other in together:
             tiles = other.full_tiles(new_rows)

@@ -90,8 +90,8 @@ class Layer:
 
     @property
     def tail_capacity(self) -> int:
-        """Rows that the tails must hold."""
-        return self.rows * (2 if self.recall else 1)
+        """Rows that the tails must hold; what is left of a recall goes with the next rows."""
+        return self.rows * (2 if self.recall or self.tail_rows > self.rows else 1)
 
     @property
     def tail_bytes(self) -> int:
@@ -118,7 +118,7 @@ class Layer:
             batch=self.batch,
             keys=self.keys.unit.geometry,
             values=self.values.unit.geometry,
-            tail_rows=self.keys.tail.shape[2],
+            tail_rows=self.tail_capacity,
         )
 
     def full_tiles(self, new_rows: int) -> int:
@@ -174,13 +174,13 @@ class Layer:
             half.tail = half.tail.new_empty((*half.tail.shape[:2], 0, half.tail.shape[3]))
 
     def fit_tails(self) -> None:
-        """Have tails of the capacity that `recall` asks for; rows are kept."""
+        """Have tails of `tail_capacity`; rows are kept."""
         for half in self.halves:
-            if half.tail.shape[2] < self.tail_capacity:
+            if half.tail.shape[2] != self.tail_capacity:
                 shape = (*half.tail.shape[:2], self.tail_capacity, half.tail.shape[3])
-                grown = half.tail.new_empty(shape)
-                grown[:, :, : self.tail_rows] = half.tail[:, :, : self.tail_rows]
-                half.tail = grown
+                fitted = half.tail.new_empty(shape)
+                fitted[:, :, : self.tail_rows] = half.tail[:, :, : self.tail_rows]
+                half.tail = fitted
 
     def drop_tokens(
         self, count: int, slot_bytes: int, fetch_piece: Callable[[HalfLayer, Piece], None]
