@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +53,44 @@ def engine() -> Iterator[Engine]:
 def arena() -> Iterator[Arena]:
     with Arena(4 * MIB) as arena:
         yield arena
+
+
+@pytest.mark.parametrize("lets_go", [True, False])
+def test_a_page_that_cannot_be_dropped_is_not_read_as_the_stores(
+    device: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, *, lets_go: bool
+) -> None:
+    """Another program's page of the block device stays as it was under direct writes. One that is
+    busy for a moment alone is waited for."""
+    with Store.open(device, engine) as store:
+        extent = store.allocate(2 * MIB, Door.DIRECT)
+        held = mapped_page(device, extent.range.offset)
+        pauses: list[float] = []
+
+        def sleep(seconds: float, really: Callable[[float], None] = time.sleep) -> None:
+            pauses.append(seconds)
+            really(seconds)  # read-ahead beside the page is under way
+            if lets_go and len(pauses) == 3:
+                held.close()
+
+        monkeypatch.setattr(time, "sleep", sleep)
+        if lets_go:
+            store.move(extent, Door.PAGE_CACHE)
+            assert extent.door is Door.PAGE_CACHE
+            assert len(pauses) >= 3
+        else:
+            with pytest.raises(StorageError, match="another program holds them"):
+                store.move(extent, Door.PAGE_CACHE)
+            assert extent.door is Door.DIRECT
+            held.close()
+            store.move(extent, Door.PAGE_CACHE)
+
+
+def mapped_page(device: str, offset: int) -> mmap.mmap:
+    """A page of the device at `offset` that the page cache cannot drop while this is open."""
+    with open(device, "rb") as file:
+        held = mmap.mmap(file.fileno(), 4096, prot=mmap.PROT_READ, offset=offset)
+    assert len(held[:1]) == 1
+    return held
 
 
 def test_both_doors_see_the_same_bytes(device: str, engine: Engine, arena: Arena) -> None:
@@ -216,6 +256,7 @@ def test_kill_9_is_told_and_its_content_is_discarded(
     write(device, DATA_OFFSET, b"\xff" * 4096)
     script = f"""
 import sys
+import time
 from dualblade.io import open_engine
 from dualblade.store import Store, Door
 store = Store.open({device!r}, open_engine("posix"))

@@ -50,7 +50,10 @@ class DeviceBacking:
     direct_fd: int | None
     buffered_fd: int
     superblock: Superblock
-    coherent: bool
+
+    @property
+    def coherent(self) -> bool:
+        return False
 
     @property
     def sync(self) -> Op:
@@ -98,7 +101,6 @@ class HeldDevice:
     fd: int
     direct_fd: int | None
     superblock: Superblock
-    coherent: bool
 
     @property
     def path(self) -> str:
@@ -128,7 +130,6 @@ class HeldDevice:
             direct_fd=self.direct_fd,
             buffered_fd=self.fd,
             superblock=superblock,
-            coherent=self.coherent,
         )
 
     def let_go(self) -> None:
@@ -157,9 +158,7 @@ def hold_store(path: str | os.PathLike[str], engine: Engine, *, direct: bool) ->
     fd = hold_device(drive)
     try:
         superblock = recognise(fd, drive)
-        direct_fd, coherent = None, True
-        if direct:
-            direct_fd, coherent = _open_direct(drive, engine, superblock.capacity_bytes)
+        direct_fd = _open_direct(drive, engine, superblock.capacity_bytes) if direct else None
     except BaseException as exc:
         os.close(fd)
         if isinstance(exc, OSError):
@@ -171,12 +170,11 @@ def hold_store(path: str | os.PathLike[str], engine: Engine, *, direct: bool) ->
         fd=fd,
         direct_fd=direct_fd,
         superblock=superblock,
-        coherent=coherent,
     )
 
 
-def _open_direct(drive: Drive, engine: Engine, capacity_bytes: int) -> tuple[int, bool]:
-    """(descriptor of the direct door, whether the page cache stays coherent with it).
+def _open_direct(drive: Drive, engine: Engine, capacity_bytes: int) -> int:
+    """The descriptor of the direct door.
 
     Raises: OSError; Unsupported, StorageError where commands alone were asked for.
     """
@@ -184,12 +182,12 @@ def _open_direct(drive: Drive, engine: Engine, capacity_bytes: int) -> tuple[int
         engine.fall_back(f"io_engine io_uring was asked for: O_DIRECT on {drive.block_path}")
     elif drive.is_ng:
         try:
-            return _open_passthrough(drive, engine, capacity_bytes), False
+            return _open_passthrough(drive, engine, capacity_bytes)
         except (Unsupported, StorageError) as problem:
             if engine.choice == "uring-cmd":
                 raise
             engine.fall_back(f"{problem.message}: O_DIRECT on {drive.block_path}")
-    return os.open(drive.block_path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC), True
+    return os.open(drive.block_path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
 
 
 def _open_passthrough(drive: Drive, engine: Engine, capacity_bytes: int) -> int:

@@ -63,7 +63,9 @@ class Backing(Protocol):
     buffered_fd  the page-cache door, and the descriptor whose writeback errors count.
     superblock   as it is there now.
     sync         what writes a range of buffered_fd back: SYNC_RANGE where the file system has it.
-    coherent     direct writes leave no stale page behind: true but for NVMe passthrough.
+    coherent     direct writes leave no stale page behind: of a file. Of a block device the kernel
+                 drops pages before an asynchronous write alone, not those that are read meanwhile,
+                 and NVMe commands pass it by.
     """
 
     @property
