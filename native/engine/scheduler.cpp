@@ -136,11 +136,12 @@ Scheduler::Verdict Scheduler::retry_or_fail(Request& request, int error_number) 
         ++counters_.retries;
         return error_number == EINTR ? Verdict::Again : Verdict::AgainLater;
     }
+    if (error_number == ECANCELED) error_number = EIO;  // callers read it as "engine closed"
     if (moves_bytes(request.rest.op)) {
         fail(request, error_number);
         --in_flight_;
-    } else {  // callers read ECANCELED as "the engine was closed"
-        end_sync(request, error_number == ECANCELED ? EIO : error_number);
+    } else {
+        end_sync(request, error_number);
     }
     return Verdict::Ended;
 }
