@@ -85,6 +85,14 @@ def test_a_page_that_cannot_be_dropped_is_not_read_as_the_stores(
             store.move(extent, Door.PAGE_CACHE)
 
 
+def test_without_a_direct_door_no_page_is_stale(device: str, engine: Engine) -> None:
+    with (
+        Store.open(device, engine, direct=False) as store,
+        mapped_page(device, DATA_OFFSET),
+    ):
+        assert store.allocate(2 * MIB, Door.PAGE_CACHE).range.offset == DATA_OFFSET
+
+
 def mapped_page(device: str, offset: int) -> mmap.mmap:
     """A page of the device at `offset` that the page cache cannot drop while this is open."""
     with open(device, "rb") as file:
@@ -256,7 +264,6 @@ def test_kill_9_is_told_and_its_content_is_discarded(
     write(device, DATA_OFFSET, b"\xff" * 4096)
     script = f"""
 import sys
-import time
 from dualblade.io import open_engine
 from dualblade.store import Store, Door
 store = Store.open({device!r}, open_engine("posix"))

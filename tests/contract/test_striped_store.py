@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import random
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +96,22 @@ def watched(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tr
             engine, "submit", lambda batch, **path: (seen.extend(batch), submit(batch, **path))[1]
         )
         yield seen
+
+
+@needs_root
+def test_folios_that_reach_over_the_end_of_a_range_are_dropped_whole(
+    devices: list[str], engine: Engine
+) -> None:
+    """Another program's read-ahead leaves folios of up to 2 MiB, and of two members a range begins
+    at any MiB: the kernel keeps a folio that is dropped in part."""
+    with Store.open(devices, engine) as store:
+        extents = [store.allocate(2 * MIB, Door.DIRECT) for _ in range(6)]
+        for device in devices:
+            subprocess.run(["blockdev", "--setra", str(16 * MIB // 512), device], check=True)
+            Path(device).read_bytes()
+        for extent in extents[1::2]:
+            store.move(extent, Door.PAGE_CACHE)
+            assert store.cached_bytes(extent) == 0
 
 
 def test_both_doors_see_the_same_bytes(members: list[str], engine: Engine, arena: Arena) -> None:

@@ -122,6 +122,27 @@ def test_what_is_partitioned_and_its_partition(blank: str, tmp_path: Path) -> No
 
 
 @needs_root
+@pytest.mark.parametrize("below", ["whole", "partition"])
+def test_what_a_loop_device_stands_on(blank: str, below: str) -> None:
+    """The kernel counts it as no holder, and lets another program have the device for itself."""
+    base = partition(blank, 0x83) if below == "partition" else blank
+    made = subprocess.run(
+        ["losetup", "--show", "-f", "-o", str(12 * MIB), base],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    above = made.stdout.strip()
+    try:
+        what = f"{above} (loop) is built on {base}"
+        for device in {blank, base}:
+            assert_refused(device, what, f"losetup -d {above}")
+    finally:
+        subprocess.run(["losetup", "-d", above], check=True)
+    assert not [found for found in findings(find_drive(base)) if "loop" in found.what]
+
+
+@needs_root
 def test_a_partition_that_is_somebodys_by_type(blank: str) -> None:
     """EFI: empty to libblkid, and yet not ours to take."""
     assert_refused(partition(blank, 0xEF), "its partition type is 0xef", "sfdisk --part-type")
@@ -328,3 +349,9 @@ def test_the_commands_on_a_file(tmp_path: Path) -> None:
         assert run("store", command, str(foreign), *["--yes"][: command != "verify"])[0] == 1
     assert foreign.read_text() == "chapter 1" * 1000
     assert run("store", "inspect", str(tmp_path / "missing"))[0] == 1
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)  # nothing waits for a writer
+    for command in ("inspect", "verify", "wipe"):
+        assert "is not a regular file" in run("store", command, str(pipe))[2]
+    told = json.loads(run("doctor", str(pipe), "--json")[1])["store"]["error"]
+    assert "neither a file, a folder nor a device" in told

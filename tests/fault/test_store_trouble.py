@@ -420,7 +420,7 @@ def test_no_dirty_page_is_left_where_commands_will_write(tmp_path: Path, *, fail
         FaultyEngine(open_engine(), faults) as engine,
         open_store(tmp_path / "kv.store", engine) as store,
     ):
-        store._coherent = False  # as on an NVMe namespace
+        store._pages.by_commands = True  # as on an NVMe namespace
         extent = store.allocate(2 * MIB, Door.PAGE_CACHE)
         buffered = store._members.backings[0].buffered_fd
         os.pwrite(buffered, b"x" * MIB, extent.range.offset)  # and its sync never came

@@ -265,5 +265,5 @@ def test_ctrl_c_leaves_no_child_no_cgroup_and_no_store(tmp_path: Path) -> None:
         assert parent.wait(timeout=60) == 130
     assert not Path(f"/proc/{children[0]}").exists()
     assert list(tmp_path.iterdir()) == []
-    group = _find_parent()[0]
+    group = _find_parent(enable=True)[0]
     assert group is None or not list(group.directory.glob(f"dualblade-{parent.pid}-*"))

@@ -27,6 +27,7 @@ from dualblade.pipeline.hits import HitSweep
 from dualblade.pipeline.memory_watch import MemorySource
 from dualblade.store import Door, Store
 from dualblade.store.format import DATA_OFFSET
+from dualblade.store.pages import CachedPages
 from dualblade.units import KIB, MIB, parse_size
 
 LAYERS, HEADS, DIM, TOKENS = 6, 2, 32, 4096
@@ -458,7 +459,7 @@ def test_a_writeback_that_fails_in_a_demotion_loses_the_content(
     def fail(*_: Any) -> None:
         raise DeviceError(errno=5, operation="sync", path="store", offset=0, size_bytes=MIB)
 
-    monkeypatch.setattr(Store, "_write_back_and_drop", fail)
+    monkeypatch.setattr(CachedPages, "write_back_and_drop", fail)
     cache.memory.there_bytes = 0
     with pytest.raises(DeviceError):
         cache.step()

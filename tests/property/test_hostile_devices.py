@@ -8,6 +8,7 @@ accepted can be opened once more, and its allocator stays between the superblock
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import random
 import uuid
@@ -32,15 +33,18 @@ from dualblade.store.format import (
     SUPERBLOCK_BYTES,
     DeviceSection,
     MemberSection,
+    OtherVersion,
     Superblock,
     choose_superblock,
     device_capacity,
     second_copy_offset,
 )
-from dualblade.store.formatting import carry_out_format, plan_format
+from dualblade.store.formatting import carry_out_format, plan_format, plan_wipe
 from dualblade.store.members import check_members
 from dualblade.units import EXTENT_ALIGN_BYTES, GIB, MIB
 from tests.devices import contents, loop_device, needs_root
+
+_CHECKSUM_BYTES = 16
 
 HERE = DeviceSection(
     size_bytes=GIB, block_bytes=512, copy=0, serial="S3R1AL", wwid="eui.01", part_uuid=""
@@ -94,6 +98,43 @@ def test_copies_of_different_members_are_refused() -> None:
         choose(first.encode(), second.encode())
     with pytest.raises(NotAStore, match="do not belong together"):
         choose(first.encode(), superblock(5, 1).encode())
+
+
+@pytest.mark.parametrize("copy", [0, 1])
+def test_a_whole_copy_of_another_version_is_refused_whatever_the_other_is(copy: int) -> None:
+    blocks = [superblock(5, index).encode() for index in (0, 1)]
+    blocks[copy] = of_version(blocks[copy], 9)
+    with pytest.raises(OtherVersion, match="a store of version 9"):
+        choose(*blocks)
+    torn = bytearray(blocks[copy])
+    torn[64] ^= 1
+    blocks[copy] = bytes(torn)
+    assert choose(*blocks) == superblock(5, 1 - copy)  # damaged, whatever version it says
+    with pytest.raises(OtherVersion, match="a store of version 9"):
+        choose(bytes(torn), bytes(torn))  # whole perhaps, by rules of that version
+
+
+def of_version(raw: bytes, version: int) -> bytes:
+    """A superblock that says so, with a right checksum."""
+    body = raw[:8] + version.to_bytes(4, "little") + raw[12 : SUPERBLOCK_BYTES - _CHECKSUM_BYTES]
+    return body + hashlib.blake2b(body, digest_size=_CHECKSUM_BYTES).digest()
+
+
+@needs_root
+def test_a_store_of_another_version_is_not_formatted_over(tmp_path: Path) -> None:
+    with loop_device(tmp_path / "image", DEVICE_BYTES_MIN) as device:
+        carry_out_format(plan_format(device))
+        with open(device, "r+b") as file:
+            for at in (0, second_copy_offset(DEVICE_BYTES_MIN)):
+                file.seek(at)
+                newer = of_version(file.read(SUPERBLOCK_BYTES), 9)
+                file.seek(at)
+                file.write(newer)
+        before = contents(device)
+        for plan in (plan_format, plan_wipe):
+            with pytest.raises(NotAStore, match="a store of version 9"):
+                plan(device)
+        assert contents(device) == before
 
 
 sections = st.builds(

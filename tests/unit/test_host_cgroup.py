@@ -115,7 +115,7 @@ def test_the_limit_may_be_set_and_lifted_later_and_the_peak_reset() -> None:
 
 @needs_cgroup
 def test_groups_of_dead_processes_are_swept() -> None:
-    parent, _ = _find_parent()
+    parent, _ = _find_parent(enable=True)
     assert parent is not None
     stale = parent.directory / "dualblade-4194305-0"  # above the largest process id there can be
     stale.mkdir()

@@ -245,6 +245,16 @@ def test_the_hosts_tree_in_a_container_hides_no_limit(tree: Tree, *, is_first: b
     ]
 
 
+def test_a_later_mount_of_another_group_hides_not_ours(tree: Tree) -> None:
+    """Somebody's bind mount of one group, where our path is not below it."""
+    tree.v2("/mine")
+    tree.v2_group("/", 8 * GIB)
+    tree.v2_group("/mine", GIB)
+    other = V2_MOUNT.format(root="/other.service").replace("/sys/fs/cgroup ", "/mnt/x ")
+    tree.write("proc/self/mountinfo", OTHER_MOUNTS + V2_MOUNT.format(root="/") + other)
+    assert [g.path for g in find_memory_groups(tree.root)] == ["/mine", "/"]
+
+
 @pytest.mark.parametrize("own", ["/", "/../other", "/docker/not-below-this-mount"])
 def test_in_a_namespace_the_top_of_the_mount_is_ours(tree: Tree, own: str) -> None:
     tree.v2(own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
@@ -57,4 +58,7 @@ app.add_typer(bench_app, name="bench")
 def main() -> None:
     """Entry point of `dualblade` and `python -m dualblade`."""
     wait_briefly()  # before torch is imported
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be in any encoding
     app(prog_name="dualblade")

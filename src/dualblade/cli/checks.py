@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import stat
 import tempfile
@@ -13,7 +14,7 @@ from typing import Any
 
 from dualblade.cli import device_checks
 from dualblade.cli.store_place import look_at_store, superblock_at
-from dualblade.errors import DualBladeError
+from dualblade.errors import DualBladeError, NotAStore
 from dualblade.host.cgroup import MemoryCgroup
 from dualblade.host.devices import device_facts
 from dualblade.host.machine import machine_facts
@@ -86,10 +87,12 @@ def store(path: Path | None) -> dict[str, Any]:
 def _cache_place() -> Path:
     """The cache directory, or the nearest folder above that exists: looking makes nothing."""
     folder = cache_folder()
-    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
 
 
 def _store_at(place: Path, *, is_default: bool) -> dict[str, Any]:
+    if place.is_fifo() or place.is_socket():
+        raise NotAStore(f"{place} is neither a file, a folder nor a device", path=str(place))
     device = device_checks.examine(str(place))
     facts = device_facts(place if device is None else device["drive"]["block_path"])
     queue = facts.queue

@@ -248,12 +248,20 @@ def _confirm(plans: list[Plan], operation: str, yes: bool) -> None:
     wanted = " ".join(plan.confirmation for plan in plans)
     sys.stderr.write(f"type {wanted} to {operation} {'them' if plans[1:] else 'it'}: ")
     sys.stderr.flush()
-    if sys.stdin.readline().split() != wanted.split():
+    if _typed().split() != wanted.split():
         left = " + ".join(plan.path for plan in plans)
         raise ConfigError(
             f"not confirmed: {left} was left alone",
             hint=f"type exactly {wanted}, or give --yes",
         )
+
+
+def _typed() -> str:
+    """A line of stdin; nothing where that is closed, or no text."""
+    try:
+        return "" if sys.stdin is None else sys.stdin.readline()
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _size(capacity_bytes: int | None) -> str:

@@ -142,7 +142,7 @@ class MemoryCgroup:
     """
 
     def __init__(self, limit_bytes: int | None = None) -> None:
-        parent, reason = _find_parent()
+        parent, reason = _find_parent(enable=True)
         if parent is None:
             raise Unsupported(f"no memory cgroup can be made: {reason}")
         _sweep(parent.directory)
@@ -161,7 +161,7 @@ class MemoryCgroup:
     @staticmethod
     def available() -> str | None:
         """None when memory cgroups can be made here, else the reason why not."""
-        return _find_parent()[1]
+        return _find_parent(enable=False)[1]
 
     @property
     def directory(self) -> Path:
@@ -216,8 +216,9 @@ def _below_use(limit_bytes: int, used_bytes: int) -> BudgetError:
     )
 
 
-def _find_parent() -> tuple[MemoryGroup | None, str | None]:
-    """The group to make children in, or None and the reason."""
+def _find_parent(*, enable: bool) -> tuple[MemoryGroup | None, str | None]:
+    """The group to make children in, or None and the reason. `enable`: give them the memory
+    controller where that is allowed; else it is only looked whether it is."""
     groups = find_memory_groups()
     if not groups:
         return None, "this process is in no memory cgroup (none is mounted)"
@@ -228,7 +229,7 @@ def _find_parent() -> tuple[MemoryGroup | None, str | None]:
         if not os.access(group.directory, os.W_OK):
             needs = "root is needed, and in a container cgroups that are mounted writable"
             return None, f"{group.directory} is not writable ({needs})"
-        if group.version == 1 or _delegates_memory(group.directory):
+        if group.version == 1 or _delegates_memory(group.directory, enable=enable):
             return group, None
         reason = f"{group.directory} cannot give the memory controller to children"
     return None, reason
@@ -242,12 +243,17 @@ def _has_memory(group: MemoryGroup) -> bool:
     return False
 
 
-def _delegates_memory(directory: Path) -> bool:
-    """Whether children of a v2 group have the memory controller; enables it where allowed."""
+def _delegates_memory(directory: Path, *, enable: bool) -> bool:
+    """Whether children of a v2 group have the memory controller, or may be given it."""
     control = directory / "cgroup.subtree_control"
     try:
-        if "memory" not in control.read_text().split():
-            control.write_text("+memory")
+        if "memory" in control.read_text().split():
+            return True
+        if not enable:  # only the root may hold processes itself and give controllers on
+            is_root = not (directory / "cgroup.type").exists()
+            is_empty = not (directory / "cgroup.procs").read_text().strip()
+            return os.access(control, os.W_OK) and (is_root or is_empty)
+        control.write_text("+memory")
     except OSError:  # EBUSY: the group holds processes itself; or not ours to change
         return False
     return True

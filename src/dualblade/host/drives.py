@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
 import shutil
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,9 @@ _BOOT_MOUNTS = frozenset({"/", "/boot", "/boot/efi", "/efi"})
 # Partition types that promise nothing to anybody: Linux data, in GPT and in MBR. Others (EFI, BIOS
 # boot, recovery ...) are somebody's even where libblkid finds them empty.
 _FREE_PARTITION_TYPES = frozenset({"0fc63daf-8483-4772-8e79-3d69d8477de4", "0x83"})
+
+# struct loop_info64 of linux/loop.h: lo_device, lo_inode, lo_rdevice, ...
+_LOOP_GET_STATUS64, _LOOP_INFO_BYTES = 0x4C05, 232
 
 _NAMESPACE = re.compile(r"/dev/nvme\d+n(\d+)")
 
@@ -213,7 +218,9 @@ def _tree_findings(drive: Drive) -> Iterator[Finding]:
             what=f"it is partitioned: {', '.join(partitions)}",
             free_with=f"name one of them, or erase the table: wipefs --all {drive.block_path}",
         )
-    yield from _holder_findings(_sys_node(drive.block_path), tree)
+    node = _sys_node(drive.block_path)
+    yield from _holder_findings(node, tree)
+    yield from _loop_findings(node)
 
 
 def _holder_findings(node: Path, tree: dict[str, Any]) -> Iterator[Finding]:
@@ -236,6 +243,40 @@ def _holder_findings(node: Path, tree: dict[str, Any]) -> Iterator[Finding]:
                 what=f"{holder['path']} ({holder['type']}) is built on {where}",
                 free_with=command and command.format(**holder),
             )
+
+
+def _loop_findings(node: Path) -> Iterator[Finding]:
+    """Loop devices over the one at sysfs's `node`, over a partition of it or over the whole of it:
+    the kernel does not count them as holders, and O_EXCL is not refused."""
+    partitions = [path.parent for path in node.glob("*/partition")]
+    numbers = {_text(place / "dev"): place.name for place in (*partitions, whole_of(node), node)}
+    for loop in sorted((_SYS / "block").glob("loop*")):
+        below = numbers.get(_below_loop(loop) or "")
+        if below is not None:
+            yield Finding(
+                what=f"/dev/{loop.name} (loop) is built on /dev/{below}",
+                free_with=f"losetup -d /dev/{loop.name}",
+            )
+
+
+def _below_loop(loop: Path) -> str | None:
+    """major:minor of the device that a loop device stands on; None: on none. By the kernel's own
+    words where it may be opened: the name that it was given may be another's by now."""
+    given = _text(loop / "loop/backing_file")
+    if not given:
+        return None
+    with contextlib.suppress(OSError):
+        fd = os.open(f"/dev/{loop.name}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            told = fcntl.ioctl(fd, _LOOP_GET_STATUS64, bytes(_LOOP_INFO_BYTES))
+        finally:
+            os.close(fd)
+        device = int.from_bytes(told[16:24], sys.byteorder)
+        return f"{os.major(device)}:{os.minor(device)}" if device else None
+    with contextlib.suppress(OSError):
+        device = os.stat(given).st_rdev
+        return f"{os.major(device)}:{os.minor(device)}" if device else None
+    return None
 
 
 def _holder_of(link: Path) -> dict[str, str]:
@@ -326,7 +367,7 @@ def _json_of(tool: str, *arguments: str) -> dict[str, Any]:
     done = _run(tool, *arguments)
     if done.returncode:
         raise StorageError(
-            f"{tool} cannot examine {arguments[-1]}: {done.stderr.strip()}",
+            f"{tool} cannot examine {arguments[-1]}: {done.stderr.strip() or 'it shows nothing'}",
             operation="probe",
             path=arguments[-1],
         )

@@ -99,7 +99,7 @@ def find_memory_groups(root: Path = ROOT) -> tuple[MemoryGroup, ...]:
     """
     try:
         own_paths = _own_paths(_table(root / "proc/self/cgroup"))
-        mounts = _cgroup_mounts(_table(root / "proc/self/mountinfo"))
+        mounts = _cgroup_mounts(_table(root / "proc/self/mountinfo"), own_paths)
     except OSError:
         return ()
     groups: list[MemoryGroup] = []
@@ -213,15 +213,16 @@ def _own_paths(table: str) -> dict[int, str]:
     return paths
 
 
-def _cgroup_mounts(table: str) -> list[tuple[int, str, str]]:
+def _cgroup_mounts(table: str, own: dict[int, str]) -> list[tuple[int, str, str]]:
     """(version, root within the hierarchy, mount point) of each from /proc/self/mountinfo.
 
     Line: 35 31 0:32 /root /mount/point rw,relatime shared:1 - cgroup source rw,memory
-    A hierarchy mounted twice is taken once; the later mount may hide the earlier one. A root that
-    begins with '..' is outside our cgroup namespace (a container that sees its host's tree): it is
-    taken only where there is no other.
+    A hierarchy mounted twice is taken once: by a mount that our path `own` lies below, of several
+    by the later one, which may hide the earlier. A root that begins with '..' is outside our cgroup
+    namespace (a container that sees its host's tree): it is taken only where there is no other.
     """
     mounts: dict[int, tuple[int, str, str]] = {}
+    ranks: dict[int, int] = {}
     for line in table.splitlines():
         left, _, right = line.partition(" - ")
         fields, kind = left.split(), right.split()
@@ -234,9 +235,17 @@ def _cgroup_mounts(table: str) -> list[tuple[int, str, str]]:
             version = 1
         else:
             continue
-        if version not in mounts or not entry[0].startswith("/.."):
-            mounts[version] = (version, *entry)
+        rank = _closeness(entry[0], own.get(version, "/"))
+        if rank >= ranks.get(version, 0):
+            mounts[version], ranks[version] = (version, *entry), rank
     return list(mounts.values())
+
+
+def _closeness(mount_root: str, own: str) -> int:
+    """2 for a mount that our path lies below, 0 for one outside our namespace."""
+    if mount_root.startswith("/.."):
+        return 0
+    return 2 if (own + "/").startswith(mount_root.rstrip("/") + "/") else 1
 
 
 def _below_mount(own: str, mount_root: str) -> str:

@@ -28,6 +28,7 @@ from dualblade.store.format import DATA_OFFSET, Superblock
 from dualblade.store.place import (
     Location,
     close_descriptors,
+    patiently,
     read_superblock,
     storage_error,
     write_superblock,
@@ -55,6 +56,10 @@ class FileBacking:
     @property
     def coherent(self) -> bool:
         return True
+
+    @property
+    def by_commands(self) -> bool:
+        return False
 
     def allocate(self, offset: int, size_bytes: int) -> None:
         os.posix_fallocate(self.buffered_fd, offset, size_bytes)
@@ -141,7 +146,9 @@ class HeldFile:
 
     def let_go(self) -> None:
         if self.superblock is None and not self.private:
-            os.unlink(self.name)
+            with contextlib.suppress(OSError):  # what it is let go for is told
+                if os.path.samestat(os.stat(self.name), os.fstat(self.fd)):
+                    os.unlink(self.name)
         close_descriptors(self.direct_fd, self.fd)
 
 
@@ -288,7 +295,7 @@ def _open_named(name: str, existing_only: bool) -> tuple[int, bool]:
         except OSError as exc:
             raise storage_error("open", name, exc) from exc
     try:
-        _refuse_special(name)
+        refuse_special(name)
         return os.open(name, os.O_RDWR), False
     except OSError as exc:
         raise storage_error("open", name, exc) from exc
@@ -318,7 +325,8 @@ def check_place(path: str | os.PathLike[str]) -> None:
         )
 
 
-def _refuse_special(name: str) -> None:
+def refuse_special(name: str) -> None:
+    """Raises: NotAStore for what is no regular file, OSError."""
     mode = os.stat(name).st_mode
     if stat.S_ISDIR(mode):
         raise NotAStore(
@@ -331,7 +339,7 @@ def _refuse_special(name: str) -> None:
 def _lock(fd: int, name: str) -> None:
     """Take the file for this open alone; the kernel gives it back when the process dies."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        patiently(lambda: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB), errno.EWOULDBLOCK)
     except BlockingIOError:
         raise NotAStore(
             f"{name} is in use by another cache or process",

@@ -28,6 +28,7 @@ from dualblade.store.format import (
 from dualblade.store.place import (
     Location,
     close_descriptors,
+    patiently,
     read_superblock,
     storage_error,
     write_superblock,
@@ -50,6 +51,7 @@ class DeviceBacking:
     direct_fd: int | None
     buffered_fd: int
     superblock: Superblock
+    by_commands: bool
 
     @property
     def coherent(self) -> bool:
@@ -81,7 +83,7 @@ class DeviceBacking:
     def close(self, *, keep_blocks: bool, end: int) -> None:
         try:
             if not keep_blocks and end > DATA_OFFSET:
-                _discard_content(self.buffered_fd, self.drive, end)
+                discard_content(self.buffered_fd, self.drive, end)
             write_superblocks(self.buffered_fd, replace(self.superblock, in_use=False))
         except OSError as exc:
             raise storage_error("close", self.path, exc) from exc
@@ -101,6 +103,7 @@ class HeldDevice:
     fd: int
     direct_fd: int | None
     superblock: Superblock
+    by_commands: bool
 
     @property
     def path(self) -> str:
@@ -119,7 +122,7 @@ class HeldDevice:
         try:
             write_superblocks(self.fd, superblock)
             if unclean:  # what a crash left behind
-                _discard_content(self.fd, self.drive, DATA_OFFSET + self.superblock.capacity_bytes)
+                discard_content(self.fd, self.drive, DATA_OFFSET + self.superblock.capacity_bytes)
             # What probing and readahead left: pages that direct writes would make stale.
             drop(self.fd, 0, self.drive.size_bytes)
         except OSError as exc:
@@ -130,6 +133,7 @@ class HeldDevice:
             direct_fd=self.direct_fd,
             buffered_fd=self.fd,
             superblock=superblock,
+            by_commands=self.by_commands,
         )
 
     def let_go(self) -> None:
@@ -158,7 +162,9 @@ def hold_store(path: str | os.PathLike[str], engine: Engine, *, direct: bool) ->
     fd = hold_device(drive)
     try:
         superblock = recognise(fd, drive)
-        direct_fd = _open_direct(drive, engine, superblock.capacity_bytes) if direct else None
+        direct_fd, by_commands = None, False
+        if direct:
+            direct_fd, by_commands = _open_direct(drive, engine, superblock.capacity_bytes)
     except BaseException as exc:
         os.close(fd)
         if isinstance(exc, OSError):
@@ -170,11 +176,12 @@ def hold_store(path: str | os.PathLike[str], engine: Engine, *, direct: bool) ->
         fd=fd,
         direct_fd=direct_fd,
         superblock=superblock,
+        by_commands=by_commands,
     )
 
 
-def _open_direct(drive: Drive, engine: Engine, capacity_bytes: int) -> int:
-    """The descriptor of the direct door.
+def _open_direct(drive: Drive, engine: Engine, capacity_bytes: int) -> tuple[int, bool]:
+    """(descriptor of the direct door, whether it takes NVMe commands).
 
     Raises: OSError; Unsupported, StorageError where commands alone were asked for.
     """
@@ -182,12 +189,12 @@ def _open_direct(drive: Drive, engine: Engine, capacity_bytes: int) -> int:
         engine.fall_back(f"io_engine io_uring was asked for: O_DIRECT on {drive.block_path}")
     elif drive.is_ng:
         try:
-            return _open_passthrough(drive, engine, capacity_bytes)
+            return _open_passthrough(drive, engine, capacity_bytes), True
         except (Unsupported, StorageError) as problem:
             if engine.choice == "uring-cmd":
                 raise
             engine.fall_back(f"{problem.message}: O_DIRECT on {drive.block_path}")
-    return os.open(drive.block_path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+    return os.open(drive.block_path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC), False
 
 
 def _open_passthrough(drive: Drive, engine: Engine, capacity_bytes: int) -> int:
@@ -235,7 +242,8 @@ def hold_device(drive: Drive) -> int:
     Raises: NotAStore when somebody else has it, or `drive` is another device by now; StorageError.
     """
     try:
-        fd = os.open(drive.block_path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
+        flags = os.O_RDWR | os.O_EXCL | os.O_CLOEXEC
+        fd = patiently(lambda: os.open(drive.block_path, flags), errno.EBUSY)
     except OSError as exc:
         if exc.errno == errno.EBUSY:
             raise NotAStore(
@@ -333,7 +341,7 @@ def discard(fd: int, drive: Drive, offset: int, size_bytes: int) -> bool:
     return True
 
 
-def _discard_content(fd: int, drive: Drive, end: int) -> None:
+def discard_content(fd: int, drive: Drive, end: int) -> None:
     """`discard` all extents before `end`; where the drive does not take that, it is told. Raises:
     OSError."""
     if not discard(fd, drive, DATA_OFFSET, end - DATA_OFFSET):

@@ -78,11 +78,14 @@ class DeviceSection:
     def differences(self, other: DeviceSection) -> list[str]:
         """How the device of `other` differs from this one, in words; empty: it is the same."""
         names = ("serial", "wwid", "part_uuid", "size_bytes", "block_bytes")
-        return [
+        words = [
             f"{name} {getattr(self, name)!r} in the superblock, {getattr(other, name)!r} here"
             for name in names
             if getattr(self, name) != getattr(other, name)
         ]
+        if self.part_uuid and not other.part_uuid:
+            words.append("that is in the partition table: a container needs the whole drive's node")
+        return words
 
     def encode(self) -> bytes:
         """The bytes at offset 128 of the superblock. Names that are too long are cut."""
@@ -106,6 +109,10 @@ class DeviceSection:
             wwid=wwid,
             part_uuid=part_uuid,
         )
+
+
+class OtherVersion(NotAStore):
+    """What is there is a store, of a version that this one neither reads nor writes over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,8 +202,8 @@ class Superblock:
         """
         hints = _DEVICE_HINTS if version == DEVICE_VERSION else _FILE_HINTS
 
-        def refuse(why: str, hint: str) -> NotAStore:
-            return NotAStore(
+        def refuse(why: str, hint: str, kind: type[NotAStore] = NotAStore) -> NotAStore:
+            return kind(
                 f"{path} {why}", operation="open", path=path, hint=hints[hint].format(path=path)
             )
 
@@ -210,11 +217,9 @@ class Superblock:
             _FIELDS.unpack_from(raw)
         )
         if found not in (version, _MEMBER_VERSIONS[version]):
-            raise refuse(
-                f"is a store of version {found}; this is dualblade's version {version}", "version"
-            )
-        body = raw[: SUPERBLOCK_BYTES - _CHECKSUM_BYTES]
-        if raw[SUPERBLOCK_BYTES - _CHECKSUM_BYTES : SUPERBLOCK_BYTES] != _checksum(body):
+            why = f"is a store of version {found}; this is dualblade's version {version}"
+            raise refuse(why, "version", OtherVersion)
+        if not _is_whole(raw):
             raise refuse("has a damaged superblock", "damaged")
         if header_bytes != SUPERBLOCK_BYTES or data_offset != DATA_OFFSET:
             raise refuse("has a superblock of another layout", "damaged")
@@ -246,8 +251,8 @@ def choose_superblock(first: bytes, second: bytes, *, path: str, here: DeviceSec
     """The newer of the two superblocks of the device that `here` describes.
 
     A copy that is damaged is passed over for the other; one that is not ours at all is not: then
-    something else was put on the device.
-    Raises: NotAStore.
+    something else was put on the device; nor one of another version.
+    Raises: NotAStore, of that OtherVersion.
     """
     whole: list[Superblock] = []
     refusals: list[NotAStore] = []
@@ -256,6 +261,11 @@ def choose_superblock(first: bytes, second: bytes, *, path: str, here: DeviceSec
             found = Superblock.decode(
                 raw, path=path, file_bytes=here.size_bytes, version=DEVICE_VERSION
             )
+        except OtherVersion as refusal:
+            if _is_whole(raw):
+                raise
+            refusals.insert(0, refusal)  # it may be whole by that version's rules
+            continue
         except NotAStore as refusal:
             refusals.append(refusal)
             continue
@@ -268,10 +278,11 @@ def choose_superblock(first: bytes, second: bytes, *, path: str, here: DeviceSec
                 path=path,
                 hint="it is a copy, or was changed; dualblade store inspect shows what it holds",
             )
-        if found.device.copy == copy:
-            whole.append(found)
+        if found.device.copy != copy:
+            raise _misplaced(path)
+        whole.append(found)
     if not whole:
-        raise refusals[0] if refusals else _misplaced(path)
+        raise refusals[0]
     if not first.startswith(MAGIC) or not second.startswith(MAGIC):
         where = "end" if first.startswith(MAGIC) else "start"
         raise NotAStore(
@@ -292,6 +303,12 @@ def _misplaced(path: str) -> NotAStore:
         path=path,
         hint=f"if nothing on it is wanted: dualblade store format {path}",
     )
+
+
+def _is_whole(raw: bytes) -> bool:
+    """Whether its checksum is right."""
+    body, end = raw[: SUPERBLOCK_BYTES - _CHECKSUM_BYTES], raw[:SUPERBLOCK_BYTES]
+    return end[len(body) :] == _checksum(body)
 
 
 def _checksum(body: bytes) -> bytes:

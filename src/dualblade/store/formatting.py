@@ -20,6 +20,7 @@ from dualblade.host.page_cache import drop
 from dualblade.store.backing import check_place, hold_file, is_device
 from dualblade.store.device import (
     discard,
+    discard_content,
     hold_device,
     recognise,
     section_of,
@@ -29,15 +30,17 @@ from dualblade.store.device import (
 from dualblade.store.format import (
     DATA_OFFSET,
     DEVICE_BYTES_MIN,
+    MAGIC,
     SUPERBLOCK_BYTES,
     MemberSection,
+    OtherVersion,
     Superblock,
     device_capacity,
     second_copy_offset,
 )
 from dualblade.store.inspect import inspect_store
 from dualblade.store.members import as_places, check_kinds, open_members
-from dualblade.store.place import storage_error
+from dualblade.store.place import read_superblock, storage_error
 from dualblade.units import BLOCK_BYTES, GIB, MIB, format_size
 
 _WIPE_STEP_BYTES = GIB
@@ -72,6 +75,17 @@ def plan_formats(paths: Sequence[str]) -> list[Plan]:
     """
     plans = [plan_format(os.fspath(path)) for path in as_places(paths) or ()]
     check_kinds(paths)
+    seen: dict[tuple[object, ...], str] = {}
+    for drive in (plan.drive for plan in plans if plan.drive is not None and plan.drive.wwid):
+        same = (drive.wwid, drive.partition, drive.size_bytes)
+        if same in seen:
+            raise NotAStore(
+                f"{seen[same]} and {drive.path} are two names of one drive ({drive.wwid})",
+                operation="format",
+                path=drive.path,
+                hint="name each drive once",
+            )
+        seen[same] = drive.path
     return plans
 
 
@@ -117,9 +131,11 @@ def plan_format(path: str) -> Plan:
 
 
 def _refuse_store(fd: int, drive: Drive) -> None:
-    """Raises: NotAStore where one of ours is on `drive`."""
+    """Raises: NotAStore where one of ours is on `drive`, of whatever version."""
     try:
         held = recognise(fd, drive)
+    except OtherVersion:
+        raise
     except NotAStore:
         return
     raise NotAStore(
@@ -147,6 +163,8 @@ def carry_out_format(*plans: Plan) -> Superblock:
         for plan, fd, superblock in zip(plans, held, blocks, strict=True):
             assert plan.drive is not None
             try:
+                if read_superblock(fd, 0).startswith(MAGIC):  # of a store that is none any more
+                    discard_content(fd, plan.drive, DATA_OFFSET + superblock.capacity_bytes)
                 write_superblocks(fd, superblock)
                 drop(fd, 0, plan.drive.size_bytes)
             except OSError as exc:

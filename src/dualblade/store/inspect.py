@@ -11,7 +11,7 @@ from typing import Any
 from dualblade.errors import DeviceError, NotAStore
 from dualblade.host.drives import Drive, find_drive, is_held
 from dualblade.io import Arena, Op, Transfer, open_engine
-from dualblade.store.backing import is_device
+from dualblade.store.backing import is_device, refuse_special
 from dualblade.store.device import recognise, section_of
 from dualblade.store.format import (
     DATA_OFFSET,
@@ -75,6 +75,8 @@ def inspect_store(path: str) -> Report:
     """Read the superblocks of the store at `path`. Raises: StorageError, Unsupported, NotAStore."""
     drive = find_drive(path) if is_device(path) else None
     try:
+        if drive is None:
+            refuse_special(path)  # a pipe would be waited for
         fd = os.open(path if drive is None else drive.block_path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as exc:
         raise storage_error("inspect", path, exc) from exc

@@ -195,8 +195,9 @@ def held_members(
                 held.append(hold_file(place, direct=direct))
         yield held
     except BaseException:
-        for each in held:
-            each.let_go()
+        with contextlib.ExitStack() as stack:
+            for each in held:
+                stack.callback(each.let_go)
         raise
 
 

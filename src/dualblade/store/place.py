@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from dualblade.errors import NoSpace, StorageError
 from dualblade.host.page_cache import drop
 from dualblade.io import Op
 from dualblade.store.format import DATA_OFFSET, SUPERBLOCK_BYTES, Superblock
+
+_T = TypeVar("_T")
+_TRIES, _PAUSE_SECONDS = 6, 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,7 @@ class Backing(Protocol):
     coherent     direct writes leave no stale page behind: of a file. Of a block device the kernel
                  drops pages before an asynchronous write alone, not those that are read meanwhile,
                  and NVMe commands pass it by.
+    by_commands  the direct door sends NVMe commands.
     """
 
     @property
@@ -80,6 +86,8 @@ class Backing(Protocol):
     def sync(self) -> Op: ...
     @property
     def coherent(self) -> bool: ...
+    @property
+    def by_commands(self) -> bool: ...
 
     def allocate(self, offset: int, size_bytes: int) -> None:
         """Have blocks for a range before its first write; where that fails some may be there: see
@@ -127,6 +135,19 @@ def close_descriptors(*fds: int | None) -> None:
     for fd in fds:
         if fd is not None:
             os.close(fd)
+
+
+def patiently(take: Callable[[], _T], busy: int) -> _T:
+    """What `take` gives, tried again for a moment while it fails with errno `busy`: who looks at a
+    store (inspect, doctor) holds it for that long. Raises: OSError."""
+    for _ in range(_TRIES - 1):
+        try:
+            return take()
+        except OSError as exc:
+            if exc.errno != busy:
+                raise
+        time.sleep(_PAUSE_SECONDS)
+    return take()
 
 
 def read_superblock(fd: int, offset: int) -> bytes:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import time
 from collections.abc import Sequence
 
 from dualblade.errors import Closed, ConfigError, StorageError
 from dualblade.host.mapped import FileMemory
-from dualblade.host.page_cache import cached_bytes, drop
+from dualblade.host.page_cache import cached_bytes
 from dualblade.io import Engine, Op, Ticket, Transfer
 from dualblade.store.doors import Door, as_door
 from dualblade.store.extent import Extent
@@ -18,16 +16,11 @@ from dualblade.store.extents import ExtentAllocator, Range
 from dualblade.store.format import DATA_OFFSET
 from dualblade.store.in_place import DoorCounters, InPlace
 from dualblade.store.members import Members, Place, open_members
+from dualblade.store.pages import CachedPages
 from dualblade.store.place import Location
 from dualblade.units import EXTENT_ALIGN_BYTES, parse_size
 
 log = logging.getLogger("dualblade.store")
-
-_DROP_TRIES = 3
-
-_PAUSES_SECONDS = (0.0, 0.001, 0.01, 0.1, 0.4)
-"""Before each try to drop pages that somebody may be reading: they are locked meanwhile, and 8 MiB
-of read-ahead take a drive of 200 MB/s 40 ms."""
 
 
 class Store:
@@ -59,7 +52,7 @@ class Store:
         self._process = os.getpid()
         self._closed = False
         self._has_direct = all(backing.direct_fd is not None for backing in members.backings)
-        self._coherent = all(backing.coherent for backing in members.backings)
+        self._pages = CachedPages(members, engine, has_direct=self._has_direct)
         self._paths = members.descriptors
         # Stripes of several members do not lie side by side; an engine that must see all reads
         # (dualblade.testing) is not passed by.
@@ -163,10 +156,10 @@ class Store:
         try:
             self._members.allocate(taken.offset, taken.size_bytes)
             self._end = max(self._end, taken.end)
-            if not self._coherent:
-                self._write_back_what_is_left(extent)
+            if self._pages.by_commands:
+                self._pages.write_back_what_is_left(taken)
             if door is Door.PAGE_CACHE:
-                self._drop_stale(extent)
+                self._pages.drop_stale(taken)
         except BaseException:  # Ctrl-C too
             self._allocator.free(taken)
             raise
@@ -243,7 +236,7 @@ class Store:
             return None
         if extent.memory is None:
             try:
-                where = self._buffered(extent)[0]
+                where = self._pages.places(extent.range)[0]
                 extent.memory = FileMemory(*where, others_read=self._reads_ahead)
             except OSError as exc:
                 log.info("%s is not read in place: %s", self.path, exc)
@@ -314,10 +307,12 @@ class Store:
         if door is Door.DIRECT:
             if extent.door is not Door.DEMOTING:  # else the last try failed
                 extent.go(Door.DEMOTING)
-            self._write_back_and_drop(extent)
+            extent.unmap()
+            self._pages.write_back_and_drop(extent.range)
             self.counters.demotions += 1
         else:
-            self._drop_stale(extent)
+            extent.unmap()
+            self._pages.drop_stale(extent.range)
             self.counters.promotions += 1
         extent.go(door)
 
@@ -364,7 +359,7 @@ class Store:
 
     def cached_bytes(self, extent: Extent) -> int:
         """Bytes of `extent` in the page cache now."""
-        return sum(cached_bytes(*where).cached_bytes for where in self._buffered(extent))
+        return self._pages.cached_bytes(extent.range)
 
     def file_fragments(self) -> int | None:
         """Contiguous ranges of the store on its device; None where the file system cannot tell."""
@@ -405,7 +400,7 @@ class Store:
             for part in self._members.stripes.parts(at, size_bytes)
         ]
         if op is Op.WRITE and extent.door is Door.PAGE_CACHE:
-            transfers += self._syncs(at, size_bytes)
+            transfers += self._pages.syncs(at, size_bytes)
         ticket = self._engine.submit(transfers, path=self._paths)
         extent.tickets = {old: of for old, of in extent.tickets.items() if not old.done}
         extent.tickets[ticket] = op
@@ -419,75 +414,9 @@ class Store:
         assert extent.door is Door.PAGE_CACHE, f"transfer on an extent that is {extent.door.value}"
         return [backing.buffered_fd for backing in self._members.backings]
 
-    def _syncs(self, offset: int, size_bytes: int) -> list[Transfer]:
-        """Writeback of a range, on each member's descriptor that wrote; they run side by side."""
-        return [
-            Transfer(backing.buffered_fd, backing.sync, 0, size, at)
-            for backing, at, size in self._members.ranges(offset, size_bytes)
-        ]
-
-    def _buffered(self, extent: Extent) -> list[tuple[int, int, int]]:
-        """(descriptor, offset, bytes) of the extent's pages on each member."""
-        found = self._members.ranges(extent.range.offset, extent.range.size_bytes)
-        return [(backing.buffered_fd, at, size) for backing, at, size in found]
-
     def _drop(self, extent: Extent) -> None:
-        extent.unmap()  # the kernel drops no page that is mapped
-        for fd, at, size in self._buffered(extent):
-            drop(fd, at, size)
-
-    def _write_back_and_drop(self, extent: Extent) -> None:
-        """No page of the extent may be cached when the direct door opens."""
-        for _ in range(_DROP_TRIES):
-            self._write_back(extent)
-            self._drop(extent)
-            left = self.cached_bytes(extent)
-            if left == 0:
-                return
-        # Clean pages that another reader holds: O_DIRECT on a file stays coherent with them.
-        at = extent.range.offset
-        log.warning("%d bytes at %d of %s stay cached after demotion", left, at, self.path)
-
-    def _write_back(self, extent: Extent) -> None:
-        syncs = self._syncs(extent.range.offset, extent.range.size_bytes)
-        self._engine.submit(syncs, path=self._paths).wait()
-
-    def _write_back_what_is_left(self, extent: Extent) -> None:
-        """Of who had these blocks before: a dirty page, whose write failed and whom nobody waited
-        for, would be written over NVMe commands. Raises: StorageError."""
-        for _ in range(_DROP_TRIES):
-            with contextlib.suppress(StorageError):  # told to who wrote it, or of no use to anybody
-                self._write_back(extent)
-            self._drop(extent)
-            if not any(cached_bytes(*place).unwritten_bytes for place in self._buffered(extent)):
-                return
-        raise self._stuck(extent, "sync", "stay dirty", "see the kernel's log for the drive")
-
-    def _drop_stale(self, extent: Extent) -> None:
-        """No page from before may be cached when the page-cache door opens: a stray reader's, or
-        another program's, would be stale after direct writes. Raises: StorageError.
-        """
-        for pause_seconds in _PAUSES_SECONDS:
-            time.sleep(pause_seconds)
-            self._drop(extent)
-            if self._coherent or self.cached_bytes(extent) == 0:
-                return
-        raise self._stuck(
-            extent,
-            "drop",
-            "cannot be dropped: another program holds them",
-            "close what maps or reads the block device, or use path direct",
-        )
-
-    def _stuck(self, extent: Extent, operation: str, what: str, hint: str) -> StorageError:
-        return StorageError(
-            f"pages of {self.path} {what}",
-            operation=operation,
-            path=self.path,
-            offset=extent.range.offset,
-            size_bytes=extent.range.size_bytes,
-            hint=hint,
-        )
+        extent.unmap()
+        self._pages.drop(extent.range)
 
     @staticmethod
     def _settle(extent: Extent) -> None:
