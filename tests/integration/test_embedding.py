@@ -20,11 +20,13 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     PretrainedConfig,
+    Qwen2_5OmniConfig,
     Qwen3NextConfig,
 )
 
 from dualblade import DualBladeCache
 from dualblade.errors import Closed, ConfigError, Unsupported
+from dualblade.hf.choice import _attentions_of
 from dualblade.hf.layer import StoredLayer
 from dualblade.pipeline.layer import Layer
 from dualblade.pipeline.memory import TileMemory
@@ -307,10 +309,19 @@ def test_candidates_that_were_refused_leave_no_layer_recording(family: str) -> N
     with cache_for(model, attention="exact") as cache:
         with pytest.raises(ValueError, match="batch_size = 1"):
             generate(model, cache, inputs, prompt_lookup_num_tokens=4)
-        assert any(layer.record_past for layer in cache.layers)
+        assert not any(layer.record_past for layer in cache.layers)
         plain = generate(model, DynamicCache(config=model.config), inputs)
         assert torch.equal(generate(model, cache, inputs), plain)
-        assert not any(layer.record_past for layer in cache.layers)
+
+
+def test_what_is_to_be_recorded_is_in_a_first_text_too() -> None:
+    model = hybrid_model()
+    with cache_for(model, attention="exact") as cache:
+        cache.activate_past_recording()
+        ids = generate(model, cache, prompt(tokens=90))
+        cache.crop(-2)
+        plain = generate(model, DynamicCache(config=model.config), {"input_ids": ids})
+        assert torch.equal(generate(model, cache, {"input_ids": ids}), plain)
 
 
 @pytest.mark.parametrize("family", ["lfm2", "qwen3-next"])
@@ -324,6 +335,19 @@ def test_states_of_inference_mode_are_forgotten_outside_it(path: str, family: st
         end()
     with pytest.raises(Closed, match="this cache is closed"), torch.no_grad():
         model(**inputs, cache=cache)
+
+
+@pytest.mark.parametrize("path", ["direct", "memory"])
+def test_a_text_begun_in_inference_mode_goes_on_outside_it(path: str) -> None:
+    model, inputs = tiny_model(), prompt(tokens=70)
+    with cache_for(model, path) as cache:
+        with torch.inference_mode():
+            ids = generate(model, cache, inputs)
+        more = torch.cat([ids, prompt(tokens=20, seed=4)["input_ids"]], dim=1)
+        plain = generate(model, DynamicCache(config=model.config), {"input_ids": more})
+        assert torch.equal(generate(model, cache, {"input_ids": more}), plain)
+        with pytest.raises(ConfigError, match="another than"):
+            generate(model, cache, {"input_ids": torch.cat([more, more], dim=1)})
 
 
 @pytest.mark.parametrize("path", ["direct", "memory"])
@@ -578,6 +602,15 @@ def test_a_model_copied_while_attention_is_lent_to_it_has_its_own_in_the_end() -
     with cache_for(other) as cache:
         assert cache.stats().attention == "tiles"
     assert other.config._attn_implementation == "sdpa"
+
+
+def test_attention_of_configurations_within_others_is_kept_to_any_depth() -> None:
+    config = Qwen2_5OmniConfig()
+    within = config.thinker_config
+    within._attn_implementation_internal = "sdpa"
+    within.vision_config._attn_implementation_internal = "eager"
+    kept = _attentions_of(config)["thinker_config"]
+    assert (kept[""], kept["vision_config"][""]) == ("sdpa", "eager")
 
 
 def test_lending_while_another_thread_gives_back() -> None:

@@ -103,6 +103,12 @@ def test_what_is_refused_while_recording_has_made_no_tail_longer(model: LlamaFor
         assert cache.stats().memory.tail_bytes == used.tail_bytes
         cache.end_recording()
         assert run(model, cache, 8).tokens == 82
+        cache.reset()
+        cache.activate_past_recording()  # as candidates do before the first pass
+        with pytest.raises(BudgetError, match="too small"):
+            run(model, cache, 8)
+        cache.end_recording()
+        assert run(model, cache, 8).tokens == 41
 
 
 def test_staging_gives_way_where_all_kv_just_fits(model: LlamaForCausalLM) -> None:

@@ -217,12 +217,15 @@ def test_several_answers_to_one_prompt(length: int | None) -> None:
 
 
 def test_assisted(length: int | None) -> None:
-    ours_and_theirs(tiny_model(), length, **prompt(), assistant_model=tiny_model("qwen2"))
+    # Two tiles stay in memory, of which candidates are taken back.
+    inputs = prompt(tokens=170)
+    ours_and_theirs(tiny_model(), length, **inputs, assistant_model=tiny_model("qwen2"))
 
 
 def test_assisted_with_sampling(length: int | None) -> None:
+    inputs = prompt(tokens=170)
     ours_and_theirs(
-        tiny_model(), length, **prompt(), assistant_model=tiny_model("qwen2"), do_sample=True
+        tiny_model(), length, **inputs, assistant_model=tiny_model("qwen2"), do_sample=True
     )
 
 
@@ -282,6 +285,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gptj": {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
     "gpt_neox": {**_SIZES, **_INNER},
     "falcon": {**_SIZES, "multi_query": True, "new_decoder_architecture": False},
+    # Spreads its KV heads over all heads before it caches them.
+    "falcon, newer": {
+        **_SIZES,
+        "model_type": "falcon",
+        "num_kv_heads": 2,
+        "new_decoder_architecture": True,
+    },
     "stablelm": {**_SIZES, **_INNER, "num_key_value_heads": 4},
     "starcoder2": {**_SIZES, **_INNER, "num_key_value_heads": 2, "sliding_window": None},
     "olmo2": {**_SIZES, **_INNER, "num_key_value_heads": 2},
@@ -299,9 +309,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def made_of(name: str) -> PreTrainedModel:
-    config = AutoConfig.for_model(
-        name, **ARCHITECTURES[name], bos_token_id=1, eos_token_id=2, pad_token_id=0
-    )
+    facts = {"model_type": name, **ARCHITECTURES[name]}
+    config = AutoConfig.for_model(**facts, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     torch.manual_seed(2)
     model = AutoModelForCausalLM.from_config(config).eval()
     model.generation_config.eos_token_id = None

@@ -245,6 +245,11 @@ def test_a_prompt_that_is_no_text(tmp_path: Path) -> None:
     assert "not UTF-8 text (byte 3)" in result.stderr
 
 
+def test_a_mark_at_the_beginning_of_a_file_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "notepad.txt").write_bytes("\ufeffabc".encode())
+    assert _prompt_text(None, str(tmp_path / "notepad.txt")) == "abc"
+
+
 def test_a_question_about_a_file_comes_after_it(tmp_path: Path) -> None:
     text = tmp_path / "book.txt"
     text.write_text("A long story.\n\n\n")

@@ -209,7 +209,7 @@ def _file_text(prompt_file: str) -> str:
         raise ConfigError("stdin is closed", hint="give a file, or --prompt")
     try:
         raw = sys.stdin.buffer.read() if prompt_file == "-" else Path(prompt_file).read_bytes()
-        return raw.decode()
+        return raw.decode("utf-8-sig")  # some editors begin a file with U+FEFF
     except OSError as exc:
         raise ConfigError(f"cannot read the prompt {prompt_file}: {exc.strerror}") from exc
     except UnicodeDecodeError as exc:

@@ -233,9 +233,8 @@ def generate_text(
                 attention_mask=torch.ones_like(ids),
                 cache=cache,
                 max_new_tokens=count,
-                **options,
                 **words,
-                **_choice(sampling.temperature),
+                **{**_choice(sampling.temperature), **options},
             )
             return text
 
@@ -324,6 +323,13 @@ _NEUTRAL: dict[str, Any] = {
     "guidance_scale": None,
     "exponential_decay_length_penalty": None,
     "cache_implementation": None,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "use_mtp": False,
+    "prompt_lookup_num_tokens": None,
     "return_dict_in_generate": False,
 }
 """Settings of a model that would change which token is taken, or what `generate` returns, at the

@@ -205,7 +205,7 @@ def _budget_bytes(stated: int | None, subject: _Subject, activations: int) -> in
     """What is stated; of `auto` (None) what will be there once the weights are loaded, beside
     `activations`.
 
-    Raises: BudgetError if the weights leave nothing.
+    Raises: BudgetError if the weights leave nothing, ConfigError if nobody knows what they take.
     """
     from dualblade.errors import BudgetError
     from dualblade.host.memory import available_memory
@@ -216,6 +216,11 @@ def _budget_bytes(stated: int | None, subject: _Subject, activations: int) -> in
     there = memory.budget_bytes
     if subject.device != "cpu":
         return there
+    if getattr(subject.config, "quantization_config", None) is not None:
+        raise ConfigError(
+            "what quantised weights take beside the cache is not known before they are loaded",
+            hint="say with --memory-budget what the cache would have",
+        )
     weights = subject.weights_bytes
     if weights >= there:
         raise BudgetError(

@@ -227,12 +227,12 @@ class DualBladeCache(WholeSteps):
     def close(self) -> None:
         """End all transfers, discard the KV, free memory, give the model its attention back. Twice
         is once; after Ctrl-C it goes on where it was."""
-        self._give_back()  # once
-        for end_watch in self._end_watches:
-            end_watch()
-        self._beside.end_watch()
         self._is_closed = True
         try:
+            self._give_back()  # once
+            for end_watch in self._end_watches:
+                end_watch()
+            self._beside.end_watch()
             for layer in self.layers:
                 if not isinstance(layer, StoredLayer):
                     reset_layer(layer)

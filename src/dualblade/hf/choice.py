@@ -168,11 +168,7 @@ def lend(model: PreTrainedModel) -> None:
         try:  # in one step: a finalizer that comes between two would end the loan
             _LOANS[key].count += 1
         except KeyError:
-            original = {"": _plain(config._attn_implementation)}
-            for name in config.sub_configs:
-                sub = getattr(config, name, None)
-                if sub is not None:
-                    original[name] = _plain(sub._attn_implementation)
+            original = _attentions_of(config)
             loan = _Loan(config, original, _plain(_text_attention(config)))
             _LOANS[key] = loan
             try:
@@ -195,6 +191,14 @@ def give_back(model: PreTrainedModel) -> None:
             del _LOANS[key]
             if model.config._attn_implementation == NAME:
                 model.set_attn_implementation(loan.original)
+
+
+def _attentions_of(config: PretrainedConfig) -> dict[str, Any]:
+    """The attention's name, at "", and those of the configurations within, to any depth: as
+    `set_attn_implementation` takes them."""
+    subs = ((name, getattr(config, name, None)) for name in config.sub_configs)
+    within = {name: _attentions_of(sub) for name, sub in subs if sub is not None}
+    return {"": _plain(config._attn_implementation), **within}
 
 
 def _own_attention(config: PretrainedConfig) -> str:

@@ -98,8 +98,6 @@ def _prefill(
             _check_begin(cache, past, input_ids, mask)
         if is_first:
             cache.end_recording()
-    elif is_first and (empty := _watched_cache(model_kwargs)) is not None:
-        empty.stop_recording()  # of candidates that were asked for and refused
     return type(self)._prefill(self, input_ids, generation_config, model_kwargs, **more)
 
 
@@ -148,6 +146,9 @@ def _get_candidate_generator(self: Any, *args: Any, **given: Any) -> Any:
         columns = getattr(given["generation_config"], "_mask_length", new)
         if model_kwargs.get("attention_mask") is not None or columns < past + new:
             raise _does_not_go_on(new, past)
+    watched = _watched_cache(model_kwargs)
+    if watched is not None and cache is None and given["input_ids"].shape[0] > 1:
+        watched.stop_recording()  # which transformers began, and refuses several sequences next
     return type(self)._get_candidate_generator(self, *args, **given)
 
 

@@ -135,9 +135,9 @@ def _cached_shape(config: Any) -> tuple[int, int, int]:
 
 
 def _kv_heads(config: Any) -> int:
-    if getattr(config, "multi_query", False) and not getattr(
-        config, "new_decoder_architecture", False
-    ):
+    if getattr(config, "new_decoder_architecture", False):  # Falcon's: spread before it caches them
+        return int(config.num_attention_heads)
+    if getattr(config, "multi_query", False):
         return 1
     for name in ("num_key_value_heads", "num_kv_heads", "num_attention_heads"):
         if heads := getattr(config, name, None):

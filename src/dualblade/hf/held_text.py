@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import torch
 
+from dualblade.hf.lazy import lasting
+
 
 class HeldText:
     """Ids of one cache's tokens, 4 bytes each, on the CPU. Known from the first token on, or not at
@@ -66,10 +68,11 @@ class HeldText:
         if self._tokens and len(coming) != len(self._room):
             self._tokens = None
             return
-        if past > self._room.shape[1] or len(coming) != len(self._room):
-            room = torch.empty((len(coming), past + max(past // 4, 64)), dtype=torch.int32)
-            if self._tokens:
-                room[:, : self._tokens] = self._room[:, : self._tokens]
-            self._room = room
-        self._room[:, self._tokens : past] = coming.cpu()
+        with lasting():
+            if past > self._room.shape[1] or len(coming) != len(self._room):
+                room = torch.empty((len(coming), past + max(past // 4, 64)), dtype=torch.int32)
+                if self._tokens:
+                    room[:, : self._tokens] = self._room[:, : self._tokens]
+                self._room = room
+            self._room[:, self._tokens : past] = coming.cpu()
         self._tokens = past

@@ -100,9 +100,7 @@ class StoredLayer(CacheLayerMixin):
             if self._attention.over_tiles and self.get_seq_length():
                 offer = self._pipeline.offer(self._index, key_states, value_states)
                 return offered_tensors(offer, self._attention.fall_back)
-            together = self._pipeline.update(self._index, key_states, value_states)
-        self._keep_recording()
-        return together
+            return self._pipeline.update(self._index, key_states, value_states)
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take in new rows without attending to them. Raises: as `update`."""
@@ -112,11 +110,6 @@ class StoredLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         with lasting():
             self._pipeline.append(self._index, key_states, value_states)
-        self._keep_recording()
-
-    def _keep_recording(self) -> None:
-        if self._record_past:  # a layer made by this call does not know yet
-            self._pipeline.set_recall(self._index, True)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(tokens that attention will see, offset 0), asked before `update`."""

@@ -5,6 +5,7 @@ Source: transformers, AttentionInterface and AttentionMaskInterface.
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from typing import Any
 
@@ -68,14 +69,22 @@ def tile_attention(
             mask = query.new_ones((1, 1, query.shape[2], key.shape[2]), dtype=torch.bool)
         # transformers' sdpa has no place for these.
         asked = _question(query, key.shape[2], mask, scaling, softcap, position_bias, s_aux)
-        return attend_whole(asked, key, value), None
+        with _without_autocast(query.device):
+            return attend_whole(asked, key, value), None
     if torch.is_grad_enabled():
         refuse_gradients(query)  # of keys and values the layer did
     tokens = key.shape[2]
     query = query.to(key.dtype)  # under autocast it may be wider
     asked = _question(query, tokens, attention_mask, scaling, softcap, position_bias, s_aux)
-    with lasting():
+    with lasting(), _without_autocast(query.device):
         return offer.attend(asked), None
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Products that are made in float32 stay so."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def refuse_gradients(*rows: torch.Tensor) -> None:

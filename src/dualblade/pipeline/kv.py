@@ -197,7 +197,8 @@ class KVPipeline(LayeredKV):
         try:
             check_rows(key_rows, value_rows, self._settings.device)
             if layer is None:
-                layer = self._layers[index] = self._maker.make(index, key_rows, value_rows)
+                layer = self._maker.make(index, key_rows, value_rows, index in self._recalls)
+                self._layers[index] = layer
                 self._drop_sweep()
             check_continues(layer, key_rows, value_rows)
             self._reserve(layer, key_rows.shape[2])
@@ -224,7 +225,7 @@ class KVPipeline(LayeredKV):
             self._placements.look(self._budget.shares)
             self._budget.raise_to(self._placements.budget_bytes)
         is_made = self._machinery is not None and self._machinery.is_registered
-        if self._budget.needs_claim(layer, tokens) or not is_made:
+        if not is_made or any(self._budget.needs_claim(other, tokens) for other in together):
             self._claim(tokens)
         for other in together:
             other.fit_tails()

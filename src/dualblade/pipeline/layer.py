@@ -222,7 +222,9 @@ class LayerMaker:
         limit = self.tail_limit
         return replace(self, tail_limit=limit and replace(limit, staging_bytes=staging_bytes))
 
-    def make(self, index: int, key_rows: torch.Tensor, value_rows: torch.Tensor) -> Layer:
+    def make(
+        self, index: int, key_rows: torch.Tensor, value_rows: torch.Tensor, recall: bool
+    ) -> Layer:
         """A layer for rows like these, [batch, kv_heads, n, dim]. Raises: BudgetError when its
         slabs are larger than the slots that staging has."""
         batch, heads, _, key_dim = key_rows.shape
@@ -246,7 +248,9 @@ class LayerMaker:
             self._check_slab(geometry)
             unit = Unit(UnitId(index, part), geometry, self.space, tokens_max=self.tokens_max)
             halves.append(HalfLayer(unit, tensor.new_empty(shape)))
-        return Layer(index, halves[0], halves[1], batch, key_rows.dtype, self.tokens_max)
+        made = Layer(index, halves[0], halves[1], batch, key_rows.dtype, self.tokens_max)
+        made.recall = recall
+        return made
 
     def _check_slab(self, geometry: TileGeometry) -> None:
         if self.slot_bytes is not None and geometry.slab_bytes > self.slot_bytes:

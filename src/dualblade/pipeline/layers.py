@@ -33,6 +33,7 @@ class LayeredKV(ABC):
     def __init__(self, trace_events: int) -> None:
         self._timeline = Timeline(trace_events)
         self._layers: dict[int, Layer] = {}
+        self._recalls: set[int] = set()  # of layers that are not there yet, too
         self._offer: Offer | None = None
         self._failure: str | None = None
         self._was_refused = False  # the failure: a reset is all that it takes
@@ -187,6 +188,7 @@ class LayeredKV(ABC):
     def set_recall(self, index: int, recall: bool) -> None:
         """Keep a tile's worth of rows more in the tail, for candidates that may be taken back."""
         self._settle()
+        (self._recalls.add if recall else self._recalls.discard)(index)
         if index in self._layers:
             self._layers[index].recall = recall
 

@@ -103,7 +103,7 @@ class MemoryKV(LayeredKV):
         check_rows(key_rows, value_rows, self._device)
         layer = self._layers.get(index)
         if layer is None:
-            layer = self._maker.make(index, key_rows, value_rows)
+            layer = self._maker.make(index, key_rows, value_rows, index in self._recalls)
         check_continues(layer, key_rows, value_rows)
         self._layers[index] = layer
         layer.fit_tails()
