@@ -59,6 +59,6 @@ def main() -> None:
     """Entry point of `dualblade` and `python -m dualblade`."""
     wait_briefly()  # before torch is imported
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")  # names of files may be in any encoding
     app(prog_name="dualblade")

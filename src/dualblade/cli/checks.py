@@ -91,8 +91,10 @@ def _cache_place() -> Path:
 
 
 def _store_at(place: Path, *, is_default: bool) -> dict[str, Any]:
-    if place.is_fifo() or place.is_socket():
-        raise NotAStore(f"{place} is neither a file, a folder nor a device", path=str(place))
+    with contextlib.suppress(OSError):
+        mode = place.stat().st_mode
+        if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):  # a pipe would be waited for
+            raise NotAStore(f"{place} is neither a file, a folder nor a device", path=str(place))
     device = device_checks.examine(str(place))
     facts = device_facts(place if device is None else device["drive"]["block_path"])
     queue = facts.queue

@@ -98,6 +98,8 @@ def _prefill(
             _check_begin(cache, past, input_ids, mask)
         if is_first:
             cache.end_recording()
+    elif is_first and (empty := _watched_cache(model_kwargs)) is not None and empty.has_candidates:
+        empty.stop_recording()  # of candidates that were refused
     return type(self)._prefill(self, input_ids, generation_config, model_kwargs, **more)
 
 
@@ -138,6 +140,9 @@ def _get_candidate_generator(self: Any, *args: Any, **given: Any) -> Any:
     """Likewise: decoding with candidates passes on all that it is given. That may be the new tokens
     under a mask of ones; or the model has a slicing of its own, as in `dualblade generate`."""
     model_kwargs = given.get("model_kwargs", {})
+    watched = _watched_cache(model_kwargs)
+    if watched is not None:
+        watched.has_candidates = True  # transformers had its layers record before
     cache = _checked_cache(model_kwargs)
     if cache is not None and "prepare_inputs_for_generation" not in vars(self):
         embeds = model_kwargs.get("inputs_embeds")  # beside them input_ids are none
@@ -146,9 +151,6 @@ def _get_candidate_generator(self: Any, *args: Any, **given: Any) -> Any:
         columns = getattr(given["generation_config"], "_mask_length", new)
         if model_kwargs.get("attention_mask") is not None or columns < past + new:
             raise _does_not_go_on(new, past)
-    watched = _watched_cache(model_kwargs)
-    if watched is not None and cache is None and given["input_ids"].shape[0] > 1:
-        watched.stop_recording()  # which transformers began, and refuses several sequences next
     return type(self)._get_candidate_generator(self, *args, **given)
 
 

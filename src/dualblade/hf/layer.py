@@ -66,9 +66,9 @@ class StoredLayer(CacheLayerMixin):
 
     @record_past.setter
     def record_past(self, value: bool) -> None:
-        self._record_past = value
         with lasting():
             self._pipeline.set_recall(self._index, value)
+        self._record_past = value
 
     def activate_past_recording(self) -> None:
         """transformers is about to append candidates and crop the rejected ones."""

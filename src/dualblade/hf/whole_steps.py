@@ -23,6 +23,8 @@ class WholeSteps(Cache):
         self.held_text = HeldText()
         self.is_watched = False
         """Whether what `generate` brings it is checked: see `hf.continues`."""
+        self.has_candidates = False
+        """Whether decoding with candidates had layers record, and nobody ended that."""
 
     def check_usable(self) -> None:
         """Raises: Closed where the content is lost."""
@@ -65,6 +67,7 @@ class WholeSteps(Cache):
 
     def stop_recording(self) -> None:
         """Layers keep from here on what they need."""
+        self.has_candidates = False
         for layer in self._recording():
             layer.record_past = False
 

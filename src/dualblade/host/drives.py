@@ -218,9 +218,8 @@ def _tree_findings(drive: Drive) -> Iterator[Finding]:
             what=f"it is partitioned: {', '.join(partitions)}",
             free_with=f"name one of them, or erase the table: wipefs --all {drive.block_path}",
         )
-    node = _sys_node(drive.block_path)
-    yield from _holder_findings(node, tree)
-    yield from _loop_findings(node)
+    yield from _holder_findings(_sys_node(drive.block_path), tree)
+    yield from loop_devices(drive)
 
 
 def _holder_findings(node: Path, tree: dict[str, Any]) -> Iterator[Finding]:
@@ -245,18 +244,22 @@ def _holder_findings(node: Path, tree: dict[str, Any]) -> Iterator[Finding]:
             )
 
 
-def _loop_findings(node: Path) -> Iterator[Finding]:
-    """Loop devices over the one at sysfs's `node`, over a partition of it or over the whole of it:
-    the kernel does not count them as holders, and O_EXCL is not refused."""
+def loop_devices(drive: Drive) -> list[Finding]:
+    """Loop devices over `drive`, over a partition of it or over the whole of it: the kernel does
+    not count them as holders, and O_EXCL is not refused."""
+    node = _sys_node(drive.block_path)
     partitions = [path.parent for path in node.glob("*/partition")]
     numbers = {_text(place / "dev"): place.name for place in (*partitions, whole_of(node), node)}
-    for loop in sorted((_SYS / "block").glob("loop*")):
-        below = numbers.get(_below_loop(loop) or "")
-        if below is not None:
-            yield Finding(
-                what=f"/dev/{loop.name} (loop) is built on /dev/{below}",
-                free_with=f"losetup -d /dev/{loop.name}",
-            )
+    loops = sorted((_SYS / "block").glob("loop*"))
+    below = {loop.name: numbers.get(_below_loop(loop) or "") for loop in loops}
+    return [
+        Finding(
+            what=f"/dev/{loop} (loop) is built on /dev/{name}",
+            free_with=f"losetup -d /dev/{loop}",
+        )
+        for loop, name in below.items()
+        if name is not None
+    ]
 
 
 def _below_loop(loop: Path) -> str | None:

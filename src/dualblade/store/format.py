@@ -47,7 +47,9 @@ _FILE_HINTS = {
 }
 _DEVICE_HINTS = {
     "foreign": "if nothing on it is wanted: dualblade store format {path}",
-    "version": "wipe it with the dualblade that made it",
+    "version": "wipe it with the dualblade that made it; or, if nothing on it is wanted: "
+    "blkdiscard --zeroout {path}",
+    "file": "wipe that file; or, if nothing on it is wanted: blkdiscard --zeroout {path}",
     "damaged": "see dualblade store inspect {path}",
 }
 
@@ -217,6 +219,11 @@ class Superblock:
             _FIELDS.unpack_from(raw)
         )
         if found not in (version, _MEMBER_VERSIONS[version]):
+            if version == DEVICE_VERSION and found in (
+                FILE_VERSION,
+                _MEMBER_VERSIONS[FILE_VERSION],
+            ):
+                raise refuse("holds what a store file holds, or its copy", "file", OtherVersion)
             why = f"is a store of version {found}; this is dualblade's version {version}"
             raise refuse(why, "version", OtherVersion)
         if not _is_whole(raw):
@@ -254,21 +261,22 @@ def choose_superblock(first: bytes, second: bytes, *, path: str, here: DeviceSec
     something else was put on the device; nor one of another version.
     Raises: NotAStore, of that OtherVersion.
     """
-    whole: list[Superblock] = []
+    decoded: dict[int, Superblock] = {}
     refusals: list[NotAStore] = []
     for copy, raw in enumerate((first, second)):
         try:
-            found = Superblock.decode(
+            decoded[copy] = Superblock.decode(
                 raw, path=path, file_bytes=here.size_bytes, version=DEVICE_VERSION
             )
         except OtherVersion as refusal:
             if _is_whole(raw):
                 raise
             refusals.insert(0, refusal)  # it may be whole by that version's rules
-            continue
         except NotAStore as refusal:
             refusals.append(refusal)
-            continue
+    if not decoded:
+        raise refusals[0]
+    for copy, found in decoded.items():
         assert found.device is not None
         differences = found.device.differences(here)
         if differences:
@@ -280,9 +288,6 @@ def choose_superblock(first: bytes, second: bytes, *, path: str, here: DeviceSec
             )
         if found.device.copy != copy:
             raise _misplaced(path)
-        whole.append(found)
-    if not whole:
-        raise refusals[0]
     if not first.startswith(MAGIC) or not second.startswith(MAGIC):
         where = "end" if first.startswith(MAGIC) else "start"
         raise NotAStore(
@@ -291,9 +296,9 @@ def choose_superblock(first: bytes, second: bytes, *, path: str, here: DeviceSec
             path=path,
             hint=f"if nothing on it is wanted: dualblade store format {path}",
         )
-    if len({(superblock.uuid, superblock.member) for superblock in whole}) > 1:
+    if len({(superblock.uuid, superblock.member) for superblock in decoded.values()}) > 1:
         raise _misplaced(path)
-    return max(whole, key=lambda superblock: superblock.generation)
+    return max(decoded.values(), key=lambda superblock: superblock.generation)
 
 
 def _misplaced(path: str) -> NotAStore:

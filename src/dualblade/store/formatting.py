@@ -15,7 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dualblade.errors import NotAStore, Unsupported
-from dualblade.host.drives import Drive, Finding, find_drive, findings, signatures
+from dualblade.host.drives import (
+    Drive,
+    Finding,
+    find_drive,
+    findings,
+    loop_devices,
+    signatures,
+)
 from dualblade.host.page_cache import drop
 from dualblade.store.backing import check_place, hold_file, is_device
 from dualblade.store.device import (
@@ -83,7 +90,7 @@ def plan_formats(paths: Sequence[str]) -> list[Plan]:
                 f"{seen[same]} and {drive.path} are two names of one drive ({drive.wwid})",
                 operation="format",
                 path=drive.path,
-                hint="name each drive once",
+                hint="name each drive once; of several that a USB bridge names alike, one",
             )
         seen[same] = drive.path
     return plans
@@ -163,7 +170,7 @@ def carry_out_format(*plans: Plan) -> Superblock:
         for plan, fd, superblock in zip(plans, held, blocks, strict=True):
             assert plan.drive is not None
             try:
-                if read_superblock(fd, 0).startswith(MAGIC):  # of a store that is none any more
+                if _was_store(fd, plan.drive):
                     discard_content(fd, plan.drive, DATA_OFFSET + superblock.capacity_bytes)
                 write_superblocks(fd, superblock)
                 drop(fd, 0, plan.drive.size_bytes)
@@ -172,13 +179,20 @@ def carry_out_format(*plans: Plan) -> Superblock:
     return blocks[0]
 
 
+def _was_store(fd: int, drive: Drive) -> bool:
+    """Whether one that is none any more may have left content. Raises: OSError."""
+    offsets = (0, second_copy_offset(drive.size_bytes))
+    return any(read_superblock(fd, offset).startswith(MAGIC) for offset in offsets)
+
+
 def _new_superblocks(plans: Sequence[Plan], held: Sequence[int]) -> list[Superblock]:
     """Of devices, each looked at once more. Raises: NotAStore."""
     uuid, now, count = uuid_module.uuid4(), int(time.time()), len(plans)
     blocks = []
     for index, (plan, fd) in enumerate(zip(plans, held, strict=True)):
         assert plan.drive is not None
-        _refuse(plan.drive, "format", signatures(plan.drive))
+        # What O_EXCL does not keep out.
+        _refuse(plan.drive, "format", [*signatures(plan.drive), *loop_devices(plan.drive)])
         _refuse_store(fd, plan.drive)
         blocks.append(
             Superblock(
@@ -235,6 +249,7 @@ def carry_out_wipe(*plans: Plan, tell: Callable[[float], None]) -> list[str]:
         held = [_hold(plan, stack) for plan in plans]
         for plan, fd in zip(plans, held, strict=True):
             if plan.drive is not None:
+                _refuse(plan.drive, "wipe", loop_devices(plan.drive))
                 recognise(fd, plan.drive)
         hows: list[str] = []
         for plan, fd in zip(plans, held, strict=True):
