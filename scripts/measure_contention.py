@@ -32,6 +32,7 @@ from dualblade.bench.decode_child import Decoder
 from dualblade.bench.decode_rows import fill, kv_bytes
 from dualblade.bench.envelope import MODEL
 from dualblade.bench.fio import FioYardstick
+from dualblade.cli.command import ending_at_signals
 from dualblade.cli.output import write_json
 from dualblade.host.machine import command_line, machine_facts
 from dualblade.host.threads import wait_briefly
@@ -60,10 +61,12 @@ def main() -> None:
         steps=1000, attention="tiles",
     )  # fmt: skip
     folder = cache_directory()
-    yardstick = FioYardstick(folder, size_bytes=GIB, chunk_bytes=MIB, queue_depth=8)
     model, rows = load(options)
     rounds: list[dict[str, float]] = []
-    with yardstick as fio, torch.inference_mode():
+    with (
+        FioYardstick(folder, size_bytes=GIB, chunk_bytes=MIB, queue_depth=8) as fio,
+        torch.inference_mode(),
+    ):
         for turn in range(asked.repeats):
             with open_cache(options, model) as cache:
                 fill(rows, options.context, cache, model.device)
@@ -170,4 +173,5 @@ def at_once(decoder: Decoder, fio: FioYardstick, seconds: float) -> tuple[float,
 
 
 if __name__ == "__main__":
-    main()
+    with ending_at_signals():
+        main()

@@ -31,6 +31,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -89,7 +90,11 @@ def flexllmgen(
             command, cwd=options.checkout, stdout=sys.stderr, env=environment(options)
         ) as child:
             stack.callback(child.kill)
-            code = child.wait()
+            try:
+                code = child.wait()
+            except KeyboardInterrupt:  # SIGTERM too, of which it knows nothing
+                child.kill()
+                raise
         if group is not None and group.was_oom_killed(code):
             return {"prefill_seconds": None, "step_seconds": None}
         if code:
@@ -150,7 +155,8 @@ def ours(mode: str, options: argparse.Namespace) -> dict[str, float | None]:
         try:
             text, _ = child.communicate()
         except KeyboardInterrupt:
-            child.wait()  # it got the same Ctrl-C
+            child.send_signal(signal.SIGINT)  # it got Ctrl-C, but no SIGTERM of ours
+            child.wait()
             raise
     if child.returncode:
         raise SystemExit(f"{mode} ended with {child.returncode}: {' '.join(command)}")

@@ -259,6 +259,20 @@ def test_a_summary_compares_with_memory() -> None:
     assert (fresh["prefill_to_memory"], written["prefill_to_memory"]) == (2.0, 1.25)
 
 
+def test_what_a_killed_benchmark_left_in_the_cache_directory_is_removed(tmp_path: Path) -> None:
+    """Of one that is no more; those of others, and what is not ours, stay."""
+    left = [f"bench-prefill-99999999.store{end}" for end in ("", ".mmap", ".fresh-99999999")]
+    others = ["bench-prefill-1.store", "bench-prefill-x.store", "my.store"]
+    for name in [*left, *others]:
+        if name.endswith(".mmap"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "keys-0").touch()
+        else:
+            (tmp_path / name).touch()
+    prefill._Stores(PrefillBenchOptions(**SHAPE), tmp_path, Watch())
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+
+
 def test_a_fresh_store_is_new_after_a_run_that_was_killed(tmp_path: Path) -> None:
     """It leaves its blocks, and the next run would only rewrite them."""
     options = PrefillBenchOptions(**SHAPE, store=tmp_path / "kv.store")

@@ -18,6 +18,7 @@ from __future__ import annotations
 import glob
 import itertools
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -207,6 +208,8 @@ class _Stores:
         self.written = options.store or place / f"bench-prefill-{os.getpid()}.store"
         self.fresh = self.written.with_name(f"{self.written.name}.fresh-{os.getpid()}")
         _remove_stale(self.written)
+        if options.store is None:
+            _remove_left(place)
 
     def ready(self, planned: Planned) -> PrefillBenchOptions:
         """The options of the run with its store, which is as it should be when this returns."""
@@ -236,11 +239,26 @@ class _Stores:
 
 
 def _remove_stale(store: Path) -> None:
-    """Fresh stores of benchmarks that were killed."""
+    """Fresh stores beside a named one, of benchmarks that were killed."""
     for left in store.parent.glob(f"{glob.escape(store.name)}.fresh-*"):
-        process = left.name.rpartition("-")[2]
-        if process.isdigit() and not Path(f"/proc/{process}").exists():
+        if _is_gone(left.name.rpartition("-")[2]):
             left.unlink(missing_ok=True)
+
+
+def _remove_left(folder: Path) -> None:
+    """Stores that nobody named, of benchmarks that were killed; with mapped files beside them."""
+    for left in folder.glob("bench-prefill-*.store*"):
+        if not _is_gone(left.name.removeprefix("bench-prefill-").partition(".")[0]):
+            continue
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _is_gone(process: str) -> bool:
+    """Whether `process` is the number of one that is no more."""
+    return process.isdigit() and not Path(f"/proc/{process}").exists()
 
 
 def _is_mapped(planned: Planned) -> bool:

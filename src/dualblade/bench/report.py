@@ -90,7 +90,7 @@ def write_report(folder: Path, output: Path) -> Page:
     )
     text = environment.get_template("report.html").render(page=page, folder=str(folder))
     try:
-        output.write_text(text)
+        output.write_text(text, encoding="utf-8", errors="replace")  # names may be no text
     except OSError as exc:
         raise ConfigError(f"cannot write {output}: {exc.strerror}") from exc
     return page

@@ -31,7 +31,7 @@ def io_section(group: list[Named]) -> Made:
     if fio is not None:
         pairs = fio["throughput_ratios"]
         ratio, spread = fio["throughput_ratio_median"], (min(pairs), max(pairs))
-        beside = [ratio_spread(ratio, spread), f"{fio['cpu_ratio_median']:.2f}"]
+        beside = [ratio_spread(ratio, spread), number_text(fio["cpu_ratio_median"], "{:.2f}")]
     section = Section(
         title="The I/O engine",
         file=name,

@@ -161,7 +161,7 @@ def _identity(machine: Mapping[str, Any]) -> dict[str, Any]:
     """Of machine_facts what must not change between the runs of one result."""
     git = machine.get("git") or {}
     device = machine.get("device") or {}
-    same = ("cpu_model", "cpu_features", "cpu_count", "kernel")
+    same = ("cpu_model", "cpu_features", "cpu_count", "cpu_usable_count", "kernel")
     names = {name: machine.get(name) for name in same}
     names["memory in GiB"] = round((machine.get("memory_bytes") or 0) / GIB)
     code = {"commit": git.get("commit"), "uncommitted changes": git.get("dirty")}

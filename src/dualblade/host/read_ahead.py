@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dualblade.errors import Unsupported
-from dualblade.host.devices import whole_drive
+from dualblade.host.devices import device_facts, whole_drive
 from dualblade.units import KIB
 
 
@@ -19,6 +19,8 @@ def reading_ahead(folder: Path, size_bytes: int) -> Iterator[None]:
     Raises: Unsupported where that is not possible, with the reason.
     Source: Documentation/ABI/stable/sysfs-block, queue/read_ahead_kb.
     """
+    if device_facts(folder).file_system == "btrfs":
+        raise _impossible("btrfs reads ahead by a setting of its own")
     drive = whole_drive(folder)
     if drive is None:
         raise _impossible(f"no single block device is below {folder}")
