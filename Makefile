@@ -12,6 +12,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install -q -c constraints.txt
+STAMP := $(VENV)/.installed$(if $(wildcard /usr/include/liburing.h),,-posix)
 NATIVE := CMakeLists.txt $(shell find native -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
 
 .PHONY: demo test check lint check-native lab test-packages venv clean
@@ -42,12 +43,12 @@ lab: venv test-packages
 test-packages:
 	bash scripts/system_packages tests
 
-venv: $(VENV)/.installed
+venv: $(STAMP)
 
 # torch comes first and by number: on a machine with a CPU build at hand it is taken, and nothing
 # later asks for another. The rest has the versions that the tests were run with, whatever is new.
-# Rebuilt when the build files or the native sources change.
-$(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) scripts/system_packages
+# Rebuilt when the build files or the native sources change, and once liburing is there.
+$(STAMP): pyproject.toml constraints.txt $(NATIVE) scripts/system_packages
 	bash scripts/system_packages
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q torch==2.13.0

@@ -220,6 +220,7 @@ class DualBladeL2Adapter(L2AdapterInterface):
     ) -> int:
         found = Bitmap(len(keys))
         with self._lock:
+            self._check_open()
             task_id = self._next_task_id()
             for index, key in enumerate(keys):
                 stored = self._objects.get(key)

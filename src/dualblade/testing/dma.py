@@ -132,7 +132,10 @@ class SimulatedDma:
                 failed = RuntimeError(f"simulated DMA: copy {self.count} failed")
             self.count += 1
             if failed is None:
-                copy.work()
+                try:
+                    copy.work()
+                except (RuntimeError, ValueError, TypeError) as problem:  # told as a device's
+                    failed = problem
             copy.error = failed
             copy.ended_ns = time.monotonic_ns()
             copy.ended.set()

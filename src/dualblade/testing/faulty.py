@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from dualblade.errors import Closed, DeviceError
+from dualblade.errors import Closed, DeviceError, DualBladeError
 from dualblade.io import Arena, Counters, Engine, Namespace, Op, Ticket, Transfer
 from dualblade.io.engine import Paths, path_of
 from dualblade.units import BLOCK_BYTES
@@ -229,7 +229,7 @@ class _FaultyTicket(Ticket):
         self._transfers = transfers
         self._path = path
         self._size_bytes = size_bytes
-        self._failure = failure
+        self._failure: DualBladeError | None = failure
         self._flips = flips
         self._inner: Ticket | None = None
         self._started = threading.Event()
@@ -239,6 +239,8 @@ class _FaultyTicket(Ticket):
             self._inner = engine.submit(self._transfers, path=self._path)
         except Closed:
             self.cancel()
+        except DualBladeError as refusal:
+            self._failure = refusal
         self._started.set()
 
     def cancel(self) -> None:
