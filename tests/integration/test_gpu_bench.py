@@ -30,6 +30,8 @@ def test_the_gpu_script_measures_and_tells(tmp_path: Path) -> None:
     assert float(rows["direct"][7]) == 2  # MiB of staging
     (run,) = json.loads((tmp_path / "quick-direct.json").read_text())["runs"]
     assert run["device_read_bytes_per_step"] == run["kv_bytes"]
+    if load_script(SCRIPT).clean_commit_here() is None:
+        return  # of code that is not committed everything is measured anew
     # Asked again, by a relative name, it measures nothing anew.
     command[-1] = tmp_path.name
     again = subprocess.run(
@@ -48,22 +50,40 @@ def script() -> Any:
 
 
 @pytest.mark.skipif(not SCRIPT.exists(), reason="installed without the sources")
-def test_only_what_was_measured_as_asked_is_kept(script: Any, tmp_path: Path) -> None:
+def test_only_what_was_measured_as_asked_by_this_code_is_kept(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit: str | None = "b" * 40
+    monkeypatch.setattr(script, "clean_commit_here", lambda: commit)
     output = tmp_path / "quick-direct.json"
     asked = ["bench", "decode", "--steps", "8"]
     assert not script.is_kept(output, asked, on_cpu=True)
     result = {
         "command": "__main__.py bench decode --steps 8",
-        "machine": {"git": {"commit": script.commit_here(), "dirty": False}},
+        "machine": {"git": {"commit": commit, "dirty": False}},
         "runs": [{"device": "cpu"}],
     }
     output.write_text(json.dumps(result))
     assert script.is_kept(output, asked, on_cpu=True)
     assert not script.is_kept(output, asked, on_cpu=False)
     assert not script.is_kept(output, [*asked[:-1], "2"], on_cpu=True)
-    result["machine"]["git"]["commit"] = "a" * 40
+    for git in ({"commit": "a" * 40, "dirty": False}, {"commit": commit, "dirty": True}, None):
+        output.write_text(json.dumps({**result, "machine": {"git": git}}))
+        assert not script.is_kept(output, asked, on_cpu=True)
     output.write_text(json.dumps(result))
+    commit = None  # something is not committed now
     assert not script.is_kept(output, asked, on_cpu=True)
+
+
+def test_a_trace_that_keeps_the_newest_steps_says_so(script: Any, tmp_path: Path) -> None:
+    """Reads of 0.5 s in each of eight steps of 1 s, of which three are kept."""
+    events = [
+        {"ph": "X", "cat": "reads", "ts": 1e6 * step, "dur": 0.5e6} for step in range(5, 8)
+    ] + [{"ph": "X", "cat": "compute", "ts": 7.5e6, "dur": 0.5e6}]
+    (tmp_path / "trace").write_text(json.dumps({"traceEvents": events}))
+    found, share = script.stages(tmp_path / "trace", 8.0)
+    assert share == pytest.approx(3 / 8)
+    assert script.length(found["reads"]) / (8 * share) == pytest.approx(0.5)
 
 
 @pytest.mark.skipif(not SCRIPT.exists(), reason="installed without the sources")
