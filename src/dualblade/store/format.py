@@ -200,7 +200,7 @@ class Superblock:
         """The superblock in `raw`, read from a file or device of `file_bytes` bytes.
 
         `version` is what the place is to hold: FILE_VERSION or DEVICE_VERSION, or a member of it.
-        Raises: NotAStore saying which check failed: foreign, another version, damaged, truncated.
+        Raises: NotAStore saying which check failed: foreign, damaged, truncated; OtherVersion.
         """
         hints = _DEVICE_HINTS if version == DEVICE_VERSION else _FILE_HINTS
 

@@ -304,14 +304,13 @@ class Store:
                 if op is not Op.READ:
                     raise
         extent.tickets.clear()
+        extent.unmap()
         if door is Door.DIRECT:
             if extent.door is not Door.DEMOTING:  # else the last try failed
                 extent.go(Door.DEMOTING)
-            extent.unmap()
             self._pages.write_back_and_drop(extent.range)
             self.counters.demotions += 1
         else:
-            extent.unmap()
             self._pages.drop_stale(extent.range)
             self.counters.promotions += 1
         extent.go(door)
