@@ -562,7 +562,8 @@ def budgets(*, brief: bool = False) -> str:
             f"{machine_line(data['machine'])} ([performance](docs/performance.md#every-budget))."
         )
     apart = (
-        f"{item['mode']} {1000 * item['step_seconds_median']:.0f}" for item in above["summary"]
+        f"{ahead_words(item['mode'])} {1000 * item['step_seconds_median']:.0f}"
+        for item in above["summary"]
     )
     memory, dual = (item["step_seconds_median"] for item in fits["summary"])
     pairs = sorted(paired_ratios(fits["runs"], "dual", "memory"))
