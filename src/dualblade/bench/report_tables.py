@@ -110,14 +110,30 @@ def deepspeed_section(group: list[Named]) -> Made:
         about=f"One file, requests of 1 MiB, O_DIRECT, both in turn; DeepSpeed "
         f"{result['deepspeed']} with its best setting of {len(result['deepspeed_tried'])}: "
         f"{setting['threads']} thread{'' if setting['threads'] == 1 else 's'}, "
-        f"{setting['queue_depth']} requests in flight. dualblade is {ratio:.1f} times as fast, "
-        f"with {cpu_ratio:.2f} of the processor time; medians of {len(result['pairs'])} pairs.",
+        f"{setting['queue_depth']} requests in flight{_deepspeed_pages(result)}. dualblade is "
+        f"{ratio:.2f} times as fast, with {cpu_ratio:.2f} of the processor time; medians of "
+        f"{len(result['pairs'])} pairs.",
         command=result["command"],
         machine=machine_text(result["machine"]),
         head=["engine", "read GiB/s", "spread", "CPU s per GiB"],
         rows=rows,
     )
     return section, [(f"{ratio:.1f} x", "the bandwidth of DeepSpeed's async_io")]
+
+
+def _deepspeed_pages(result: dict[str, Any]) -> str:
+    """Which pages its buffer had, and its best pass in the others."""
+    chosen = result["deepspeed_setting"].get("pages")  # older results: all were of 4 KiB
+    best: dict[str, float] = {}
+    for one in result["deepspeed_tried"]:
+        pages = one.get("pages")
+        best[pages] = max(best.get(pages, 0), one["bytes_per_second"] / GIB)
+    others = (
+        f"{speed:.2f} GiB/s at best in {pages} pages"
+        for pages, speed in best.items()
+        if pages != chosen
+    )
+    return f", {chosen} pages ({', '.join(others)})" if chosen else ""
 
 
 def flexllmgen_section(group: list[Named]) -> Made:
