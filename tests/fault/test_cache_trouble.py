@@ -440,12 +440,12 @@ def test_a_close_that_ctrl_c_ends_is_ended_by_the_next(
     cache = a_step_old(store)
     plain, interrupts = Store._settle, iter([KeyboardInterrupt])
 
-    def settle(extent: Extent) -> None:
+    def settle(store: Store, extent: Extent) -> None:
         for interrupt in interrupts:
             raise interrupt
-        plain(extent)
+        plain(store, extent)
 
-    monkeypatch.setattr(Store, "_settle", staticmethod(settle))
+    monkeypatch.setattr(Store, "_settle", settle)
     with pytest.raises(KeyboardInterrupt):
         cache.close()
     with pytest.raises(Closed):

@@ -26,7 +26,7 @@ from dualblade.errors import (
     StorageError,
     Unsupported,
 )
-from dualblade.host import devices
+from dualblade.host import devices, page_cache
 from dualblade.io import Arena, Engine, Op, open_engine
 from dualblade.store import Door, Store, formatting
 from dualblade.store.format import DATA_OFFSET, SUPERBLOCK_BYTES
@@ -472,6 +472,41 @@ def test_a_forked_child_keeps_neither_blocks_nor_lock(tmp_path: Path, engine: En
             os.close(fd)
 
 
+def what_a_process_has(folder: Path) -> list[str]:
+    """Its open files and mappings in `folder`."""
+    links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    names = [os.readlink(link) for link in links if os.path.lexists(link)]
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return [name for name in (*names, *lines) if str(folder) in name]
+
+
+def test_a_forked_child_has_nothing_of_the_store(tmp_path: Path, engine: Engine) -> None:
+    """No descriptor, whose number may be another file's by the time it ends, and no mapping."""
+    arena = Arena(2 * MIB)
+    with open_store(tmp_path / "kv.store", engine) as store:
+        extent = store.allocate(2 * MIB, Door.PAGE_CACHE)
+        store.write(extent, 0, arena.address, 2 * MIB).wait()
+        place = store.in_place(extent, 0, 2 * MIB)
+        assert place is not None
+        assert place.hold()
+        came, go = os.pipe()
+        child = fork()
+        if child == 0:
+            try:
+                kept = what_a_process_has(tmp_path)
+                store.close()
+                os.write(go, f"{kept} {store.page_cache_bytes()}".encode())
+            finally:
+                os._exit(0)
+        os.close(go)
+        os.waitpid(child, 0)
+        assert os.read(came, 4096) == b"[] 0"
+        assert what_a_process_has(tmp_path)
+        assert bytes(place.memory.buffer[:4]) == bytes(arena.buffer[:4])
+        os.close(came)
+    arena.close()
+
+
 def test_a_file_system_of_larger_blocks_is_refused_before_a_prompt(
     tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -610,6 +645,57 @@ def test_close_waits_for_a_transfer_that_ctrl_c_kept_from_being_noted(
         assert engine.counters().write_bytes == 2 * MIB
         assert path.stat().st_size == DATA_OFFSET
     arena.close()
+
+
+def test_what_is_freed_is_not_written_by_a_transfer_that_was_not_noted(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its range is another extent's by then."""
+    arena = Arena(2 * MIB)
+    with FaultyEngine(engine) as held, open_store(tmp_path / "kv.store", held) as store:
+        extent = store.allocate(2 * MIB, Door.DIRECT)
+        held.hold(Op.WRITE)
+        monkeypatch.setattr(held, "submit", once(held.submit, after=True))
+        with pytest.raises(KeyboardInterrupt):
+            store.write(extent, 0, arena.address, 2 * MIB)
+        freeing = threading.Thread(target=store.free, args=[extent])
+        freeing.start()
+        freeing.join(0.2)
+        assert freeing.is_alive(), "it waits"
+        held.release()
+        freeing.join()
+        assert engine.counters().write_bytes == 2 * MIB
+        assert store.free_bytes == store.capacity_bytes
+    arena.close()
+
+
+def test_a_write_that_failed_is_told_once_by_the_move(tmp_path: Path, engine: Engine) -> None:
+    """Also where nobody waited for it, and other transfers came after."""
+    arena = Arena(2 * MIB)
+    with FaultyEngine(engine) as faulty, open_store(tmp_path / "kv.store", faulty) as store:
+        extent = store.allocate(2 * MIB, Door.DIRECT)
+        faulty.inject(Fault(op=Op.WRITE, errno=errno.EIO))
+        store.write(extent, 0, arena.address, 2 * MIB)
+        for _ in range(2):
+            store.read(extent, 0, arena.address, 4096).wait()
+        with pytest.raises(DeviceError):
+            store.move(extent, Door.PAGE_CACHE)
+        store.move(extent, Door.PAGE_CACHE)
+        assert extent.door is Door.PAGE_CACHE
+    arena.close()
+
+
+@pytest.mark.parametrize("kind", ["btrfs", "fuse"])
+def test_where_the_end_of_writeback_says_nothing_the_file_is_synced(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    with open_store(tmp_path / "kv.store", engine) as store:
+        if page_cache.waits_for_device(store._members.backings[0].buffered_fd):
+            assert store._members.backings[0].sync is Op.SYNC_RANGE
+    magic = {"btrfs": 0x9123683E, "fuse": 0x65735546}[kind]
+    monkeypatch.setattr(page_cache, "_file_system", lambda _fd: magic)
+    with open_store(tmp_path / "kv.store", engine) as store:
+        assert store._members.backings[0].sync is Op.DATASYNC
 
 
 @pytest.mark.parametrize(("op", "is_told"), [(Op.READ, False), (Op.WRITE, True)])

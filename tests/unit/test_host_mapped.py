@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dualblade.host import mapped
 from dualblade.host.devices import MEMORY_FILE_SYSTEMS, device_facts
 from dualblade.host.mapped import FileMemory
 from dualblade.host.page_cache import cached_bytes, drop
@@ -60,6 +61,38 @@ def test_a_page_that_went_is_brought_alone(
     assert "rr" not in flags(memory.address)  # what is used is to count as used
     assert bytes(memory.buffer[-GONE:]) == os.pread(fd, GONE, EXTENT + 2 * MIB - GONE)
     memory.close()
+
+
+def test_what_lies_before_a_part_that_is_held_is_not_held_by_it(
+    fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = FileMemory(fd, EXTENT, 2 * MIB)
+    brought: list[int] = []
+    plain = memory._bring
+
+    def bring(offset: int, size_bytes: int) -> bool:
+        brought.append(offset)
+        return plain(offset, size_bytes)
+
+    monkeypatch.setattr(memory, "_bring", bring)
+    for offset in (MIB, 0, 0, MIB, MIB):
+        assert memory.hold(offset, MIB)
+    assert brought == [MIB, 0]
+    memory.close()
+
+
+def test_ctrl_c_leaves_no_mapping(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as pages are mapped the kernel does not drop them."""
+    memory = FileMemory(fd, EXTENT, 2 * MIB)
+    assert memory.hold(0, 2 * MIB)
+
+    def interrupted(*_: object) -> None:
+        raise AssertionError("a line of Python, at which Ctrl-C may come")
+
+    monkeypatch.setattr(mapped, "unmap_pages", interrupted)
+    memory.close()
+    drop(fd, EXTENT, 2 * MIB)
+    assert cached_bytes(fd, EXTENT, 2 * MIB).cached_bytes == 0
 
 
 def test_a_touch_reads_around_its_page(fd: int) -> None:

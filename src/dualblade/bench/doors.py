@@ -71,18 +71,20 @@ def measure_doors(
             needed_bytes=2 * options.size_bytes,
             hint="measure when there is more, or with a smaller --size",
         )
-    places = options.places
+    places: Sequence[Path] = options.places
+    are_files = not any(map(is_device, places))
     scratch: list[Path] = []
-    if not any(map(is_device, places)):
-        name = f".dualblade-tune-{os.getpid()}-{time.monotonic_ns()}"
-        folders = [place if place.is_dir() else place.absolute().parent for place in places]
-        scratch = [folder / f"{name}-{index}.store" for index, folder in enumerate(folders)]
+    if are_files:  # private files, which have no name that a kill could leave
+        places = [place if place.is_dir() else place.absolute().parent for place in places]
+        if len({place.resolve() for place in places}) < len(places):  # members need names then
+            name = f".dualblade-tune-{os.getpid()}-{time.monotonic_ns()}"
+            scratch = [folder / f"{name}-{index}.store" for index, folder in enumerate(places)]
     try:
         with (
             Arena(options.sweep_bytes) as arena,  # outlives the engine that it is registered with
             open_engine("auto", queue_depth=EngineConfig().queue_depth * len(places)) as engine,
             Store.open(
-                scratch or places, engine, capacity_bytes=options.size_bytes if scratch else None
+                scratch or places, engine, capacity_bytes=options.size_bytes if are_files else None
             ) as store,
         ):
             engine.register_arena(arena)
@@ -97,7 +99,7 @@ def measure_doors(
                 file.unlink()
     progress("measuring the processor")
     return DeviceProfile(
-        device=device_identity(*places),
+        device=device_identity(*options.places),
         engine=engine_name,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
         direct_bytes_per_s=statistics.median(rates.direct),

@@ -34,8 +34,8 @@ def check_store(stores: Sequence[Path] | None, config: EngineConfig, *, direct: 
     ):
         found = [(each.path, each.superblock) for each in held]
         _check_together([(path, block) for path, block in found if block is not None])
-        for each in held:
-            each.let_go()
+        while held:  # what has been let go must not be once more, whatever ends this
+            held.pop().let_go()
 
 
 def look_at_store(stores: Sequence[Path] | None) -> None:

@@ -27,6 +27,7 @@ _MADV_POPULATE_READ = 22
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 def can_hold_pages() -> bool:
@@ -49,12 +50,14 @@ class FileMemory:
         if not can_hold_pages():
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         address = map_pages(fd, offset, size_bytes)
+        # A forked child has no use for it, and would keep the file's blocks for as long as it runs.
+        _libc.madvise(address, size_bytes, mmap.MADV_DONTFORK)
         self.address = address
         self.size_bytes = size_bytes
         self._fd, self._offset = fd, offset
         self._others_read = others_read
         self.held_bytes = 0
-        self._there_bytes = 0  # parts of this beginning were held, and not found missing since
+        self._there = (0, 0)  # from, to: parts within were held, and not found missing since
         self.buffer = memoryview((ctypes.c_ubyte * size_bytes).from_address(address)).cast("B")
         self._is_open = True
 
@@ -62,7 +65,8 @@ class FileMemory:
         """Whether all of a part is in the page cache now. Raises: DeviceError."""
         if cached_bytes(self._fd, self._offset + offset, size_bytes).cached_bytes >= size_bytes:
             return True
-        self._there_bytes = min(self._there_bytes, offset)
+        begin, end = self._there
+        self._there = (begin, min(end, offset)) if offset > begin else (0, 0)
         return False
 
     def hold(self, offset: int, size_bytes: int) -> bool:
@@ -75,12 +79,15 @@ class FileMemory:
         """
         if not self._is_open or not self.is_cached(offset, size_bytes):
             return False
-        if offset + size_bytes <= self._there_bytes and not self._others_read:
+        begin, end = self._there
+        stop = offset + size_bytes
+        if begin <= offset and stop <= end and not self._others_read:
             return True
         if not self._bring(offset, size_bytes):
             return False
-        self._there_bytes = max(self._there_bytes, offset + size_bytes)
-        self.held_bytes = max(self.held_bytes, self._there_bytes)
+        is_beside = offset <= end and begin <= stop  # else there is a hole between
+        self._there = (min(begin, offset), max(end, stop)) if is_beside else (offset, stop)
+        self.held_bytes = max(self.held_bytes, stop)
         return True
 
     def _bring(self, offset: int, size_bytes: int) -> bool:
@@ -98,9 +105,10 @@ class FileMemory:
     def close(self) -> None:
         """Take the memory away. Twice is once."""
         if self._is_open:
-            self._is_open = False
             self.held_bytes = 0
-            unmap_pages(self.address, self.size_bytes)
+            # One after the other, with no line of Python between where Ctrl-C could come.
+            self._is_open = False
+            _libc.munmap(self.address, self.size_bytes)
 
     def blank(self) -> None:
         """Let the file go, and have zeros in its place until nobody has `buffer` or a part of it:

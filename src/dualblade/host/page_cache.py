@@ -17,6 +17,7 @@ _NO_CACHESTAT = frozenset({errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP})
 """Old kernel; forbidden by a seccomp profile or for want of ownership; a file system without it."""
 
 _OVERLAYFS = 0x794C7630
+_EXT, _XFS, _TMPFS = 0xEF53, 0x58465342, 0x01021994
 _STATFS_BYTES = 256
 """More than struct statfs of any architecture; its first word is the type."""
 
@@ -100,8 +101,23 @@ def is_overlay(fd: int) -> bool:
     cachestat and sync_file_range do not: they find nothing, and say so without an error.
     Source: statfs(2); fs/overlayfs/file.c.
     """
+    return _file_system(fd) == _OVERLAYFS
+
+
+def waits_for_device(fd: int) -> bool:
+    """Whether sync_file_range(2), which waits for the writeback of pages, waits for the device and
+    tells what it refused, on the open file's file system. FUSE and NFS end writeback earlier, btrfs
+    may, and overlayfs has no pages of its own: there only fdatasync(2) tells.
+
+    Source: sync_file_range(2); fs/fuse/file.c, fs/nfs/write.c, fs/btrfs/extent_io.c.
+    """
+    return _file_system(fd) in (_EXT, _XFS, _TMPFS)
+
+
+def _file_system(fd: int) -> int | None:
+    """Its type, as statfs(2) has it."""
     buffer = (ctypes.c_long * (_STATFS_BYTES // ctypes.sizeof(ctypes.c_long)))()
-    return _libc.fstatfs(fd, ctypes.byref(buffer)) == 0 and buffer[0] == _OVERLAYFS
+    return None if _libc.fstatfs(fd, ctypes.byref(buffer)) else buffer[0]
 
 
 def drop(fd: int, offset: int, size_bytes: int) -> None:
@@ -196,13 +212,21 @@ def _mincore(fd: int, offset: int, size_bytes: int) -> int:
     return bytes(flags).count(1) * mmap.PAGESIZE
 
 
+def _file_name(fd: int) -> str:
+    """What /proc calls the file: its path, of a private one a path that is gone."""
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return f"descriptor {fd}"
+
+
 def _device_error(
     operation: str, fd: int, number: int, offset: int, size_bytes: int
 ) -> DeviceError:
     return DeviceError(
         errno=number,
         operation=operation,
-        path=f"descriptor {fd}",
+        path=_file_name(fd),
         offset=offset,
         size_bytes=size_bytes,
     )

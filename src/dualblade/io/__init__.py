@@ -10,10 +10,11 @@ by URING_CMD, or by ioctl.
 
 from dualblade.config import EngineChoice
 from dualblade.io.arena import Arena
-from dualblade.io.engine import Counters, Engine, Ticket, open_engine
+from dualblade.io.engine import QUEUE_DEPTH_MAX, Counters, Engine, Ticket, open_engine
 from dualblade.io.transfer import Namespace, Op, Transfer
 
 __all__ = [
+    "QUEUE_DEPTH_MAX",
     "Arena",
     "Counters",
     "Engine",

@@ -91,6 +91,11 @@ class Ticket:
         return self._native.done
 
     @property
+    def failed(self) -> bool:
+        """Ended badly: `wait` raises."""
+        return self.done and self._native.failure is not None
+
+    @property
     def ended_ns(self) -> int:
         """When it ended, on the clock of `time.monotonic_ns`; 0 before."""
         return self._native.ended_ns
@@ -241,7 +246,7 @@ class Engine:
             self._native.limit_direct_pieces(size_bytes)
             self._note(f"direct pieces of {format_size(size_bytes)}: longer ones are not polled")
 
-    def fall_back(self, reason: str) -> None:
+    def note_fallback(self, reason: str) -> None:
         """Take note that a better way was wanted, and why it is not in force."""
         self.reason = reason if self.reason is None else f"{reason}; {self.reason}"
 

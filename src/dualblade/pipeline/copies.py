@@ -166,9 +166,13 @@ class CudaCopies:
                 f"{runtime.cudaGetErrorString(status)}",
                 hint="give it a smaller memory_budget",
             )
-        base = torch.cuda.Event(enable_timing=True)
-        self._stream.record_event(base)
-        base.synchronize()  # once, when the cache is made: the host time of a device event
+        try:
+            base = torch.cuda.Event(enable_timing=True)
+            self._stream.record_event(base)
+            base.synchronize()  # once, when the cache is made: the host time of a device event
+        except BaseException:  # the arena goes: it must not stay pinned
+            runtime.cudaHostUnregister(arena.address)
+            raise
         self._base = (now_ns(), base)
         self._event: CudaCopyEvent | None = None  # of copies issued since the last one that ended
 

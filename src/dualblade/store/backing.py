@@ -21,7 +21,7 @@ from pathlib import Path
 from dualblade.errors import ConfigError, NotAStore, StorageError, Unsupported
 from dualblade.host.devices import device_facts
 from dualblade.host.drives import find_drive
-from dualblade.host.page_cache import is_overlay
+from dualblade.host.page_cache import waits_for_device
 from dualblade.io import Engine, Op
 from dualblade.store.fiemap import count_fragments, file_extents
 from dualblade.store.format import DATA_OFFSET, Superblock
@@ -87,14 +87,14 @@ class FileBacking:
     def close(self, *, keep_blocks: bool, end: int) -> None:  # noqa: ARG002 - the file knows its end
         try:
             if self.private:
-                # It is gone with its descriptors, and a forked child may have them for long.
+                # It is gone with its descriptors, which a program that was started may have.
                 with contextlib.suppress(OSError):  # what went wrong with it was told before
                     os.ftruncate(self.buffered_fd, 0)
             else:
                 if not keep_blocks:
                     os.ftruncate(self.buffered_fd, DATA_OFFSET)
                 write_superblock(self.buffered_fd, replace(self.superblock, in_use=False))
-            fcntl.flock(self.buffered_fd, fcntl.LOCK_UN)  # it is the child's as well
+            fcntl.flock(self.buffered_fd, fcntl.LOCK_UN)  # whoever has the descriptor as well
         except OSError as exc:
             raise storage_error("close", self.path, exc) from exc
         finally:
@@ -141,15 +141,20 @@ class HeldFile:
             direct_fd=self.direct_fd,
             buffered_fd=self.fd,
             superblock=superblock,
-            sync=Op.DATASYNC if is_overlay(self.fd) else Op.SYNC_RANGE,
+            sync=Op.SYNC_RANGE if waits_for_device(self.fd) else Op.DATASYNC,
         )
 
     def let_go(self) -> None:
         if self.superblock is None and not self.private:
-            with contextlib.suppress(OSError):  # what it is let go for is told
-                if os.path.samestat(os.stat(self.name), os.fstat(self.fd)):
-                    os.unlink(self.name)
+            _unlink_own(self.name, self.fd)
         close_descriptors(self.direct_fd, self.fd)
+
+
+def _unlink_own(name: str, fd: int) -> None:
+    """Remove a name, unless it is another file's by now. What it is removed for is told."""
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.stat(name), os.fstat(fd)):
+            os.unlink(name)
 
 
 def file_room(system: os.statvfs_result, blocks: int, sharers: int) -> int:
@@ -256,8 +261,7 @@ def hold_file(
         direct_fd = _open_direct(fd, name) if direct else None
     except BaseException as exc:
         if is_new and not private:
-            with contextlib.suppress(OSError):  # somebody was faster; what went wrong is told
-                os.unlink(name)
+            _unlink_own(name, fd)
         os.close(fd)
         if isinstance(exc, OSError):
             raise storage_error("open", name, exc) from exc
@@ -373,13 +377,13 @@ def _make_private(fd: int, name: str, *, is_new: bool) -> None:
 
 
 def _open_direct(fd: int, name: str) -> int:
-    facts = device_facts(name)
-    if not facts.direct.possible:
+    found = device_facts(name).direct_io()
+    if not found.possible:
         raise Unsupported(
-            f"{name} cannot be accessed directly: {facts.direct.reason}",
+            f"{name} cannot be accessed directly: {found.reason}",
             hint="put the store on a drive's file system (ext4, xfs), or use path page-cache",
         )
-    for align_bytes in (facts.direct.memory_align_bytes, facts.direct.offset_align_bytes):
+    for align_bytes in (found.memory_align_bytes, found.offset_align_bytes):
         if align_bytes is not None and align_bytes > BLOCK_BYTES:
             raise Unsupported(
                 f"{name} can only be accessed directly in blocks of {align_bytes} bytes, and a "

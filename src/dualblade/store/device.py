@@ -186,14 +186,14 @@ def _open_direct(drive: Drive, engine: Engine, capacity_bytes: int) -> tuple[int
     Raises: OSError; Unsupported, StorageError where commands alone were asked for.
     """
     if drive.is_ng and engine.choice == "io_uring":
-        engine.fall_back(f"io_engine io_uring was asked for: O_DIRECT on {drive.block_path}")
+        engine.note_fallback(f"io_engine io_uring was asked for: O_DIRECT on {drive.block_path}")
     elif drive.is_ng:
         try:
             return _open_passthrough(drive, engine, capacity_bytes), True
         except (Unsupported, StorageError) as problem:
             if engine.choice == "uring-cmd":
                 raise
-            engine.fall_back(f"{problem.message}: O_DIRECT on {drive.block_path}")
+            engine.note_fallback(f"{problem.message}: O_DIRECT on {drive.block_path}")
     return os.open(drive.block_path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC), False
 
 

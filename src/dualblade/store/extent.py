@@ -15,7 +15,8 @@ from dualblade.units import BLOCK_BYTES
 @dataclass(slots=True, eq=False)
 class Extent:
     """A contiguous range of the store. All but its size belongs to the store. `tickets` are those
-    of its transfers that may not have ended, and what each does."""
+    of its transfers that may not have ended, and what each does; and of the writes that failed the
+    first, which `Store.move` tells of."""
 
     range: Range
     door: Door = Door.FREE
@@ -26,6 +27,14 @@ class Extent:
     def size_bytes(self) -> int:
         """Bytes it can hold."""
         return self.range.size_bytes
+
+    def forget_ended(self) -> None:
+        """Keep of `tickets` what they are there for."""
+        writes = (ticket for ticket, op in self.tickets.items() if op is Op.WRITE)
+        failed = next((ticket for ticket in writes if ticket.failed), None)
+        self.tickets = {
+            ticket: op for ticket, op in self.tickets.items() if not ticket.done or ticket is failed
+        }
 
     def check_range(self, offset: int, size_bytes: int) -> None:
         """Raises: ConfigError for what is not all in it."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dualblade.errors import DeviceError, NotAStore
+from dualblade.errors import DeviceError, NotAStore, Unsupported
 from dualblade.host.drives import Drive, find_drive, is_held
 from dualblade.io import Arena, Op, Transfer, open_engine
 from dualblade.store.backing import is_device, refuse_special
@@ -112,6 +113,11 @@ def unreadable_ranges(report: Report, tell: Callable[[float], None]) -> list[tup
     try:
         fd = os.open(place, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
     except OSError as exc:
+        if exc.errno == errno.EINVAL:  # what open(2) answers where there is no O_DIRECT
+            raise Unsupported(
+                f"the file system of {report.path} has no O_DIRECT, by which all blocks are read",
+                hint="--superblocks-only does without",
+            ) from exc
         raise storage_error("verify", report.path, exc) from exc
     bad: list[tuple[int, int]] = []
     try:

@@ -178,8 +178,8 @@ def open_members(
 def held_members(
     path: Place | Sequence[Place] | None, engine: Engine | None, *, direct: bool
 ) -> Iterator[list[Held]]:
-    """What a store at `path` would stand on, as `open_members` has it; let go when an exception
-    leaves the block. Raises: as `open_members`."""
+    """What a store at `path` would stand on, as `open_members` has it; what is still in the list
+    is let go when an exception leaves the block. Raises: as `open_members`."""
     places = as_places(path)
     if places is not None:
         check_kinds(places)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import weakref
 from collections.abc import Sequence
 
 from dualblade.errors import Closed, ConfigError, StorageError
@@ -21,6 +23,8 @@ from dualblade.store.place import Location
 from dualblade.units import EXTENT_ALIGN_BYTES, parse_size
 
 log = logging.getLogger("dualblade.store")
+
+_OPEN: weakref.WeakSet[Store] = weakref.WeakSet()
 
 
 class Store:
@@ -51,6 +55,7 @@ class Store:
         self._live: set[Extent] = set()
         self._process = os.getpid()
         self._closed = False
+        self._is_submitting = False
         self._has_direct = all(backing.direct_fd is not None for backing in members.backings)
         self._pages = CachedPages(members, engine, has_direct=self._has_direct)
         self._paths = members.descriptors
@@ -67,6 +72,7 @@ class Store:
                 os.posix_fadvise(backing.buffered_fd, 0, 0, os.POSIX_FADV_RANDOM)
         if members.was_unclean:
             log.warning("%s was not closed cleanly; its KV is discarded", members.path)
+        _OPEN.add(self)
 
     @classmethod
     def open(
@@ -83,6 +89,7 @@ class Store:
         """Open or make the store at `path` (None: a private file, gone at close); several paths
         are the members of one striped store.
 
+        `keep_blocks`: nothing is discarded or cut off at close; what was stored stays readable.
         `discard`: a device is told of each extent that is freed, not only of all at close.
         `capacity_bytes`: most that extents may occupy, also in words (`16MiB`); None: all but a
             reserve.
@@ -99,7 +106,16 @@ class Store:
         if capacity_bytes is not None:
             capacity_bytes = parse_size(capacity_bytes)
         members = open_members(path, engine, direct=direct, capacity_bytes=capacity_bytes)
-        return cls(members, engine, keep_blocks=keep_blocks, discard=discard, read_ahead=read_ahead)
+        try:
+            return cls(
+                members, engine, keep_blocks=keep_blocks, discard=discard, read_ahead=read_ahead
+            )
+        except BaseException:  # Ctrl-C too
+            for fd in members.descriptors:
+                engine.unregister_file(fd)
+            with contextlib.suppress(StorageError):  # what it is closed for is told
+                members.close(keep_blocks=keep_blocks, end=DATA_OFFSET)
+            raise
 
     def check_open(self) -> None:
         """Raises: Closed."""
@@ -284,9 +300,9 @@ class Store:
     def move(self, extent: Extent, door: Door | str) -> None:
         """Open `extent` through `door` instead; no data moves but dirty pages to the device.
 
-        Blocks until its transfers have ended. Raises: DeviceError when one of its writes, or the
-        writeback, failed; move it again, or free it. A read that failed is told to who asked for
-        it. ConfigError, Closed.
+        Blocks until its transfers have ended. Raises: DeviceError when one of its writes failed,
+        even where the same was written again since, or the writeback did; move it again, or free
+        it. A read that failed is reported to its caller. ConfigError, Closed.
         """
         self._check(extent)
         door = self._door(door)
@@ -297,10 +313,12 @@ class Store:
                 "the extent's move to the direct door did not end",
                 hint="move it there again, or free it",
             )
-        for ticket, op in extent.tickets.items():
+        self._note_all()
+        for ticket, op in list(extent.tickets.items()):
             try:
                 ticket.wait()  # a transfer through the old door must not meet the new one
             except StorageError:
+                del extent.tickets[ticket]  # told once
                 if op is not Op.READ:
                     raise
         extent.tickets.clear()
@@ -352,12 +370,15 @@ class Store:
         extent.range = joined
 
     def page_cache_bytes(self) -> int:
-        """Bytes of this store in the page cache now, as the kernel counts them."""
+        """Bytes of this store in the page cache now, as the kernel counts them; 0 once closed."""
+        if self._members.is_closed:
+            return 0
         ends = self._members.ends(self._end)
         return sum(cached_bytes(at.buffered_fd, 0, end).cached_bytes for at, end in ends)
 
     def cached_bytes(self, extent: Extent) -> int:
-        """Bytes of `extent` in the page cache now."""
+        """Bytes of `extent` in the page cache now. Raises: Closed."""
+        self.check_open()
         return self._pages.cached_bytes(extent.range)
 
     def file_fragments(self) -> int | None:
@@ -366,15 +387,12 @@ class Store:
 
     def close(self) -> None:
         """Wait for transfers, discard the content, unlock. Twice is once; what Ctrl-C left is ended
-        by the next call. A forked child closes its descriptors, and no more.
+        by the next call. A forked child has let go of it when it began.
 
         Raises: StorageError when the superblock could not be written; all is released anyway.
         """
         self._closed = True
         if self._members.is_closed:
-            return
-        if self.is_inherited:
-            self._members.let_go()
             return
         for extent in self._live:
             self._settle(extent)
@@ -400,10 +418,23 @@ class Store:
         ]
         if op is Op.WRITE and extent.door is Door.PAGE_CACHE:
             transfers += self._pages.syncs(at, size_bytes)
-        ticket = self._engine.submit(transfers, path=self._paths)
-        extent.tickets = {old: of for old, of in extent.tickets.items() if not old.done}
+        self._note_all()
+        self._is_submitting = True
+        try:
+            ticket = self._engine.submit(transfers, path=self._paths)
+        except Exception:  # nothing was started
+            self._is_submitting = False
+            raise
+        extent.forget_ended()
         extent.tickets[ticket] = op
+        self._is_submitting = False
         return ticket
+
+    def _note_all(self) -> None:
+        """A transfer that Ctrl-C kept from being noted at its extent ends first."""
+        if self._is_submitting:
+            self._engine.drain()
+            self._is_submitting = False
 
     def _descriptors(self, extent: Extent) -> list[int]:
         """Of the open door, one for each member."""
@@ -417,12 +448,22 @@ class Store:
         extent.unmap()
         self._pages.drop(extent.range)
 
-    @staticmethod
-    def _settle(extent: Extent) -> None:
+    def _settle(self, extent: Extent) -> None:
         """Wait until no transfer touches the extent or its memory; failures were told before."""
+        self._note_all()
         for ticket in extent.tickets:
             try:
                 ticket.wait()
             except StorageError:
                 continue
         extent.tickets.clear()
+
+
+def _let_go_in_child() -> None:
+    """A child has the parent's stores neither to use nor to hold: not their locks, nor a device's
+    exclusive open, nor the blocks of a private file."""
+    for store in list(_OPEN):
+        store._members.let_go()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)

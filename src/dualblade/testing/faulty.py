@@ -253,6 +253,11 @@ class _FaultyTicket(Ticket):
         return self._started.is_set() and (self._inner is None or self._inner.done)
 
     @property
+    def failed(self) -> bool:
+        inner = self._inner is not None and self._inner.failed
+        return self.done and (inner or self._failure is not None)
+
+    @property
     def ended_ns(self) -> int:
         return self._inner.ended_ns if self._inner else 0
 
