@@ -380,6 +380,29 @@ def test_evicted_pages_are_noticed_and_given_up(tmp_path: Path) -> None:
     cache.close()
 
 
+def test_a_prompt_after_a_squeeze_begins_with_what_was_learned(tmp_path: Path) -> None:
+    """And is not judged by the steps of the prompt before it, however fast those were."""
+    cache = Cache(tmp_path / "kv.store", lookahead=1)
+    cache.step(TOKENS)
+    for _ in range(10):
+        for layer in cache.pipeline._layers.values():
+            for half in layer.halves:
+                for segment in half.unit.segments:
+                    cache.engine.drain()
+                    cache.store._drop(segment.extent)
+        cache.step()
+    assert cache.pipeline.events()
+    cache.memory.tick_seconds = 0.0
+    for _ in range(6):
+        cache.step()
+    assert cache.pipeline._placements._steps_since > 2
+    cache.pipeline.reset()
+    cache.memory.seconds += 1000.0  # what was found overstated may be tried again by now
+    cache.step(TOKENS)
+    assert paths(cache) >= {"direct"}
+    cache.close()
+
+
 def test_gone_pages_are_a_reason_to_look_at_the_memory_again(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:

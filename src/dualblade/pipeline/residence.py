@@ -112,7 +112,6 @@ class Placements:
         self._budget_bytes = 0
         self._known: tuple[object, ...] = ()
         self._decided_at = float("-inf")
-        self._steps_since = 0
         self._room = _Room(0, 0)
         self.forget()
 
@@ -123,6 +122,7 @@ class Placements:
         self._shares_of_units: dict[UnitId, int] = {}
         self._demands: tuple[UnitDemand, ...] = ()
         self._planned_for: tuple[int, int, int] = (0, 0, 0)
+        self._steps_since = 0  # of this prompt: a plan just made is not judged by the last one's
         self.hits.restart()
 
     # -- at a step boundary ----------------------------------------------------------------------
