@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Gemma4TextConfig, P
 
 import dualblade
 from dualblade import DualBladeCache, EngineConfig
-from dualblade.attention import GroupedAttention
+from dualblade.attention import AttentionQuery, GroupedAttention, attend_whole
 from dualblade.errors import ConfigError, DualBladeError, Unsupported
 from dualblade.hf import choice
 from dualblade.hf.lazy import CausalMask, made_real
@@ -436,6 +438,41 @@ def test_a_mask_of_another_batch_is_what_transformers_makes_of_it() -> None:
     more = tile_mask(2, 1, 10, 9, attention_mask=mask.expand(3, -1))
     assert not isinstance(more, CausalMask)
     assert torch.equal(more, made_real(tile_mask(2, 1, 10, 9, attention_mask=mask.expand(2, -1))))
+
+
+@torch.no_grad()
+def test_what_a_model_writes_to_a_mask_is_attended_to() -> None:
+    model, ids = tiny_model(), prompt(tokens=90)["input_ids"]
+    seen = []
+    for cache in (DynamicCache(config=model.config), tiles(model)):
+        model(input_ids=ids[:, :80], cache=cache)
+        with _hide_first_token(model.model.layers[0].self_attn):
+            seen.append(model(input_ids=ids[:, 80:], cache=cache).logits)
+    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-4)
+
+
+@contextlib.contextmanager
+def _hide_first_token(attention: torch.nn.Module) -> Iterator[None]:
+    """As the mask comes to this layer, for it and all after it."""
+
+    def hide(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
+        kwargs["attention_mask"][..., 0] = False
+
+    hook = attention.register_forward_pre_hook(hide, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def test_elements_need_not_lie_side_by_side() -> None:
+    """torch's own attention copies them then; its kernel, called by name, gives NaN."""
+    generator = torch.Generator().manual_seed(3)
+    query, keys, values = (torch.randn(1, 2, 16, 48, generator=generator) for _ in range(3))
+    apart = [x.transpose(2, 3) for x in (query, keys, values)]
+    asked = AttentionQuery(query=apart[0], past=0, scaling=0.25)
+    expected = torch.nn.functional.scaled_dot_product_attention(*apart, is_causal=True, scale=0.25)
+    torch.testing.assert_close(attend_whole(asked, *apart[1:]), expected.transpose(1, 2))
 
 
 def test_a_mask_of_integers_is_refused() -> None:

@@ -22,10 +22,10 @@ from dualblade.hf.models import (
     LoadedModel,
     config_of,
     default_dtype,
+    foreign_errors_in_brief,
     load_model,
     parse_dtype,
     text_of,
-    told_shortly,
 )
 from dualblade.hf.random_models import FAMILIES, PRESETS, ByteTokenizer, random_config
 
@@ -241,7 +241,7 @@ def test_what_is_no_hub_id_does_not_ask_for_the_hub(
     monkeypatch.setattr(models, "_hub_reachable", lambda: pytest.fail("the hub was asked"))
     for spec in ("demo", f"random:llama?{TINY}", str(tmp_path)):
         refused = pytest.raises(Unsupported, match="cannot be loaded: no such thing")
-        with refused as caught, models.told_shortly(spec):
+        with refused as caught, models.foreign_errors_in_brief(spec):
             raise ValueError("no such thing")
         assert "hub" not in (caught.value.hint or "")
 
@@ -327,7 +327,7 @@ def test_random_models_are_built_without_a_second_copy() -> None:
 def test_a_model_that_is_no_decoder_is_told_before_it_is_loaded(tmp_path: Path) -> None:
     """By `plan` too, which asks transformers for its shape alone."""
     AutoConfig.for_model("vit", num_hidden_layers=2, hidden_size=64).save_pretrained(tmp_path)
-    with pytest.raises(Unsupported, match="not a decoder"), told_shortly(str(tmp_path)):
+    with pytest.raises(Unsupported, match="not a decoder"), foreign_errors_in_brief(str(tmp_path)):
         footprint(config_of(str(tmp_path)), torch.float32, rows=1, staging_bytes=0)
 
 

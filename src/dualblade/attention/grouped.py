@@ -219,6 +219,8 @@ def _flash(
     is_causal: bool,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    # torch's own door to this asks for elements side by side; without, it gives NaN.
+    rows, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (rows, keys, values))
     out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         rows, keys, values, 0.0, is_causal, attn_mask=mask, scale=scaling
     )

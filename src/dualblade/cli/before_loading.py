@@ -17,11 +17,11 @@ from dualblade.hf.linear import rows_in_turn
 from dualblade.hf.models import (
     ModelText,
     default_dtype,
+    foreign_errors_in_brief,
     is_packed,
     parse_device,
     parse_dtype,
     text_of,
-    told_shortly,
 )
 from dualblade.hf.plan import PlanRequest, gathers_on_host
 from dualblade.hf.refusals import check_budget
@@ -46,7 +46,7 @@ def prepare(request: Request, tell: Callable[[str], None]) -> Prepared:
     path = KVPath.parse(request.path)
     if path is not KVPath.MEMORY:
         check_store(request.store, request.engine, direct=path is not KVPath.PAGE_CACHE)
-    with told_shortly(request.model):  # what is within need not ask for the hub again
+    with foreign_errors_in_brief(request.model):  # what is within need not ask for the hub again
         text = text_of(request.model, tell=tell)
         prompt = text.encode(request.prompt, system=request.system, chat=request.chat)
         new_tokens = check_length(text, len(prompt), request.max_new_tokens, request.prompt_lookup)

@@ -106,11 +106,16 @@ class _Subject:
 
         from dualblade.hf.choice import choose
         from dualblade.hf.footprint import skeleton
-        from dualblade.hf.models import config_of, default_dtype, parse_dtype, told_shortly
+        from dualblade.hf.models import (
+            config_of,
+            default_dtype,
+            foreign_errors_in_brief,
+            parse_dtype,
+        )
 
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
         config = config_of(name)
-        with told_shortly(name):
+        with foreign_errors_in_brief(name):
             unloaded = skeleton(config, parse_dtype(dtype) or default_dtype(config, place))
         return cls(
             name=name,

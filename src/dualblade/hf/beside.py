@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLa
 
 from dualblade.errors import Closed
 from dualblade.hf.layer import MemoryLayer, StoredLayer
+from dualblade.hf.lazy import lasting
 
 
 class Beside:
@@ -77,7 +78,7 @@ class Beside:
     def check_along(self, tokens: int, first_tokens: int) -> None:
         """At a later layer in memory, which comes to have `tokens` where our first one has
         `first_tokens`: a pass before may have ended between the two. Raises: Closed."""
-        if tokens != first_tokens:
+        if first_tokens and tokens != first_tokens:  # none at all: the model makes no use of it
             raise _half_a_step()
 
     def change(self, layers: list[Any], change: Callable[[Any], object]) -> None:
@@ -86,7 +87,8 @@ class Beside:
         before, self._is_broken = self._is_broken, True
         for index, layer in enumerate(layers):
             try:
-                change(layer)
+                with lasting():
+                    change(layer)
             except Exception:
                 self._is_broken = before or index > 0
                 raise
@@ -111,6 +113,31 @@ def reset_layer(layer: Any) -> None:
             layer.is_conv_states_initialized[number] = False
             layer.is_recurrent_states_initialized[number] = False
     layer.reset()
+
+
+def select_sequences(layer: Any, indices: torch.Tensor) -> None:
+    """Keep the sequences that `indices` name. Of states transformers' layers (5.24) can only be
+    told a new order, which may be of more or fewer."""
+    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+        layer.batch_select_indices(indices)
+    elif batch := _batch(layer):
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().squeeze(1)
+        layer.reorder_cache(torch.where(indices < 0, indices + batch, indices).long())  # type: ignore[arg-type]
+
+
+def repeat_sequences(layer: Any, repeats: int) -> None:
+    """Repeat each sequence, copies side by side; see `select_sequences`."""
+    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+        layer.batch_repeat_interleave(repeats)
+    elif batch := _batch(layer):
+        layer.reorder_cache(torch.arange(batch).repeat_interleave(repeats))  # type: ignore[arg-type]
+
+
+def _batch(layer: LinearAttentionCacheLayerMixin) -> int:
+    """Sequences that it has states of."""
+    states = (*layer.conv_states.values(), *layer.recurrent_states.values())
+    return next((len(state) for state in states if state is not None), 0)
 
 
 def _half_a_step() -> Closed:

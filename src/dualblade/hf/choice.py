@@ -160,8 +160,9 @@ def texts_come_to(model: PreTrainedModel) -> set[torch.nn.Module]:
     return {_innermost(model), decoder_of(model)}
 
 
-def lend(model: PreTrainedModel) -> None:
-    """Give `model` the attention over tiles until `give_back` was called as often."""
+def lend(model: PreTrainedModel) -> PretrainedConfig:
+    """Give `model` the attention over tiles until `give_back` was called as often, with what this
+    returns: the model may be given another configuration meanwhile."""
     config = model.config
     key = id(config)
     with MODELS_LOCK:
@@ -177,11 +178,12 @@ def lend(model: PreTrainedModel) -> None:
                 model.set_attn_implementation(original)
                 del _LOANS[key]
                 raise
+    return config
 
 
-def give_back(model: PreTrainedModel) -> None:
+def give_back(model: PreTrainedModel, config: PretrainedConfig) -> None:
     """The model's own attention, once nobody uses ours; kept when someone set another meanwhile."""
-    key = id(model.config)
+    key = id(config)
     with MODELS_LOCK:
         loan = _LOANS.get(key)
         if loan is None:
@@ -191,6 +193,8 @@ def give_back(model: PreTrainedModel) -> None:
             del _LOANS[key]
             if model.config._attn_implementation == NAME:
                 model.set_attn_implementation(loan.original)
+            if config._attn_implementation == NAME:  # the model has another, its modules this one
+                _set_attentions(config, loan.original)
 
 
 def _attentions_of(config: PretrainedConfig) -> dict[str, Any]:
@@ -199,6 +203,14 @@ def _attentions_of(config: PretrainedConfig) -> dict[str, Any]:
     subs = ((name, getattr(config, name, None)) for name in config.sub_configs)
     within = {name: _attentions_of(sub) for name, sub in subs if sub is not None}
     return {"": _plain(config._attn_implementation), **within}
+
+
+def _set_attentions(config: PretrainedConfig, names: dict[str, Any]) -> None:
+    """What `_attentions_of` told."""
+    config._attn_implementation = names[""]
+    for name, within in names.items():
+        if name:
+            _set_attentions(getattr(config, name), within)
 
 
 def _own_attention(config: PretrainedConfig) -> str:

@@ -128,7 +128,7 @@ def _check_begin(cache: WholeSteps, past: int, ids: torch.Tensor, mask: Any) -> 
     shared = cache.held_text.shared_with(past, ids, seen)
     if shared < past:
         raise ConfigError(
-            f"this text is another than the {past} tokens that the cache holds, from token "
+            f"this text differs from the {past} tokens that the cache holds, from token "
             f"{shared} on",
             hint=f"reset() it for another text, or crop({shared - past}) it to what they share"
             if shared

@@ -14,7 +14,7 @@ class HeldText:
     """
 
     def __init__(self) -> None:
-        self._room = torch.empty((0, 0), dtype=torch.int32)  # [batch, capacity]
+        self._room = torch.empty((0, 0), dtype=torch.int32, device="cpu")  # [batch, capacity]
         self._tokens: int | None = 0  # None: unknown
         self._coming: torch.Tensor | None = None  # what the last pass brought
 
@@ -70,7 +70,8 @@ class HeldText:
             return
         with lasting():
             if past > self._room.shape[1] or len(coming) != len(self._room):
-                room = torch.empty((len(coming), past + max(past // 4, 64)), dtype=torch.int32)
+                shape = (len(coming), past + max(past // 4, 64))
+                room = torch.empty(shape, dtype=torch.int32, device="cpu")
                 if self._tokens:
                     room[:, : self._tokens] = self._room[:, : self._tokens]
                 self._room = room

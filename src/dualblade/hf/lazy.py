@@ -64,9 +64,12 @@ class OfferedTensor(LazyTensor):
 
 class CausalMask(LazyTensor):
     """What query rows see, [batch, 1, query tokens, all tokens] bool: themselves and what is
-    before, from `first_visible` [batch] on (None: from the beginning)."""
+    before, from `first_visible` [batch] on (None: from the beginning). `touched` has the tensor
+    that the model looked into, and may have written to, once it did: attention then goes by that,
+    without our kernel, which takes no such mask."""
 
     first_visible: torch.Tensor | None
+    touched: list[torch.Tensor]
 
 
 def made_real(structure: Any) -> Any:

@@ -90,7 +90,12 @@ class ModelText:
 
     def decode(self, tokens: list[int]) -> str:
         """The text of `tokens`, without the special ones."""
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        # Without cleaning up: a later token would take away a space that was written already.
+        return str(
+            self.tokenizer.decode(
+                tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +154,10 @@ def load_model(
             model = random_model(random_config(spec), dtype or torch.bfloat16, target, seed)
             return _loaded(model, text, f"random weights, seed {seed}")
         source = _find(spec, tell)
-        with told_shortly(spec), unpacking(tell) if source.gguf_file else contextlib.nullcontext():
+        with (
+            foreign_errors_in_brief(spec),
+            unpacking(tell) if source.gguf_file else contextlib.nullcontext(),
+        ):
             model = AutoModelForCausalLM.from_pretrained(
                 source.place,
                 dtype=dtype or default_dtype(text.config, target.type),
@@ -170,7 +178,7 @@ def text_of(spec: str, *, tell: Callable[[str], None] = _quiet) -> ModelText:
             tokenizer: Any = ByteTokenizer(config.get_text_config(decoder=True).vocab_size)
             return _text(config, tokenizer, spec)
         source = _find(spec, tell)
-        with told_shortly(spec):
+        with foreign_errors_in_brief(spec):
             config = source.config()  # first: its errors say more
             tokenizer = AutoTokenizer.from_pretrained(source.place, **source.options())
             return _text(config, tokenizer, source.name)
@@ -187,7 +195,7 @@ def config_of(spec: str, *, tell: Callable[[str], None] = _quiet) -> PretrainedC
         if spec == "demo":
             return random_config(DEMO_SHAPE)
         source = _find(spec, tell)
-        with told_shortly(spec):
+        with foreign_errors_in_brief(spec):
             return source.config()
 
 
@@ -326,7 +334,7 @@ def _silence() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told_shortly(spec: str) -> Iterator[None]:
+def foreign_errors_in_brief(spec: str) -> Iterator[None]:
     """Foreign errors of loading `spec` as ours, in a line or two."""
     is_ours = spec == "demo" or spec.startswith(PREFIX)
     is_hub_id = not is_ours and not _is_there(spec)

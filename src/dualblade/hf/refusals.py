@@ -25,7 +25,8 @@ TESTED_TRANSFORMERS = (5, 24)
 
 def check_kinds(model: object, config: object, max_tokens: object) -> None:
     """What a type checker would have said."""
-    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
+    is_model = isinstance(model, torch.nn.Module) and hasattr(model, "config")
+    if not is_model or not callable(getattr(model, "can_generate", None)):
         raise ConfigError(
             f"for_model is given a loaded model, not a {type(model).__name__}",
             hint="AutoModelForCausalLM.from_pretrained(...) makes one",
@@ -54,6 +55,9 @@ def check_model(model: PreTrainedModel, layers: list[Any], stored: list[bool]) -
         )
     if not model.can_generate():
         raise Unsupported(f"{name} does not generate", hint="load it as AutoModelForCausalLM")
+    takes_one: Any = getattr(model, "_supports_default_dynamic_cache", None)
+    if callable(takes_one) and not takes_one():
+        raise Unsupported(f"{name} has a cache of its own", hint="use that: leave `cache` out")
     if not any(stored):
         kinds = sorted({type(layer).__name__ for layer in layers})
         bounded = all(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers)

@@ -115,7 +115,9 @@ def _question(
 ) -> AttentionQuery:
     first_visible = None
     if isinstance(mask, CausalMask):
-        first_visible, mask = mask.first_visible, None
+        if not mask.touched:
+            first_visible = mask.first_visible
+        mask = next(iter(mask.touched), None)
     if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
         raise ConfigError(
             f"an attention mask of {mask.dtype} tells neither what is seen nor what to add",
@@ -175,15 +177,19 @@ def tile_mask(
         return dense()  # None: attention knows what is seen
     shape = (batch_size, 1, q_length, kv_length)
 
+    touched: list[torch.Tensor] = []  # once: what the model writes to it is to stay
+
     def real() -> torch.Tensor:
-        mask = dense()
-        assert mask is not None, "what may be left out is left out above"
-        return mask
+        if not touched:
+            made = dense()
+            assert made is not None, "what may be left out is left out above"
+            touched.append(made)
+        return touched[0]
 
     mask: CausalMask = LazyTensor.standing_for(
         CausalMask, shape, torch.bool, torch.device(device), real
     )
-    mask.first_visible = starts
+    mask.first_visible, mask.touched = starts, touched
     return mask
 
 

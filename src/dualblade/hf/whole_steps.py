@@ -8,9 +8,11 @@ import torch
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from dualblade.errors import Unsupported
-from dualblade.hf.beside import Beside, reset_layer
+from dualblade.hf.beside import Beside, repeat_sequences, reset_layer, select_sequences
 from dualblade.hf.held_text import HeldText
 from dualblade.hf.layer import removed_count
+from dualblade.hf.lazy import lasting
+from dualblade.hf.tile_attention import refuse_gradients
 from dualblade.pipeline.layer import check_removal
 
 
@@ -42,15 +44,26 @@ class WholeSteps(Cache):
             self._beside.touch()
         return state
 
-    def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """See transformers' `Cache`."""
+    def update_conv_state(
+        self, conv_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """See transformers' `Cache`. What it makes under inference_mode is written outside it."""
         self._beside.touch()
-        return super().update_conv_state(*args, **kwargs)
+        refuse_gradients(conv_states)
+        with lasting():
+            # While it records a layer keeps what it is given.
+            kept = conv_states.clone() if conv_states.is_inference() else conv_states
+            return super().update_conv_state(kept, *args, **kwargs)
 
-    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """See transformers' `Cache`."""
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """As `update_conv_state`."""
         self._beside.touch()
-        return super().update_recurrent_state(*args, **kwargs)
+        refuse_gradients(recurrent_states)
+        with lasting():
+            kept = recurrent_states.clone() if recurrent_states.is_inference() else recurrent_states
+            return super().update_recurrent_state(kept, *args, **kwargs)
 
     def reset(self) -> None:
         """Forget all tokens, for another prompt. Raises: DeviceError, Closed."""
@@ -103,12 +116,12 @@ class WholeSteps(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence `repeats` times, copies side by side. Raises: Closed."""
         self.held_text.forget()
-        self._beside.change(self.layers, lambda layer: layer.batch_repeat_interleave(repeats))
+        self._beside.change(self.layers, lambda layer: repeat_sequences(layer, repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences that `indices` name, in that order. Raises: ConfigError, Closed."""
         self.held_text.forget()
-        self._beside.change(self.layers, lambda layer: layer.batch_select_indices(indices))
+        self._beside.change(self.layers, lambda layer: select_sequences(layer, indices))
 
 
 def _goes_back(layer: Any, count: int) -> bool:

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from dualblade.errors import BudgetError, DualBladeError, NoSpace
+from dualblade.errors import BudgetError, DualBladeError, NoSpace, Unsupported
 from dualblade.io import Engine
 from dualblade.metrics import (
     EngineFacts,
@@ -276,7 +276,7 @@ class KVPipeline(LayeredKV):
         settings = self._settings
         return division.staging(
             settings.config,
-            layer_weights_bytes=settings.multiplied_bytes(division.layers[0].batch),
+            multiplied_bytes=settings.multiplied_bytes(division.layers[0].batch),
             fitting_tokens=settings.tokens_max
             if settings.config.has_choice(settings.path)
             else None,
@@ -345,7 +345,9 @@ class KVPipeline(LayeredKV):
             machinery = self._require_machinery()
             assert self._pace is not None, "made with the machinery"
             ordered = [self._layers[index] for index in sorted(self._layers)]
-            assert [layer.index for layer in ordered] == list(range(len(ordered)))
+            if ordered[-1].index >= len(ordered):
+                why = "the model gives one of its cached layers no keys and values"
+                raise Unsupported(why, hint="path='memory' takes it, and transformers' own cache")
             self._reads = ReadAhead(
                 self._store,
                 machinery.read_slots,
@@ -407,7 +409,7 @@ class KVPipeline(LayeredKV):
 
     def close(self) -> None:
         """End all transfers, discard the store, free memory. Twice is once; what Ctrl-C left is
-        ended by the next call. In a forked child only its descriptors are closed."""
+        ended by the next call. A forked child has let go of the store when it began."""
         self._closed = True
         if self._store.is_inherited:
             self._store.close()
@@ -463,7 +465,7 @@ class KVPipeline(LayeredKV):
         """How long each stage had something to do, and what was waited for."""
         moved, speeds = self.transfers(), self._settings.speeds
         return self._timeline.stages(
-            drive_bytes=moved.direct_read_bytes + moved.direct_write_bytes,
+            direct_bytes=moved.direct_read_bytes + moved.direct_write_bytes,
             profile_bytes_per_second=None if speeds is None else speeds.direct_bytes_per_s,
         )
 
