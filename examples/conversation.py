@@ -1,4 +1,4 @@
-"""A conversation on one cache: each turn reads only its own new tokens.
+"""A conversation on one cache: each turn computes only its own new tokens.
 
     python examples/conversation.py MODEL
 

@@ -26,6 +26,7 @@ const Kernel& kernel_named(const std::string& name) {
 }  // namespace
 
 NB_MODULE(_attention, m) {
+    m.attr("BLOCK_TOKENS") = kBlock;
     nb::class_<Run>(m, "Run").def(
         "__init__",
         [](Run* self, std::uintptr_t data, std::int64_t tile_stride, std::int64_t sequence_stride,

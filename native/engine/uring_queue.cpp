@@ -353,8 +353,7 @@ class UringQueue final : public Queue {
             if (files_[i] != fd) continue;
             files_[i] = -1;
             const int none = -1;
-            const int result = io_uring_register_files_update(&ring_, i, &none, 1);
-            return result < 0 ? -result : 0;
+            return -std::min(0, io_uring_register_files_update(&ring_, i, &none, 1));
         }
         return ENOENT;
     }
@@ -366,10 +365,10 @@ class UringQueue final : public Queue {
     std::vector<std::int64_t> results_;
     std::vector<std::uint32_t> free_slots_, completed_, starting_;
     std::vector<Carried> carried_;
-    // Changed by the engine's thread under the scheduler's lock, which others need to read them.
-    std::vector<Buffer> buffers_;
     std::vector<int> files_;  // descriptor per slot, -1: free
     bool have_files_ = false;
+    // Changed by the engine's thread under the scheduler's lock, which others need to read them.
+    std::vector<Buffer> buffers_;
     bool have_buffers_ = false;
     bool have_nvme_ = false;
     bool have_fixed_nvme_ = false;

@@ -33,7 +33,8 @@ class Part(StrEnum):
 
 @dataclass(frozen=True, slots=True, order=True)
 class UnitId:
-    """The keys or the values of one layer: the thing that is placed, whole or in two parts."""
+    """The keys or the values of one layer: the thing that is placed, whole or in two parts. In a
+    pipeline `layer` counts the layers that are stored, in a plan those of the model."""
 
     layer: int
     part: Part

@@ -97,8 +97,9 @@ class PipelineStages:
     compute   the model's thread attending, and all that the model does between two calls.
     control   plans, and taking in rows.
     stalled   the model's thread waited: for a read, for a copy to give its slot back, for a write.
-    drive_bytes  through the direct door, both ways; `profile_bytes_per_second` is what
-              `dualblade tune` measured that the drive reads, None without it.
+    direct_bytes  through the direct door, both ways; what the page cache moves is the kernel's and
+              not in it. `profile_bytes_per_second` is what `dualblade tune` measured that the
+              drive reads, None without it.
     """
 
     wall_seconds: float = 0.0
@@ -110,7 +111,7 @@ class PipelineStages:
     stalled_on_reads_seconds: float = 0.0
     stalled_on_copies_seconds: float = 0.0
     stalled_on_writes_seconds: float = 0.0
-    drive_bytes: int = 0
+    direct_bytes: int = 0
     profile_bytes_per_second: float | None = None
 
     @property
@@ -121,16 +122,18 @@ class PipelineStages:
         return together / self.wall_seconds if self.wall_seconds else None
 
     @property
-    def drive_utilisation(self) -> float | None:
-        """Of the drive's measured bandwidth; None where it was not measured."""
-        if not self.wall_seconds or not self.profile_bytes_per_second:
+    def direct_utilisation(self) -> float | None:
+        """What the direct door took of the drive's measured bandwidth; None where that was not
+        measured, or nothing went that way."""
+        if not self.wall_seconds or not self.profile_bytes_per_second or not self.direct_bytes:
             return None
-        return self.drive_bytes / self.wall_seconds / self.profile_bytes_per_second
+        return self.direct_bytes / self.wall_seconds / self.profile_bytes_per_second
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuningEvent:
-    """Reads may hold `to_slots` staging slots from now on; `time_seconds` since the first rows."""
+    """Reads may hold `to_slots` staging slots from now on; `time_seconds` since the first rows,
+    which is later than `ResidencyEvent`'s by what came before them."""
 
     time_seconds: float
     from_slots: int
@@ -153,8 +156,9 @@ class PipelineTuning:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitPlacement:
-    """One unit in the plan. `cached_bytes` of its beginning go through the page cache; where that
-    is neither all nor nothing, the path is `dual`."""
+    """One unit in the plan. `layer` is the model's number of it. `cached_bytes` of the unit's
+    beginning go through the page cache; where that is neither all nor nothing, the path is
+    `dual`."""
 
     layer: int
     part: str
@@ -184,14 +188,16 @@ class ResidencyEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedFacts:
-    """Speeds of the store's device that the plan goes by, in bytes per second, and who measured
-    them when: `tune`, or a short measurement at `first use`."""
+    """Speeds of the store's device as measured, in bytes per second, and who measured them when:
+    `tune`, or a short measurement at `first use`. `in_place`: hits are not copied out of the page
+    cache but attended to there, and the plan takes them to cost nothing beside the drive."""
 
     measured_by: str
     measured_at: str
     direct_bytes_per_s: float
     cache_hit_bytes_per_s: float
     cache_miss_bytes_per_s: float
+    in_place: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,5 +256,5 @@ class CacheStats:
         fields["io"]["written_bytes"] = self.io.written_bytes
         fields["memory"]["used_bytes"] = self.memory.used_bytes
         fields["stages"]["overlap_efficiency"] = self.stages.overlap_efficiency
-        fields["stages"]["drive_utilisation"] = self.stages.drive_utilisation
+        fields["stages"]["direct_utilisation"] = self.stages.direct_utilisation
         return fields

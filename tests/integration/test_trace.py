@@ -75,7 +75,7 @@ def test_a_step_in_the_trace(tmp_path: Path) -> None:
     stages = after.stages
     assert 0 < stages.reads_seconds <= stages.wall_seconds
     assert 0 < stages.compute_seconds <= stages.wall_seconds
-    assert stages.drive_bytes == after.io.direct_read_bytes + after.io.direct_write_bytes
+    assert stages.direct_bytes == after.io.direct_read_bytes + after.io.direct_write_bytes
 
 
 def test_where_nothing_is_kept_a_trace_is_refused(tmp_path: Path) -> None:

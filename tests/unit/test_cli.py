@@ -403,6 +403,18 @@ def test_the_plan_is_what_a_cache_does(name: str, budget: int, path: str, attent
     assert plan.shares.staging_bytes >= least
 
 
+def test_layers_are_numbered_as_the_model_numbers_them() -> None:
+    """Where some have windows, too: those are in memory, and count all the same."""
+    name = "random:gemma3?layers=7,hidden=64,heads=2,kv_heads=1,vocab=500,positions=512"
+    model = load_model(name, dtype=torch.float32, device="cpu").model
+    full = [n for n, kind in enumerate(model.config.layer_types) if kind == "full_attention"]
+    assert full == [5]
+    with DualBladeCache.for_model(model, memory_budget="16MiB", path="direct") as cache:
+        with torch.inference_mode():
+            model(torch.ones(1, 40, dtype=torch.long), cache=cache)
+        assert [placed.layer for placed in cache.stats().plan] == [5, 5]
+
+
 def test_sequences_that_are_multiplied_in_turn_take_staging(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -20,6 +20,7 @@ from dualblade.host.machine import (
     machine_facts,
     package_version,
 )
+from dualblade.host.profile import device_identity
 
 
 def test_a_folder_a_file_and_a_missing_file_say_the_same(tmp_path: Path) -> None:
@@ -29,16 +30,31 @@ def test_a_folder_a_file_and_a_missing_file_say_the_same(tmp_path: Path) -> None
     for place in (tmp_path, file):
         facts = device_facts(place)
         assert facts.file_system == missing.file_system
-        assert facts.direct.possible == missing.direct.possible
+        assert facts.direct_io().possible == missing.direct_io().possible
         assert facts.queue == missing.queue
         assert 0 < facts.free_bytes <= facts.size_bytes
     assert [path.name for path in tmp_path.iterdir()] == ["store"]  # the probe leaves nothing
 
 
 def test_statx_and_the_direct_read_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = device_facts(tmp_path).direct
+    told = device_facts(tmp_path).direct_io()
     monkeypatch.setattr(devices, "_statx_alignment", lambda _fd: None)
-    assert device_facts(tmp_path).direct.possible == told.possible
+    assert device_facts(tmp_path).direct_io().possible == told.possible
+
+
+def test_who_asks_what_a_folder_stands_on_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_args: object, **_options: object) -> None:
+        raise AssertionError("a file was made")
+
+    monkeypatch.setattr(devices.tempfile, "TemporaryFile", refuse)
+    assert device_identity(tmp_path)
+    whole_drive(tmp_path)
+    if device_facts(tmp_path).file_system in devices.MEMORY_FILE_SYSTEMS:
+        return
+    with pytest.raises(AssertionError, match="a file was made"):
+        device_facts(tmp_path).direct_io()
 
 
 def test_tmpfs_is_not_direct() -> None:
@@ -47,8 +63,8 @@ def test_tmpfs_is_not_direct() -> None:
         pytest.skip("no writable /dev/shm")
     facts = device_facts(shm)
     assert facts.file_system == "tmpfs"
-    assert not facts.direct.possible
-    assert facts.direct.reason == "tmpfs keeps its files in memory"
+    assert not facts.direct_io().possible
+    assert facts.direct_io().reason == "tmpfs keeps its files in memory"
     assert facts.queue is None
 
 

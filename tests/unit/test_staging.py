@@ -17,7 +17,7 @@ from dualblade.units import GIB, KIB, MIB
 
 def shape(budget_bytes: int, *, weights: int = 0, staging: int | None = None) -> StagingShape:
     engine = EngineConfig(staging_bytes=staging)
-    return staging_shape(engine, budget_bytes, 64 * KIB, layer_weights_bytes=weights)
+    return staging_shape(engine, budget_bytes, 64 * KIB, multiplied_bytes=weights)
 
 
 def test_an_eighth_of_the_budget_and_64_mib_at_most() -> None:

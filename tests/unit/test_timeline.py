@@ -49,13 +49,16 @@ def test_overlap_and_utilisation() -> None:
         wall_seconds=2.0,
         reads_seconds=2.0,
         compute_seconds=1.0,
-        drive_bytes=3_000,
+        direct_bytes=3_000,
         profile_bytes_per_second=2_000.0,
     )
     assert stages.overlap_efficiency == pytest.approx(1.5)
-    assert stages.drive_utilisation == pytest.approx(0.75)
+    assert stages.direct_utilisation == pytest.approx(0.75)
     assert PipelineStages().overlap_efficiency is None
-    assert PipelineStages(wall_seconds=1.0).drive_utilisation is None
+    assert PipelineStages(wall_seconds=1.0).direct_utilisation is None
+    # All through the page cache: the drive may be busy, but that is not known here.
+    unknown = PipelineStages(wall_seconds=1.0, profile_bytes_per_second=2_000.0)
+    assert unknown.direct_utilisation is None
 
 
 def test_a_trace_has_a_lane_per_stage_and_the_newest_spans(tmp_path: Path) -> None:

@@ -3,10 +3,11 @@ rows by torch, a group of tiles at a time. Tensors in, tensors out; no storage h
 
 from dualblade.attention.arithmetic import widening_pays
 from dualblade.attention.grouped import GroupedAttention, attend_whole, group_tokens
-from dualblade.attention.kernel import KernelAttention, kernel_name
+from dualblade.attention.kernel import BLOCK_TOKENS, KernelAttention, kernel_name
 from dualblade.attention.query import AttentionQuery, Rows, Running
 
 __all__ = [
+    "BLOCK_TOKENS",
     "AttentionQuery",
     "GroupedAttention",
     "KernelAttention",

@@ -1,3 +1,5 @@
+BLOCK_TOKENS: int
+
 class Run:
     def __init__(
         self,

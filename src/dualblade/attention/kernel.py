@@ -19,6 +19,9 @@ ROWS_MAX = 32
 """Query rows of one KV head, at most. The kernel's time grows with the rows; from about here on
 torch's products of large matrices are faster although tiles are copied together for them."""
 
+BLOCK_TOKENS = _attention.BLOCK_TOKENS
+"""What the kernel takes at a time: a block must not be cut, or rounding would depend on the cut."""
+
 _SCRATCH_BYTES = 7
 """For each query row and token that it is given: a weight, and of corrections 48 floats to a tile
 of 64 tokens (native/attention/attention.hpp, Run)."""

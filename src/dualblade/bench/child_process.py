@@ -78,7 +78,7 @@ def stop_child(child: subprocess.Popen[str]) -> None:
 def _outcome(status: int, out: str, errors: str, group: MemoryCgroup | None) -> ChildOutcome:
     if group is not None and group.was_oom_killed(status):
         return ChildOutcome(result={}, oom_killed=True, error=None)
-    told = _told(out)
+    told = newest_result(out)
     if status == 0 and told is not None:
         return ChildOutcome(result=told, oom_killed=False, error=None)
     if status == 1 and told is not None and "error" in told:
@@ -90,7 +90,7 @@ def _outcome(status: int, out: str, errors: str, group: MemoryCgroup | None) -> 
     )
 
 
-def _told(out: str) -> dict[str, Any] | None:
+def newest_result(out: str) -> dict[str, Any] | None:
     """The newest line that is a result: libraries print at their end, too."""
     for line in reversed(out.splitlines()):
         with suppress(ValueError):

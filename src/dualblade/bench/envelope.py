@@ -94,7 +94,7 @@ class EnvelopeOptions(DecodeWorkload):
         if not self.splits or not all(0 <= split <= 100 for split in self.splits):
             raise ConfigError("splits are percentages from 0 to 100, and there is at least one")
         if len(set(self.limits)) < len(self.limits) or len(set(self.splits)) < len(self.splits):
-            raise ConfigError("a limit or split stands there twice")
+            raise ConfigError("a limit or split is given twice")
         for limit in self.limits:
             if check_limit(limit) is None:
                 raise ConfigError("an envelope is measured under limits, not without one")

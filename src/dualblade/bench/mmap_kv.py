@@ -186,8 +186,7 @@ class MmapKV(MemoryKV):
                 tiles.append(tile_view(memory, geometry, layer.dtype, piece.tiles, piece.sequences))
             yield Arrived(layer.keys, tiles[0], pair[0].tile, pair[0].sequence, tiles[1])
 
-    def gather_all(self, layer: Layer, new: NewRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Offer.gather`."""
+    def _gathered(self, layer: Layer, new: NewRows) -> tuple[torch.Tensor, torch.Tensor]:
         slot = self._take(layer, whole=True)
         stored, past = layer.stored_tiles * layer.rows, layer.tokens
         together = []
@@ -198,11 +197,10 @@ class MmapKV(MemoryKV):
             together.append(out[:, :, : past + new.count])
         return together[0], together[1]
 
-    def take_in(self, layer: Layer, new: NewRows, *, is_sweeping: bool) -> None:
-        """See `LayeredKV.take_in`."""
+    def _append(self, layer: Layer, new: NewRows, *, is_sweeping: bool) -> None:
         if not is_sweeping:
             self._drop_ahead()
-        super().take_in(layer, new, is_sweeping=is_sweeping)
+        super()._append(layer, new, is_sweeping=is_sweeping)
 
     def _take(self, layer: Layer, *, whole: bool) -> int:
         """The slot that holds the layer's stored tiles; the next layer is then on its way.

@@ -53,8 +53,6 @@ def prefill(options: ChildOptions) -> dict[str, Any]:
         after = Clock.now()
         stats = cache_stats(cache)
         io = device_io(stats)
-        if options.trace is not None and hasattr(cache, "write_trace"):
-            cache.write_trace(options.trace)
     return {
         "attention": stats.get("attention", "exact"),
         "engine": engine_name(stats),

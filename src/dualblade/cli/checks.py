@@ -97,7 +97,7 @@ def _store_at(place: Path, *, is_default: bool) -> dict[str, Any]:
             raise NotAStore(f"{place} is neither a file, a folder nor a device", path=str(place))
     device = device_checks.examine(str(place))
     facts = device_facts(place if device is None else device["drive"]["block_path"])
-    queue = facts.queue
+    queue, direct = facts.queue, facts.direct_io()
     return {
         "path": str(place),
         "is_default": is_default,
@@ -107,9 +107,9 @@ def _store_at(place: Path, *, is_default: bool) -> dict[str, Any]:
         "file_system": facts.file_system,
         "mount_point": facts.mount_point,
         "free_bytes": facts.free_bytes,
-        "direct": facts.direct.possible,
-        "direct_reason": facts.direct.reason,
-        "direct_align_bytes": facts.direct.offset_align_bytes,
+        "direct": direct.possible,
+        "direct_reason": direct.reason,
+        "direct_align_bytes": direct.offset_align_bytes,
         "device": None if queue is None else queue.name,
         "device_model": None if queue is None else queue.model,
         "logical_block_bytes": None if queue is None else queue.logical_block_bytes,
@@ -119,7 +119,7 @@ def _store_at(place: Path, *, is_default: bool) -> dict[str, Any]:
         "max_sectors_kb": None if queue is None else queue.max_sectors_kb,
         "cachestat": _cachestat_works(place),
         **(_content(place) if device is None else device),
-        "ways": _ways(facts.direct.possible),
+        "ways": _ways(direct.possible),
     }
 
 

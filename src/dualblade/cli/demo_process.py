@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 
-from dualblade.bench.child_process import stop_child
+from dualblade.bench.child_process import newest_result, stop_child
 from dualblade.cli.demo_run import DemoRun
 from dualblade.cli.output import Reporter
 from dualblade.errors import DualBladeError
@@ -51,11 +51,10 @@ def run_demo_child(options: DemoRun, *, in_cgroup: bool, reporter: Reporter) -> 
             stop_child(child)
             raise
         out.seek(0)
-        lines = out.read().splitlines()
-        result: dict[str, Any] = json.loads(lines[-1]) if lines else {}
-        if child.returncode == 0:
+        result = newest_result(out.read())
+        if child.returncode == 0 and result is not None:
             return result
-        if "error" in result:
+        if result is not None and "error" in result:
             raise DualBladeError(f"path {options.path}: {result['error']}", hint=result["hint"])
         if group is not None and group.was_oom_killed(child.returncode):
             raise DualBladeError(

@@ -243,6 +243,8 @@ def _state(facts: dict[str, Any]) -> str:
 def _device(facts: dict[str, Any]) -> str:
     if facts["device"] is None:
         return "no single block device below it"
-    kind = "rotating disk" if facts["rotational"] else "solid state"
+    kind = {True: "rotating disk", False: "solid state", None: "of unknown kind"}[
+        facts["rotational"]
+    ]
     model = f" {facts['device_model']}" if facts["device_model"] else ""
     return f"{facts['device']}{model}, {kind}, logical block {facts['logical_block_bytes']} bytes"

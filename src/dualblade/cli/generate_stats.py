@@ -44,7 +44,7 @@ def _stats_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     because = f" ({engine['reason']})" if engine["reason"] else ""
     return [
         *rows,
-        ("store", f"{cache['store_path']}, in {cache['store_fragments']} fragments"),
+        ("store", cache["store_path"] + _fragments_word(cache["store_fragments"])),
         ("engine", f"{engine['name']}{because}, {engine['queue_depth']} in flight"),
         *(("", note) for note in engine["notes"]),
         ("plan", f"{format_size(cached)} of {format_size(planned)} through the page cache"),
@@ -68,6 +68,11 @@ def _stats_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def _fragments_word(fragments: int | None) -> str:
+    """None: the file system does not tell."""
+    return "" if fragments is None else f", in {fragments} fragment{'' if fragments == 1 else 's'}"
+
+
 def _tuning_line(tuning: dict[str, Any] | None) -> str:
     if tuning is None:
         return "-"
@@ -86,18 +91,28 @@ def _stage_rows(stages: dict[str, Any], tuning: dict[str, Any] | None) -> list[t
     busy = ", ".join(f"{name} {stages[f'{name}_seconds'] / wall:.0%}" for name in names)
     causes = ("reads", "copies", "writes")
     stalls = ", ".join(f"{c} {stages[f'stalled_on_{c}_seconds']:.2f} s" for c in causes)
-    used = stages["drive_utilisation"]
     return [
         ("busy", f"{busy} of {wall:.2f} s: {efficiency:.2f} stages at a time"),
         ("stalls", f"waiting for {stalls}"),
         ("ahead", _tuning_line(tuning)),
-        ("drive", "speed not measured: dualblade tune" if used is None else f"{used:.0%} used"),
+        ("direct", _direct_line(stages)),
     ]
+
+
+def _direct_line(stages: dict[str, Any]) -> str:
+    """What the direct door took of the drive's speed; the page cache's part is the kernel's."""
+    if stages["profile_bytes_per_second"] is None:
+        return "the drive's speed was not measured: dualblade tune"
+    used = stages["direct_utilisation"]
+    if used is None:
+        return "nothing read or written directly"
+    return f"{used:.0%} of the drive's measured speed, prompt and pauses included"
 
 
 def _speeds_line(speeds: dict[str, Any]) -> str:
     direct, hit = (format_size(int(speeds[f"{n}_bytes_per_s"])) for n in ("direct", "cache_hit"))
-    return f"direct {direct}/s, page cache {hit}/s, measured by {speeds['measured_by']}"
+    cached = "in place, without a copy" if speeds["in_place"] else f"{hit}/s"
+    return f"direct {direct}/s, page cache {cached}; measured by {speeds['measured_by']}"
 
 
 def _checksums_line(sums: dict[str, Any], seconds: float) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -43,7 +45,6 @@ from dualblade.hf.refusals import (
     warn_of_version,
 )
 from dualblade.hf.whole_steps import WholeSteps
-from dualblade.host.profile import DeviceProfile
 from dualblade.metrics import (
     CacheStats,
     ChecksumTotals,
@@ -52,6 +53,7 @@ from dualblade.metrics import (
     SpeedFacts,
     StageSeconds,
     TransferTotals,
+    UnitPlacement,
 )
 from dualblade.pipeline import KVPipeline, KVSettings, MemoryKV
 from dualblade.store import Place, Store
@@ -76,6 +78,7 @@ class DualBladeCache(WholeSteps):
         model: PreTrainedModel | None = None,
         pipeline: KVPipeline | MemoryKV | None = None,
         store: Store | None = None,
+        speeds: SpeedFacts | None = None,
     ) -> None:
         """`model` has attention over tiles lent to it until close, where `attention` says so."""
         super().__init__(layers)
@@ -83,7 +86,7 @@ class DualBladeCache(WholeSteps):
         self._attention = attention
         self._pipeline = pipeline
         self._store = store
-        self._profile: DeviceProfile | None = None
+        self._speeds = speeds
         self._is_closed = False
         # A cache that is dropped without close must leave neither its store open nor the model with
         # its attention.
@@ -96,8 +99,7 @@ class DualBladeCache(WholeSteps):
         self._end_watches += watch_generate(generating(model), self)
         self._beside.watch(decoder_of(model), self)
         if attention.over_tiles:  # last: what fails above leaves the model as it was
-            lend(model)
-            self._give_back = weakref.finalize(self, give_back, model)
+            self._give_back = weakref.finalize(self, give_back, model, lend(model))
 
     @classmethod
     def for_model(
@@ -146,10 +148,11 @@ class DualBladeCache(WholeSteps):
         check_model(model, layers, stored)
         warn_of_boundary(model, max_tokens)
         choice = choose(model, attention)
+        made = partial(cls, layers, path=way, attention=choice, model=model)
         if way is Path.MEMORY:
             memory = _memory_kv(model, choice, max_tokens, settings)
             _take_over(layers, stored, memory, max_tokens, choice)
-            return cls(layers, path=way, attention=choice, model=model, pipeline=memory)
+            return made(pipeline=memory)
         budget, source = budget_of(stated, settings)
         check_budget(model.config, _one_token(model, way, choice, budget, settings), max_tokens)
         kv = KVSettings(
@@ -165,11 +168,9 @@ class DualBladeCache(WholeSteps):
             layers_alike=are_alike(s for s in layer_shapes(model.config) if s.offloaded),
             memory=source,
         )
-        opened, over, profile = open_pipeline(store, kv, kv_bytes_least(model, max_tokens))
+        opened, over, speeds = open_pipeline(store, kv, kv_bytes_least(model, max_tokens))
         _take_over(layers, stored, over, max_tokens, choice)
-        made = cls(layers, path=way, attention=choice, model=model, pipeline=over, store=opened)
-        made._profile = profile
-        return made
+        return made(pipeline=over, store=opened, speeds=speeds)
 
     # torch.compile would trace the store's arithmetic, with tensors that are none.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -311,9 +312,16 @@ class DualBladeCache(WholeSteps):
             seconds=pipeline.seconds(),
             stages=pipeline.stages(),
             tuning=pipeline.tuning(),
-            plan=pipeline.placements(),
+            plan=self._plan(pipeline),
             events=pipeline.events(),
-            speeds=_speed_facts(self._profile),
+            speeds=self._speeds,
+        )
+
+    def _plan(self, pipeline: KVPipeline) -> tuple[UnitPlacement, ...]:
+        """The plan in force. The pipeline counts the layers that it has; the model all of them."""
+        of_model = [n for n, layer in enumerate(self.layers) if isinstance(layer, StoredLayer)]
+        return tuple(
+            replace(placed, layer=of_model[placed.layer]) for placed in pipeline.placements()
         )
 
 
@@ -344,18 +352,6 @@ def _one_token(
         over_tiles=choice.over_tiles,
         weights_bytes=weights_per_token(model) if is_on_cpu else 0,
         rows_in_turn=rows_in_turn(model.dtype),
-    )
-
-
-def _speed_facts(profile: DeviceProfile | None) -> SpeedFacts | None:
-    if profile is None:
-        return None
-    return SpeedFacts(
-        measured_by="first use" if profile.quick else "tune",
-        measured_at=profile.measured_at,
-        direct_bytes_per_s=profile.direct_bytes_per_s,
-        cache_hit_bytes_per_s=profile.cache_hit_bytes_per_s,
-        cache_miss_bytes_per_s=profile.cache_miss_bytes_per_s,
     )
 
 

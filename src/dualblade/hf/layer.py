@@ -214,7 +214,7 @@ class MemoryLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self._buffers is not None and self._buffers[0].shape[2] >= tokens:
             return self._buffers
-        capacity = max(tokens + max(tokens // 8, 64), self._tokens_max or 0)
+        capacity = self._tokens_max or tokens + max(tokens // 8, 64)
         grown = []
         for rows, old in ((key_states, self.keys), (value_states, self.values)):
             buffer = rows.new_empty((*rows.shape[:2], capacity, rows.shape[3]))

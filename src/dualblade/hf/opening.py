@@ -19,7 +19,8 @@ from dualblade.hf.speeds import (
 )
 from dualblade.host.memory import MemoryProbe
 from dualblade.host.profile import DeviceProfile
-from dualblade.io import Engine, open_engine
+from dualblade.io import QUEUE_DEPTH_MAX, Engine, open_engine
+from dualblade.metrics import SpeedFacts
 from dualblade.pipeline import KVPipeline, KVSettings
 from dualblade.pipeline.memory_watch import MemorySource
 from dualblade.store import Place, Store, member_count
@@ -39,13 +40,14 @@ def budget_of(stated: int | None, config: EngineConfig) -> tuple[int, MemorySour
 
 def open_pipeline(
     store: Place | Sequence[Place] | None, settings: KVSettings, kv_bytes: int | None
-) -> tuple[Store, KVPipeline, DeviceProfile | None]:
-    """The engine, the store and the pipeline over them, and the speeds that it goes by; nothing
+) -> tuple[Store, KVPipeline, SpeedFacts | None]:
+    """The engine, the store and the pipeline over them, and the drive's speeds; nothing
     stays open when one refuses. `kv_bytes`: the least that is to be expected, None: no end."""
     config = settings.config
     engine = open_engine(
         config.io_engine,
-        queue_depth=config.queue_depth * member_count(store),  # each member's own is to be full
+        # Each member's own queue is to be full.
+        queue_depth=min(config.queue_depth * member_count(store), QUEUE_DEPTH_MAX),
         chunk_bytes=config.chunk_bytes,
         io_poll=config.io_poll,
     )
@@ -66,7 +68,8 @@ def open_pipeline(
         profile = _profile(store, opened, engine, settings, kv_bytes)
         in_place = reads_in_place(config, settings.device.type, store)
         settings = replace(settings, speeds=door_speeds(profile, in_place=in_place))
-        return opened, KVPipeline(opened, engine, settings), profile
+        speeds = _speed_facts(profile, in_place=in_place)
+        return opened, KVPipeline(opened, engine, settings), speeds
     except BaseException:
         opened.close()
         engine.close()
@@ -101,6 +104,19 @@ def _profile(
     if is_fixed or min(worth, store.capacity_bytes) < FIRST_USE_KV_BYTES_MIN:
         return None
     return measure_at_first_use(place, store, engine)
+
+
+def _speed_facts(profile: DeviceProfile | None, *, in_place: bool) -> SpeedFacts | None:
+    if profile is None:
+        return None
+    return SpeedFacts(
+        measured_by="first use" if profile.quick else "tune",
+        measured_at=profile.measured_at,
+        direct_bytes_per_s=profile.direct_bytes_per_s,
+        cache_hit_bytes_per_s=profile.cache_hit_bytes_per_s,
+        cache_miss_bytes_per_s=profile.cache_miss_bytes_per_s,
+        in_place=in_place,
+    )
 
 
 def kv_bytes_least(model: PreTrainedModel, tokens_max: int | None) -> int | None:

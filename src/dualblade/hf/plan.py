@@ -44,8 +44,8 @@ class PlanRequest:
 
     `gather_on_host` is False for a GPU with memory of its own. `over_tiles`: attention works on
     tiles, and a group of them is gathered at most. `speeds`, `compute` None: not measured.
-    `weights_bytes`, which a processor multiplies for each token, ask for staging; 0 on a GPU; so
-    does `rows_in_turn`, see `KVSettings`. How fast it is does not change where units go, which a
+    `weights_bytes` are what the processor multiplies for each token (0 on a GPU), `rows_in_turn` as
+    in `KVSettings`: with both staging grows. How fast it is does not change where units go, which a
     cache decides before it has computed anything; only the time that is predicted.
     """
 
@@ -213,7 +213,7 @@ def _sizes(shape: LayerShape, request: PlanRequest) -> LayerSizes:
 def _shares(division: Division, request: PlanRequest, layer_count: int) -> BudgetShares:
     staging = division.staging(
         request.engine,
-        layer_weights_bytes=_layer_weights(request, layer_count),
+        multiplied_bytes=_layer_weights(request, layer_count),
         fitting_tokens=request.tokens if request.engine.has_choice(request.path) else None,
         speeds=request.speeds,
     )

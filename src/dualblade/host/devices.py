@@ -62,7 +62,8 @@ class BlockQueue:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceFacts:
-    """What `path` stands on. `queue` is None where no single block device is below."""
+    """What `path`, which may not exist yet, stands on. `queue` is None where no single block
+    device is below."""
 
     path: str
     file_system: str
@@ -70,24 +71,27 @@ class DeviceFacts:
     mount_options: str | None
     size_bytes: int
     free_bytes: int
-    direct: DirectIO
     queue: BlockQueue | None
+
+    def direct_io(self) -> DirectIO:
+        """Whether direct I/O works there. A folder that is writable gets a small unnamed file for a
+        moment, to try it on."""
+        place = _existing(self.path)
+        return direct_io(place, "the block device" if place.is_block_device() else self.file_system)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def device_facts(path: str | os.PathLike[str], root: Path = ROOT) -> DeviceFacts:
-    """Everything known about what `path` stands on. `root` replaces `/` for /proc and /sys.
-
-    A folder that is writable gets a small unnamed file for a moment, to try direct I/O on.
+    """What is known about what `path` stands on; it only looks. `root` replaces `/` for /proc and
+    /sys.
 
     Raises:  StorageError when neither the path nor its folder exists, or it may not be examined.
     Source:  statvfs(3), statx(2) STATX_DIOALIGN, Documentation/ABI/stable/sysfs-block.
     """
-    place = Path(path)
     try:
-        place = place if place.exists() else place.absolute().parent
+        place = _existing(path)
         status = place.stat()
         if stat.S_ISBLK(status.st_mode):
             return _block_device(place, status.st_rdev, root)
@@ -100,13 +104,18 @@ def device_facts(path: str | os.PathLike[str], root: Path = ROOT) -> DeviceFacts
             mount_options=options,
             size_bytes=space.f_blocks * space.f_frsize,
             free_bytes=space.f_bavail * space.f_frsize,
-            direct=direct_io(place, kind),
             queue=block_queue(status.st_dev, root) or _queue_of_source(source, root),
         )
     except OSError as exc:
         raise StorageError(
             f"cannot examine {path}: {exc.strerror}", operation="stat", path=str(path)
         ) from exc
+
+
+def _existing(path: str | os.PathLike[str]) -> Path:
+    """`path`, or the folder where it would be."""
+    place = Path(path)
+    return place if place.exists() else place.absolute().parent
 
 
 def direct_io(place: Path, file_system: str) -> DirectIO:
@@ -192,7 +201,6 @@ def _block_device(place: Path, device: int, root: Path) -> DeviceFacts:
         mount_options=None,
         size_bytes=size,
         free_bytes=size,
-        direct=direct_io(place, "the block device"),
         queue=block_queue(device, root),
     )
 

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ def machine_facts(path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         "git": git_state(Path(__file__).resolve().parent),
     }
     if path is not None:
-        facts["device"] = device_facts(path).to_dict()
+        device = device_facts(path)
+        facts["device"] = {**device.to_dict(), "direct": asdict(device.direct_io())}
     return facts
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from dualblade.attention import (
+    BLOCK_TOKENS,
     AttentionQuery,
     GroupedAttention,
     KernelAttention,
@@ -16,9 +17,6 @@ from dualblade.attention import (
     widening_pays,
 )
 from dualblade.pipeline.layer import HalfLayer, Layer
-
-_BLOCK_TOKENS = 16
-"""What the kernel takes at a time: a block must not be cut, or rounding would depend on the cut."""
 
 Buffers = Callable[[torch.dtype], tuple[torch.Tensor, torch.Tensor]]
 
@@ -116,7 +114,7 @@ def _recent(layer: Layer, half: HalfLayer, new: torch.Tensor) -> Iterator[tuple[
     """(first token, rows) of what is in no tile yet: the tail's whole blocks where they lie; the
     rest of it and the new rows copied together."""
     first = layer.stored_tiles * layer.rows
-    whole = layer.tail_rows // _BLOCK_TOKENS * _BLOCK_TOKENS
+    whole = layer.tail_rows // BLOCK_TOKENS * BLOCK_TOKENS
     if whole:
         yield first, half.tail[:, :, :whole]
     if whole < layer.tail_rows:

@@ -129,7 +129,7 @@ class Division:
         self,
         config: EngineConfig,
         *,
-        layer_weights_bytes: int,
+        multiplied_bytes: int,
         fitting_tokens: int | None,
         speeds: DoorSpeeds | None,
     ) -> StagingShape:
@@ -140,7 +140,7 @@ class Division:
             self.budget_bytes,
             max(half.slab_bytes for half in self.layers[0].halves),
             room_bytes=self.staging_room(),
-            layer_weights_bytes=layer_weights_bytes,
+            multiplied_bytes=multiplied_bytes,
             fitting_bytes=0
             if fitting_tokens is None
             else self.fitting_staging(fitting_tokens, speeds),

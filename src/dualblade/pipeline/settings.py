@@ -18,8 +18,9 @@ class KVSettings:
 
     layer_count          the offloaded layers only.
     over_tiles           attention works on tiles, and no layer is gathered whole.
-    layer_weights_bytes  see `multiplied_bytes`.
-    rows_in_turn         each of so many sequences is multiplied for as long as one.
+    layer_weights_bytes  what the processor multiplies in a layer; 0 on a GPU.
+    rows_in_turn         so many sequences are multiplied one after another, each for as long as
+                         one alone.
     layers_alike         all layers have the same heads.
     memory               None: the budget holds, and nobody asks what memory there is.
     speeds               None: not measured.
@@ -40,7 +41,9 @@ class KVSettings:
     copies: MakeCopies = copies_for
 
     def multiplied_bytes(self, batch: int) -> int:
-        """As `staging_shape` takes it. Who takes turns counts on the path `direct` alone: elsewhere
-        more staging is less page cache, and what is left to read is hidden without."""
+        """Bytes of weights that stream through the processor between two layers' attention, once
+        for each sequence that is multiplied by itself: how much staging is to keep the drive busy
+        meanwhile. On path `direct` alone the sequences count: elsewhere more staging is less page
+        cache, and what is left to read is hidden without."""
         turns = min(batch, self.rows_in_turn) if self.path is Path.DIRECT else 1
         return self.layer_weights_bytes * turns

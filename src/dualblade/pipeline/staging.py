@@ -76,19 +76,19 @@ def staging_shape(
     slab_bytes_max: int,
     *,
     room_bytes: int = 0,
-    layer_weights_bytes: int = 0,
+    multiplied_bytes: int = 0,
     fitting_bytes: int = 0,
 ) -> StagingShape:
     """The slots for a budget. A slot holds at least one slab (`slab_bytes_max`); there are at
     least 8, so that the least staging is 8 slabs. `room_bytes`: what a small budget may give beyond
-    its share (`staging_room`). `layer_weights_bytes` are multiplied between two layers' attention,
-    while the drive is to go on, as many times as rows take turns; 0: in no time worth mentioning.
-    `fitting_bytes`: the most that leaves room for all KV in the page cache; 0: no staging does.
-    Where that is barely what staging would take, or less, it gives way, and all KV stays in
-    memory."""
+    its share (`staging_room`). `multiplied_bytes` of weights stream through the processor
+    between two layers' attention, while the drive is to go on (`KVSettings.multiplied_bytes`); 0:
+    in no time. `fitting_bytes`: the most that leaves room for all KV in the page cache; 0: no
+    staging does. Where that is barely what staging would take, or less, it gives way, and all KV
+    stays in memory."""
     share = min(
         max(budget_bytes // _SHARE_OF_BUDGET, _TOTAL_BYTES_MIN),
-        _TOTAL_BYTES_MAX + layer_weights_bytes // _SHARE_OF_WEIGHTS,
+        _TOTAL_BYTES_MAX + multiplied_bytes // _SHARE_OF_WEIGHTS,
     )
     total = max(share, min(room_bytes, _TOTAL_BYTES_ENOUGH))
     if _TOTAL_BYTES_GIVEN_WAY <= fitting_bytes < total + _BARELY_BYTES:
@@ -174,7 +174,7 @@ class Slots:
         event.synchronize()
         slot.busy = None
         self._timeline.stall(Lane.COPIES, began, now_ns())
-        self._timeline.span(Lane.COPIES, "copy", *event.span_ns(), size_bytes=len(slot.memory))
+        self._timeline.span(Lane.COPIES, "copy", *event.span_ns())
 
     def release(self, slot: Slot) -> None:
         """Give `slot` back; a device copy may still read it until `slot.busy` has passed.

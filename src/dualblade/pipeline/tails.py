@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dualblade.attention import group_tokens
+from dualblade.attention import BLOCK_TOKENS, group_tokens
 
 _SHARE_OF_BUDGET = 10
 _SHARE_OF_TABLES = 16
 _SHARE_LEFT = 4
-_TOKENS_WANTED = 16
-"""What the attention kernel takes at a time. Tiles of fewer cost twice the processor time and
-more, and their sums are rounded elsewhere."""
+_TOKENS_WANTED = BLOCK_TOKENS
+"""Tiles of fewer cost twice the processor time and more, and their sums are rounded elsewhere."""
 
 _FP32_BYTES = 4
 

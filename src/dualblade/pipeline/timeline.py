@@ -123,9 +123,9 @@ class Timeline:
         return self._wall_ns + max(0, self._left_ns - self._prompt_ns)
 
     def stages(
-        self, *, drive_bytes: int = 0, profile_bytes_per_second: float | None = None
+        self, *, direct_bytes: int = 0, profile_bytes_per_second: float | None = None
     ) -> PipelineStages:
-        """Totals so far, for `drive_bytes` moved through the direct door."""
+        """Totals so far, for `direct_bytes` moved through the direct door."""
         busy = [ns / 1e9 for ns in self._busy_ns]
         return PipelineStages(
             wall_seconds=self._so_far_ns() / 1e9,
@@ -137,7 +137,7 @@ class Timeline:
             stalled_on_reads_seconds=self.stalled_seconds(Lane.READS),
             stalled_on_copies_seconds=self.stalled_seconds(Lane.COPIES),
             stalled_on_writes_seconds=self.stalled_seconds(Lane.WRITES),
-            drive_bytes=drive_bytes,
+            direct_bytes=direct_bytes,
             profile_bytes_per_second=profile_bytes_per_second,
         )
 

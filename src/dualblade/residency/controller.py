@@ -39,11 +39,13 @@ class ControlPolicy:
 
     dwell_seconds       room must have been there this long, and no unit moved, before a promotion,
                         unless nobody else takes it.
-    units_max           promoted at once, or parts of them, as long as that is not known.
+    units_max           promoted at a time, or parts of them, until a reading has shown that nobody
+                        else takes the memory.
     hit_fraction_min    fewer hits mean evictions: a sweep over too much gets none at all, one
                         over what fits gets nearly all.
     settle_steps        hits are not judged before: the sweep after a move reads cold pages.
-    stall_fraction_max  of wall time, in which some task waits for memory.
+    stall_fraction_max  of wall time, in which some task waits for memory, over the last
+                        stall_window_seconds.
     retry_seconds       first wait before room that was found overstated is tried again, with one
                         unit, then two, four ...; doubles with each failure to retry_seconds_max.
     """
