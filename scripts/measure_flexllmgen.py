@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Decode the same shape by FlexLLMGen and by dualblade in turn, with all KV on the drive; write
-FILE, results/flexllmgen.json unless another is named.
+FILE, flexllmgen.json unless another is named.
 
     .venv/bin/python scripts/measure_flexllmgen.py CHECKOUT [--storage-only] [--python PYTHON]
         [--store FOLDER] [--model opt-6.7b] [--batch N] [--context N] [--steps N] [--repeats N]
@@ -52,7 +52,7 @@ from dualblade.store import cache_directory
 from dualblade.units import GIB, MIB, parse_size
 
 SCRIPTS = Path(__file__).resolve().parent
-RESULT = SCRIPTS.parent / "results" / "flexllmgen.json"
+RESULT = Path("flexllmgen.json")
 MODES = ("mmap", "direct", "dual")
 WHO = ("flexllmgen", *MODES)
 Round = dict[str, dict[str, float | None]]

@@ -243,8 +243,8 @@ def lookup() -> str:
         f"{table(head, rows)}\n\nSmolLM2-135M in float32 copies the beginning of a text of "
         f"{data['prompt_tokens']} tokens, {data['new_tokens']} of them, on the direct path; "
         "`dualblade generate --model demo --dtype float32 --prompt-file FILE --max-new-tokens 100 "
-        "--path direct --prompt-lookup N --json`, by `scripts/measure_prompts.py`; files: "
-        "`results/prompt-lookup-*.json`."
+        "--path direct --prompt-lookup N --json`, by `scripts/measure_prompts.py`, on "
+        f"{machine_line(data['machine'])}; files: `results/prompt-lookup-*.json`."
     )
 
 
@@ -263,7 +263,8 @@ def greedy() -> str:
         f"Greedy tokens of SmolLM2 over tiles, on a prompt of {exact['prompt_tokens']} tokens: "
         f"{'; '.join(words)}. `dualblade generate --model demo --dtype DTYPE --prompt-file FILE "
         "--max-new-tokens 100 --path memory --attention WAY --json`, by "
-        "`scripts/measure_prompts.py`; files: `results/greedy-*.json`."
+        f"`scripts/measure_prompts.py`, on {machine_line(exact['machine'])}; files: "
+        "`results/greedy-*.json`."
     )
 
 
@@ -283,7 +284,8 @@ def prefill() -> str:
         f"{load('prefill-2048-tiles')['prompt_tokens']} tokens of prompt, {data['model']} in "
         f"{data['dtype']}, direct path; `dualblade generate --model MODEL --prompt-file FILE "
         "--max-new-tokens 2 --path direct --prefill-chunk-size N --attention WAY --json`, by "
-        "`scripts/measure_prompts.py`; files: `results/prefill-*.json`."
+        f"`scripts/measure_prompts.py`, on {machine_line(data['machine'])}; files: "
+        "`results/prefill-*.json`."
     )
 
 
@@ -428,9 +430,14 @@ def mlperf_way(runs: list[dict[str, Any]], way: str) -> list[str]:
 
 
 def flexllmgen() -> str:
-    narrow = ("flexllmgen-narrow-128KiB", "flexllmgen-narrow-1MiB")
-    shapes = (*narrow, "flexllmgen-tenth", "flexllmgen")
-    return "\n\n".join(of_section(flexllmgen_section, name) for name in shapes)
+    shapes = ("narrow", "tenth", "opt-2.7b")
+    names = [f"flexllmgen-{shape}-{ahead}" for shape in shapes for ahead in ("128KiB", "1MiB")]
+    return "\n\n".join(of_section(flexllmgen_section, name) for name in names)
+
+
+def spinning() -> str:
+    names = ("spinning", "spinning-busy")
+    return "\n\n".join(of_section(spinning_section, name) for name in names)
 
 
 def drive_word(data: dict[str, Any]) -> str:
@@ -909,7 +916,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "checksums": checksums,
     "control": partial(of_section, control_section, "control"),
     "products": partial(of_section, products_section, "products"),
-    "spinning": partial(of_section, spinning_section, "spinning"),
+    "spinning": spinning,
     "flexllmgen": flexllmgen,
     "lmcache": lmcache,
     "mlperf": mlperf,
