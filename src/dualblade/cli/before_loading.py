@@ -12,8 +12,7 @@ from dualblade.cli.generation import check_candidates, check_length
 from dualblade.cli.store_place import check_store
 from dualblade.config import Path as KVPath
 from dualblade.hf.choice import choose
-from dualblade.hf.footprint import footprint, skeleton, staging_least, weights_per_token
-from dualblade.hf.linear import rows_in_turn
+from dualblade.hf.footprint import footprint, skeleton, staging_least
 from dualblade.hf.models import (
     ModelText,
     default_dtype,
@@ -23,7 +22,7 @@ from dualblade.hf.models import (
     parse_dtype,
     text_of,
 )
-from dualblade.hf.plan import PlanRequest, gathers_on_host
+from dualblade.hf.plan import PlanRequest
 from dualblade.hf.refusals import check_budget
 from dualblade.host.memory import available_memory
 
@@ -69,17 +68,15 @@ def _check_budget(request: Request, prepared: Prepared, unloaded: Any, device: s
     if request.memory_budget == "auto":
         return
     tokens = len(prepared.prompt)
-    planned = PlanRequest(
+    planned = PlanRequest.of(
+        unloaded,
+        device=device,
         tokens=tokens,
         batch=1,
-        item_bytes=unloaded.dtype.itemsize,
         budget_bytes=int(request.memory_budget),
         path=KVPath.parse(request.path),
         engine=request.engine,
-        gather_on_host=gathers_on_host(device),
         over_tiles=choose(unloaded, request.attention, device).over_tiles,
-        weights_bytes=weights_per_token(unloaded) if device == "cpu" else 0,
-        rows_in_turn=rows_in_turn(unloaded.dtype),
     )
     most = tokens + prepared.new_tokens + request.prompt_lookup
     check_budget(unloaded.config, planned, most)

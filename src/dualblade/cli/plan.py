@@ -148,14 +148,14 @@ class _Subject:
 
     def request(self, *, store: Any, engine: EngineConfig, **asked: Any) -> PlanRequest:
         """What is `asked`, as the model and the drive below `store` have it."""
-        from dualblade.hf.plan import PlanRequest, gathers_on_host
+        from dualblade.hf.plan import PlanRequest
 
-        return PlanRequest(
-            **asked,
+        return PlanRequest.of(
+            self.unloaded,
+            device=self.device,
             engine=engine,
-            item_bytes=self.unloaded.dtype.itemsize,
-            gather_on_host=gathers_on_host(self.device),
             over_tiles=self.over_tiles,
+            **asked,
             **_measured(self.unloaded, self.device, store, engine),
         )
 
@@ -238,16 +238,10 @@ def _budget_bytes(stated: int | None, subject: _Subject, activations: int) -> in
 
 
 def _measured(unloaded: Any, device: str, store: Any, engine: EngineConfig) -> dict[str, Any]:
-    """The processor's work for a token of the model, which has no memory, and what is known of its
-    speed and the drive's, as PlanRequest takes them."""
-    from dualblade.hf.footprint import weights_per_token
-    from dualblade.hf.linear import rows_in_turn
+    """What is known of the processor's speed and the drive's, as PlanRequest takes it."""
     from dualblade.hf.speeds import door_speeds, known_profile, reads_in_place
 
     told: dict[str, Any] = {}
-    if device == "cpu":
-        told["weights_bytes"] = weights_per_token(unloaded)
-        told["rows_in_turn"] = rows_in_turn(unloaded.dtype)
     if profile := known_profile(store):
         in_place = reads_in_place(engine, device, store)
         told["speeds"] = door_speeds(profile, in_place=in_place)

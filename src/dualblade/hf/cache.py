@@ -26,7 +26,6 @@ from dualblade.hf.choice import (
     texts_come_to,
 )
 from dualblade.hf.continues import watch_generate, watch_texts
-from dualblade.hf.footprint import weights_per_token
 from dualblade.hf.geometry import (
     are_alike,
     layer_shapes,
@@ -36,7 +35,7 @@ from dualblade.hf.geometry import (
 from dualblade.hf.layer import MemoryLayer, StoredLayer
 from dualblade.hf.linear import rows_in_turn
 from dualblade.hf.opening import budget_of, kv_bytes_least, layer_weights_bytes, open_pipeline
-from dualblade.hf.plan import PlanRequest, gathers_on_host
+from dualblade.hf.plan import PlanRequest
 from dualblade.hf.refusals import (
     check_budget,
     check_kinds,
@@ -340,18 +339,14 @@ def _one_token(
     model: PreTrainedModel, path: Path, choice: AttentionChoice, budget: int, config: EngineConfig
 ) -> PlanRequest:
     """The least that is to be planned for."""
-    is_on_cpu = model.device.type == "cpu"
-    return PlanRequest(
+    return PlanRequest.of(
+        model,
         tokens=1,
         batch=1,
-        item_bytes=model.dtype.itemsize,
         budget_bytes=budget,
         path=path,
         engine=config,
-        gather_on_host=gathers_on_host(model.device.type),
         over_tiles=choice.over_tiles,
-        weights_bytes=weights_per_token(model) if is_on_cpu else 0,
-        rows_in_turn=rows_in_turn(model.dtype),
     )
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dualblade.config import EngineConfig, Path
 from dualblade.errors import BudgetError, ConfigError
 from dualblade.geometry import Part, TileGeometry, UnitId
+from dualblade.hf.footprint import weights_per_token
 from dualblade.hf.geometry import LayerShape, are_alike, layer_shapes
+from dualblade.hf.linear import rows_in_turn
 from dualblade.host.profile import ComputeSpeeds
 from dualblade.metrics import UnitPlacement
 from dualblade.pipeline.copies import shares_host_memory
@@ -61,6 +64,19 @@ class PlanRequest:
     compute: ComputeSpeeds | None = None
     weights_bytes: int = 0
     rows_in_turn: int = 1
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, *, device: str | None = None, **asked: Any) -> PlanRequest:
+        """What is `asked`, for `model`, whose weights need not be there, on `device` (cpu or cuda;
+        None: its own)."""
+        place = device or model.device.type
+        return cls(
+            item_bytes=model.dtype.itemsize,
+            gather_on_host=gathers_on_host(place),
+            weights_bytes=weights_per_token(model) if place == "cpu" else 0,
+            rows_in_turn=rows_in_turn(model.dtype),
+            **asked,
+        )
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.batch < 1:
