@@ -29,6 +29,7 @@ from dualblade.errors import (
 from dualblade.host import devices, page_cache
 from dualblade.io import Arena, Engine, Op, open_engine
 from dualblade.store import Door, Store, formatting
+from dualblade.store import store as store_module
 from dualblade.store.format import DATA_OFFSET, SUPERBLOCK_BYTES
 from dualblade.store.formatting import carry_out_wipe, plan_formats, plan_wipe
 from dualblade.store.inspect import inspect_store
@@ -470,6 +471,25 @@ def test_a_forked_child_keeps_neither_blocks_nor_lock(tmp_path: Path, engine: En
         os.waitpid(child, 0)
         for fd in (*come, *go, blocks):
             os.close(fd)
+
+
+def test_a_forked_child_whose_hooks_did_not_run_leaves_the_store_alone(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fork by the C library, or Ctrl-C that came to the whole group in that moment."""
+    path = tmp_path / "kv.store"
+    with open_store(path, engine) as store:
+        store.allocate(4 * MIB, Door.DIRECT)
+        size = path.stat().st_size
+        monkeypatch.setattr(store_module, "_OPEN", [])
+        child = fork()
+        if child == 0:
+            try:
+                store.close()
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        assert path.stat().st_size == size
 
 
 def what_a_process_has(folder: Path) -> list[str]:

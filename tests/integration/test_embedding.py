@@ -368,14 +368,16 @@ def test_sequences_with_states_are_chosen_and_repeated(path: str, family: str) -
         assert torch.allclose(model(input_ids=new, cache=cache).logits, seen, atol=1e-5)
 
 
+class Nothing(torch.nn.Module):
+    """In place of a layer's attention."""
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
 @pytest.mark.parametrize("left_out", [0, 1, 2])
 def test_a_layer_without_rows_is_refused(left_out: int) -> None:
     """As models that were pruned have, or that were given an attention of their own."""
-
-    class Nothing(torch.nn.Module):
-        def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
-            return torch.zeros_like(hidden_states), None
-
     model, inputs = tiny_model(), prompt(tokens=70)
     model.model.layers[left_out].self_attn = Nothing()
     plain = generate(model, DynamicCache(config=model.config), inputs)
@@ -391,6 +393,36 @@ def test_a_layer_without_rows_is_refused(left_out: int) -> None:
             model(input_ids=torch.tensor([[5]]), cache=cache)
         with pytest.raises(Closed):
             model(input_ids=torch.tensor([[5]]), cache=cache)
+
+
+@pytest.mark.parametrize("attention", ["exact", "tiles"])
+def test_half_a_first_pass_is_noticed_where_the_first_layer_is_not_used(attention: str) -> None:
+    model, inputs = tiny_model(), prompt(tokens=70)
+    model.model.layers[0].self_attn = Nothing()
+    with torch.no_grad(), cache_for(model, "memory", attention=attention) as cache:
+        last = model.model.layers[2]
+        hook = last.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(**inputs, cache=cache)
+        hook.remove()
+        with pytest.raises(Closed):
+            model(input_ids=torch.tensor([[5]]), cache=cache)
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_two_loans_end_one_by_one_though_the_configuration_was_replaced() -> None:
+    model = tiny_model()
+    config = model.config
+    with cache_for(model, attention="tiles"):
+        model.config = copy.deepcopy(config)
+        second = cache_for(model, attention="tiles")
+    assert config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "dualblade"
+    second.close()
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_model_whose_configuration_was_replaced_has_its_attention_again() -> None:
@@ -470,6 +502,8 @@ def test_what_the_first_layer_refuses_has_changed_nothing_beside_states(path: st
         model(**prompt(batch=2, tokens=70), cache=cache)
         with pytest.raises(Unsupported, match="nothing of tokens to go back to"):
             cache.crop(-1)
+        with pytest.raises(ConfigError, match="no sequence is left"):
+            cache.batch_select_indices(torch.tensor([], dtype=torch.int64))
         with pytest.raises(IndexError):
             cache.batch_select_indices(torch.tensor([7]))
         model(input_ids=torch.tensor([[5], [6]]), cache=cache)

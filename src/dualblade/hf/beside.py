@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 
-from dualblade.errors import Closed
+from dualblade.errors import Closed, ConfigError
 from dualblade.hf.layer import MemoryLayer, StoredLayer
 from dualblade.hf.lazy import lasting
 
@@ -76,9 +76,10 @@ class Beside:
             raise _half_a_step()
 
     def check_along(self, tokens: int, first_tokens: int) -> None:
-        """At a later layer in memory, which comes to have `tokens` where our first one has
-        `first_tokens`: a pass before may have ended between the two. Raises: Closed."""
-        if first_tokens and tokens != first_tokens:  # none at all: the model makes no use of it
+        """At a later layer in memory, which comes to have `tokens` where the first of ours that the
+        model uses has `first_tokens` (0: it is that): a pass before may have ended between the two.
+        Raises: Closed."""
+        if first_tokens and tokens != first_tokens:
             raise _half_a_step()
 
     def change(self, layers: list[Any], change: Callable[[Any], object]) -> None:
@@ -118,6 +119,8 @@ def reset_layer(layer: Any) -> None:
 def select_sequences(layer: Any, indices: torch.Tensor) -> None:
     """Keep the sequences that `indices` name. Of states transformers' layers (5.24) can only be
     told a new order, which may be of more or fewer."""
+    if not indices.numel():
+        raise ConfigError("no sequence is left", hint="name some, or reset() the cache")
     if not isinstance(layer, LinearAttentionCacheLayerMixin):
         layer.batch_select_indices(indices)
     elif batch := _batch(layer):

@@ -187,12 +187,17 @@ class DualBladeCache(WholeSteps):
         if layer_idx == self._beside.first:  # of a step
             self.check_usable()
             self._beside.check(self.get_seq_length(layer_idx), key_states.shape[2])
-        elif isinstance(self.layers[layer_idx], MemoryLayer):
+        elif self._is_memory(layer_idx):
             tokens = self.get_seq_length(layer_idx) + key_states.shape[2]
-            self._beside.check_along(tokens, self.get_seq_length(self._beside.first))
+            ours = range(self._beside.first, layer_idx)
+            used = filter(None, (self.get_seq_length(n) for n in ours if self._is_memory(n)))
+            self._beside.check_along(tokens, next(used, 0))
         together = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._beside.touch()
         return together
+
+    def _is_memory(self, layer_idx: int) -> bool:
+        return isinstance(self.layers[layer_idx], MemoryLayer)
 
     def check_usable(self) -> None:
         """Raises: Closed where the content is lost, and after close; not of plain tensors, which

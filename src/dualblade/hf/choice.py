@@ -191,7 +191,8 @@ def give_back(model: PreTrainedModel, config: PretrainedConfig) -> None:
         loan.count -= 1
         if loan.count == 0:
             del _LOANS[key]
-            if model.config._attn_implementation == NAME:
+            is_lent_again = model.config is not config and id(model.config) in _LOANS
+            if model.config._attn_implementation == NAME and not is_lent_again:
                 model.set_attn_implementation(loan.original)
             if config._attn_implementation == NAME:  # the model has another, its modules this one
                 _set_attentions(config, loan.original)

@@ -48,22 +48,21 @@ class WholeSteps(Cache):
         self, conv_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """See transformers' `Cache`. What it makes under inference_mode is written outside it."""
-        self._beside.touch()
         refuse_gradients(conv_states)
+        self._beside.touch()
         with lasting():
-            # While it records a layer keeps what it is given.
-            kept = conv_states.clone() if conv_states.is_inference() else conv_states
-            return super().update_conv_state(kept, *args, **kwargs)
+            if conv_states.is_inference() and self._recording():  # then layers keep what they get
+                conv_states = conv_states.clone()
+            return super().update_conv_state(conv_states, *args, **kwargs)
 
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """As `update_conv_state`."""
-        self._beside.touch()
         refuse_gradients(recurrent_states)
+        self._beside.touch()
         with lasting():
-            kept = recurrent_states.clone() if recurrent_states.is_inference() else recurrent_states
-            return super().update_recurrent_state(kept, *args, **kwargs)
+            return super().update_recurrent_state(recurrent_states, *args, **kwargs)
 
     def reset(self) -> None:
         """Forget all tokens, for another prompt. Raises: DeviceError, Closed."""

@@ -273,15 +273,16 @@ class LayeredKV(ABC):
 
     def _check_whole(self, layer: Layer, new: NewRows) -> None:
         """At the first layer of a step all layers have as many tokens, and were selected from as
-        often; at the others they have as many tokens as the first has now. Ctrl-C anywhere in the
-        model leaves half a step. Raises: Closed."""
+        often; at the others they have as many tokens as the first that is used has now. Ctrl-C
+        anywhere in the model leaves half a step. Raises: Closed."""
         if layer.index == 0:
             is_whole = all(
                 (other.tokens, other.selections) == (layer.tokens, layer.selections)
                 for other in self._layers.values()
             )
         else:
-            is_whole = self._tokens_of(0) in (0, layer.tokens + new.count)
+            used = filter(None, map(self._tokens_of, range(layer.index)))
+            is_whole = next(used, 0) in (0, layer.tokens + new.count)
         if not is_whole:
             self._was_refused = True  # before anything was read or written for it
             raise Closed(

@@ -30,11 +30,12 @@ class Extent:
 
     def forget_ended(self) -> None:
         """Keep of `tickets` what they are there for."""
-        writes = (ticket for ticket, op in self.tickets.items() if op is Op.WRITE)
+        ended = [ticket for ticket in self.tickets if ticket.done]  # one look: they end meanwhile
+        writes = (ticket for ticket in ended if self.tickets[ticket] is Op.WRITE)
         failed = next((ticket for ticket in writes if ticket.failed), None)
-        self.tickets = {
-            ticket: op for ticket, op in self.tickets.items() if not ticket.done or ticket is failed
-        }
+        for ticket in ended:
+            if ticket is not failed:
+                del self.tickets[ticket]
 
     def check_range(self, offset: int, size_bytes: int) -> None:
         """Raises: ConfigError for what is not all in it."""

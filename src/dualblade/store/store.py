@@ -387,12 +387,15 @@ class Store:
 
     def close(self) -> None:
         """Wait for transfers, discard the content, unlock. Twice is once; what Ctrl-C left is ended
-        by the next call. A forked child has let go of it when it began.
+        by the next call. A forked child lets go of it, if it has not when it began.
 
         Raises: StorageError when the superblock could not be written; all is released anyway.
         """
         self._closed = True
         if self._members.is_closed:
+            return
+        if self.is_inherited:
+            self._members.let_go()
             return
         for extent in self._live:
             self._settle(extent)
@@ -462,8 +465,9 @@ class Store:
 def _let_go_in_child() -> None:
     """A child has the parent's stores neither to use nor to hold: not their locks, nor a device's
     exclusive open, nor the blocks of a private file."""
-    for store in list(_OPEN):
-        store._members.let_go()
+    with contextlib.ExitStack() as stack:  # all of them, whatever ends one
+        for store in list(_OPEN):
+            stack.callback(store._members.let_go)
 
 
 os.register_at_fork(after_in_child=_let_go_in_child)
