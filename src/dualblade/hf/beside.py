@@ -119,11 +119,11 @@ def reset_layer(layer: Any) -> None:
 def select_sequences(layer: Any, indices: torch.Tensor) -> None:
     """Keep the sequences that `indices` name. Of states transformers' layers (5.24) can only be
     told a new order, which may be of more or fewer."""
-    if not indices.numel():
-        raise ConfigError("no sequence is left", hint="name some, or reset() the cache")
     if not isinstance(layer, LinearAttentionCacheLayerMixin):
         layer.batch_select_indices(indices)
     elif batch := _batch(layer):
+        if not indices.numel():
+            raise ConfigError("no sequence is left", hint="name some, or reset() the cache")
         if indices.dtype == torch.bool:
             indices = indices.nonzero().squeeze(1)
         layer.reorder_cache(torch.where(indices < 0, indices + batch, indices).long())  # type: ignore[arg-type]
