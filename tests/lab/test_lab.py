@@ -137,7 +137,7 @@ def test_a_guest_ends_with_whoever_booted_it() -> None:
 
 
 _EMULATORS_FAULT = "PANIC: double fault"
-"""What a guest's kernel told once so far, with part of an address (of RDI) in the processor's flags:
+"""What a guest's kernel told once so far, with part of an address (RDI's) in the processor's flags:
 by all that it shows a fault of QEMU's emulation. A guest that tells it again fails the test."""
 
 
