@@ -23,9 +23,10 @@ from dualblade.store import device as device_module
 from dualblade.store.format import DATA_OFFSET, SUPERBLOCK_BYTES, second_copy_offset
 from dualblade.store.formatting import carry_out_format, carry_out_wipe, plan_format, plan_wipe
 from dualblade.store.inspect import inspect_store, unreadable_ranges
-from dualblade.testing.contract import fork, pattern
+from dualblade.testing.contract import pattern
 from dualblade.units import MIB
 from tests.devices import contents, loop_device, needs_root
+from tests.forks import waiting_child
 
 pytestmark = needs_root
 SIZE_BYTES = 24 * MIB
@@ -56,23 +57,11 @@ def arena() -> Iterator[Arena]:
 
 
 def test_a_forked_child_does_not_hold_the_device(device: str, engine: Engine) -> None:
-    """As a worker does that never looks at the store, while its parent closes it."""
+    """While its parent closes the store."""
     store = Store.open(device, engine)
-    come, go = os.pipe(), os.pipe()
-    child = fork()
-    if child == 0:
-        os.write(come[1], b"x")
-        os.read(go[0], 1)
-        os._exit(0)
-    os.read(come[0], 1)
-    try:
+    with waiting_child():
         store.close()
         Store.open(device, engine).close()
-    finally:
-        os.write(go[1], b"x")
-        os.waitpid(child, 0)
-        for fd in (*come, *go):
-            os.close(fd)
 
 
 @pytest.mark.parametrize("lets_go", [True, False])

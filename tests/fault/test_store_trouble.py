@@ -38,6 +38,7 @@ from dualblade.testing import Fault, FaultyEngine
 from dualblade.testing.contract import fork
 from dualblade.units import MIB
 from tests.fault.disks import disk_with_failing_writeback, ext4_disk, needs_root
+from tests.forks import waiting_child
 
 
 @pytest.fixture
@@ -454,23 +455,12 @@ def test_a_forked_child_keeps_neither_blocks_nor_lock(tmp_path: Path, engine: En
     private.allocate(4 * MIB, Door.DIRECT)
     backing = private._members.backings[0]
     blocks = os.dup(backing.buffered_fd)
-    come, go = os.pipe(), os.pipe()
-    child = fork()
-    if child == 0:
-        os.write(come[1], b"x")
-        os.read(go[0], 1)
-        os._exit(0)
-    os.read(come[0], 1)
-    try:
+    with waiting_child():
         private.close()
         store.close()
         assert os.fstat(blocks).st_blocks == 0
         open_store(named, engine).close()
-    finally:
-        os.write(go[1], b"x")
-        os.waitpid(child, 0)
-        for fd in (*come, *go, blocks):
-            os.close(fd)
+    os.close(blocks)
 
 
 def test_a_forked_child_whose_hooks_did_not_run_leaves_the_store_alone(

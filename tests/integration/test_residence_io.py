@@ -104,6 +104,14 @@ class Cache:
         self.engine.drain()
         return process_io()
 
+    def evict(self) -> None:
+        """As another program's memory does to all pages of the store."""
+        for layer in self.pipeline._layers.values():
+            for half in layer.halves:
+                for segment in half.unit.segments:
+                    self.engine.drain()
+                    self.store._drop(segment.extent)
+
     def close(self) -> None:
         self.pipeline.close()
 
@@ -370,11 +378,7 @@ def test_evicted_pages_are_noticed_and_given_up(tmp_path: Path) -> None:
         cache.step()
     assert cache.pipeline.events() == ()
     for _ in range(6):
-        for layer in cache.pipeline._layers.values():
-            for half in layer.halves:
-                for segment in half.unit.segments:
-                    cache.engine.drain()
-                    cache.store._drop(segment.extent)
+        cache.evict()
         cache.step()
     assert "cached pages were evicted" in {event.cause for event in cache.pipeline.events()}
     cache.close()
@@ -385,11 +389,7 @@ def test_a_prompt_after_a_squeeze_begins_with_what_was_learned(tmp_path: Path) -
     cache = Cache(tmp_path / "kv.store", lookahead=1)
     cache.step(TOKENS)
     for _ in range(10):
-        for layer in cache.pipeline._layers.values():
-            for half in layer.halves:
-                for segment in half.unit.segments:
-                    cache.engine.drain()
-                    cache.store._drop(segment.extent)
+        cache.evict()
         cache.step()
     assert cache.pipeline.events()
     cache.memory.tick_seconds = 0.0

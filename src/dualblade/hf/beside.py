@@ -122,10 +122,10 @@ def select_sequences(layer: Any, indices: torch.Tensor) -> None:
     if not isinstance(layer, LinearAttentionCacheLayerMixin):
         layer.batch_select_indices(indices)
     elif batch := _batch(layer):
-        if not indices.numel():
-            raise ConfigError("no sequence is left", hint="name some, or reset() the cache")
         if indices.dtype == torch.bool:
             indices = indices.nonzero().squeeze(1)
+        if not indices.numel():
+            raise ConfigError("no sequence is left", hint="name some, or reset() the cache")
         layer.reorder_cache(torch.where(indices < 0, indices + batch, indices).long())  # type: ignore[arg-type]
 
 
