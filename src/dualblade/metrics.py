@@ -158,12 +158,12 @@ class PipelineTuning:
 class UnitPlacement:
     """One unit in the plan. `layer` is the model's number of it. `cached_bytes` of the unit's
     beginning go through the page cache; where that is neither all nor nothing, the path is
-    `dual`."""
+    `dual`. `bytes` is None for a layer in memory whose size the configuration does not tell."""
 
     layer: int
     part: str
     path: str
-    bytes: int
+    bytes: int | None
     cached_bytes: int
     reason: str
 

@@ -19,7 +19,7 @@ from dualblade.host.memory import MemoryProbe, OwnMemory
 from dualblade.io import Arena, Engine, open_engine
 from dualblade.pipeline import read_ahead
 from dualblade.pipeline.checksums import SAMPLE_SWEEPS
-from dualblade.pipeline.read_ahead import _Lying, _Read
+from dualblade.pipeline.read_ahead import _Read, _Resident
 from dualblade.store import Door, InPlace, Store
 from dualblade.store.extent import Extent
 from dualblade.store.formatting import carry_out_format, plan_format
@@ -444,7 +444,7 @@ def test_pages_that_went_after_their_turn_came_are_read(cache: Cache, copied: Ca
     """The read-ahead has passed into the next step, and holds nothing yet."""
     coming = [some for visit in cache.pipeline._sweep()._visits for some in visit.coming]
     assert coming
-    assert all(isinstance(some, _Lying) for some in coming)
+    assert all(isinstance(some, _Resident) for some in coming)
     for extent in extents(cache):
         cache.store._drop(extent)
     before = cache.pipeline.transfers()
@@ -467,7 +467,7 @@ def test_the_farthest_read_ahead_gives_its_slot_up(cache: Cache, copied: Cache) 
     sweep._enter(0)
     sweep.advance()
     assert sweep._slots.free_count == 0
-    assert isinstance(sweep._visits[0].coming[0], _Lying)
+    assert isinstance(sweep._visits[0].coming[0], _Resident)
     cache.store._drop(first)
     assert torch.equal(cache.step(), copied.step())
     assert torch.equal(cache.step(), copied.step())

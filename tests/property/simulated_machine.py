@@ -60,8 +60,8 @@ class Cache:
         """Made anew where it may have changed: a simulated hour asks a hundred thousand times."""
         key = (self.demands, len(self.events))
         if self.known[0] is None or self.known[0][1:] != key[1:] or self.known[0][0] is not key[0]:
-            shares = self.controller.shares
-            cached = {d.unit: min(d.size_bytes, shares.get(d.unit, 0)) for d in self.demands}
+            parts = self.controller.cached
+            cached = {d.unit: min(d.size_bytes, parts.get(d.unit, 0)) for d in self.demands}
             self.known = (key, cached)
         return self.known[1]
 

@@ -11,6 +11,7 @@ import pytest
 
 from dualblade.errors import Unsupported
 from dualblade.host import groups
+from dualblade.host.groups import find_memory_groups
 from dualblade.host.memory import (
     AUTO_RESERVE_BYTES,
     MemoryProbe,
@@ -18,7 +19,6 @@ from dualblade.host.memory import (
     OwnMemory,
     auto_budget_bytes,
     available_memory,
-    find_memory_groups,
     process_memory,
 )
 from dualblade.units import GIB, KIB, MIB

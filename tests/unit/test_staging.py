@@ -129,6 +129,13 @@ def test_a_claim_for_tokens_to_come_keeps_to_the_memory_that_there_is_now() -> N
     refuse: Any = None  # nothing is refused
     tokens = 40 * 1024  # 160 MiB are gathered of keys and values, of an eighth more 180
     for in_force, capacity in ((512 * MIB, 45 * 1024), (170 * MIB, tokens), (1 * MIB, tokens)):
-        budget = MemoryBudget(512 * MIB, None)
-        budget.claim([layer], 1, 2 * MIB, tokens, buffers, in_force, refuse)
+        budget = MemoryBudget(512 * MIB, None, layer_count=1)
+        budget.claim(
+            [layer],
+            tokens,
+            staging_bytes=2 * MIB,
+            in_force_bytes=in_force,
+            buffers=buffers,
+            too_small=refuse,
+        )
         assert budget.capacity_tokens == capacity

@@ -46,11 +46,9 @@ from dualblade.bench.workload import (
     tokens_agree,
     wants_limits,
 )
+from dualblade.config import TRACE_EVENTS
 from dualblade.errors import ConfigError, DualBladeError
 from dualblade.host.machine import command_line, machine_facts
-
-TRACE_EVENTS = 100_000
-"""Of the newest steps; 20 MB of memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,6 @@ into unwritten extents are slower.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 
 from dualblade.bench.decode_run import DecodeWorkload, one_run, told, write_store
 from dualblade.bench.run_log import RunLog
-from dualblade.bench.series import Run, Watch, run_all
+from dualblade.bench.series import Run, Watch, median, run_all, spread
 from dualblade.bench.workload import (
     Limit,
     Progress,
@@ -165,7 +164,7 @@ def _finalists(
 ) -> tuple[int, ...]:
     """The two best splits of the coarse rounds, and those beside the best; none if all failed."""
     coarse = [r for r in runs if r["memory_limit"] == limit and r["round"] < options.coarse_rounds]
-    found = {split: _median(_seconds(coarse, f"static-{split}")) for split in options.splits}
+    found = {split: median(_seconds(coarse, f"static-{split}")) for split in options.splits}
     ranked = sorted((seconds, split) for split, seconds in found.items() if seconds is not None)
     best = [split for _, split in ranked[:2]]
     beside = [best[0] - options.refine, best[0] + options.refine] if best else []
@@ -280,7 +279,7 @@ def summarize(
     here = [run for run in runs if run["memory_limit"] == limit]
     fine = [run for run in here if run["round"] >= options.coarse_rounds]
     splits = sorted({p for run in here if (p := static_percent(run["mode"])) is not None})
-    judged = {split: _median(_seconds(fine, f"static-{split}")) for split in splits}
+    judged = {split: median(_seconds(fine, f"static-{split}")) for split in splits}
     ranked = sorted((seconds, split) for split, seconds in judged.items() if seconds is not None)
     best = ranked[0][1] if ranked else None
     ratios = _paired(fine, "dual", f"static-{best}")
@@ -289,11 +288,11 @@ def summarize(
         "memory_limit_bytes": here[0]["memory_limit_bytes"] if here else None,
         "best_static_percent": best,
         "best_static_seconds": ranked[0][0] if ranked else None,
-        "best_static_seconds_spread": _spread(_seconds(fine, f"static-{best}")),
-        "dual_seconds": _median(_seconds(fine, "dual")),
-        "dual_seconds_spread": _spread(_seconds(fine, "dual")),
-        "dual_to_best": _median(ratios),
-        "dual_to_best_spread": _spread(ratios),
+        "best_static_seconds_spread": spread(_seconds(fine, f"static-{best}")),
+        "dual_seconds": median(_seconds(fine, "dual")),
+        "dual_seconds_spread": spread(_seconds(fine, "dual")),
+        "dual_to_best": median(ratios),
+        "dual_to_best_spread": spread(ratios),
         "pairs": len(ratios),
         "dual_oom_killed": sum(run["oom_killed"] for run in here if run["mode"] == "dual"),
         "oom_killed": sum(run["oom_killed"] for run in here),
@@ -309,9 +308,9 @@ def _split(
     mode = f"static-{split}"
     return {
         "percent": split,
-        "step_seconds_median": _median(_seconds(runs, mode)),
-        "step_seconds_spread": _spread(_seconds(runs, mode)),
-        "dual_to_this": _median(_paired(runs, "dual", mode)),
+        "step_seconds_median": median(_seconds(runs, mode)),
+        "step_seconds_spread": spread(_seconds(runs, mode)),
+        "dual_to_this": median(_paired(runs, "dual", mode)),
         "runs": sum(run["mode"] == mode for run in runs),
         "judged": any(run["mode"] == mode for run in fine),
     }
@@ -327,11 +326,3 @@ def _paired(runs: Sequence[dict[str, Any]], mode: str, other: str) -> list[float
     times = {(run["round"], run["mode"]): run["step_seconds_median"] for run in runs}
     pairs = ((times.get((turn, mode)), times.get((turn, other))) for turn in {t for t, _ in times})
     return [ours / theirs for ours, theirs in pairs if ours is not None and theirs]
-
-
-def _median(values: Sequence[float]) -> float | None:
-    return statistics.median(values) if values else None
-
-
-def _spread(values: Sequence[float]) -> list[float] | None:
-    return [min(values), max(values)] if values else None

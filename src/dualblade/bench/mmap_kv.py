@@ -289,7 +289,7 @@ class MmapKV(MemoryKV):
         super().reset()
 
     def close(self) -> None:
-        """End the copy on its way, unmap. Twice is once."""
+        """End the copy on its way, unmap. Idempotent."""
         self._drop_ahead()
         self._threads.shutdown()
         super().close()

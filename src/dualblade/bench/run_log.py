@@ -102,7 +102,7 @@ class RunLog:
         self._write(self.runs[-1])
 
     def close(self) -> None:
-        """Let go of the file; one without a line is removed. Twice is once."""
+        """Let go of the file; one without a line is removed. Idempotent."""
         if not self._file.closed:
             if self._is_locked and os.fstat(self._file.fileno()).st_size == 0:
                 self._path.unlink(missing_ok=True)

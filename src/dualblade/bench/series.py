@@ -193,13 +193,21 @@ def fio_beside(
         yield FioBeside(fio)
 
 
-def median_of(runs: Sequence[Run], name: str) -> float | None:
-    """Over the runs that have it."""
-    values = [run[name] for run in runs if run[name] is not None]
+def median(values: Sequence[float]) -> float | None:
+    """None of nothing."""
     return statistics.median(values) if values else None
 
 
-def spread_of(runs: Sequence[Run], name: str) -> list[float] | None:
-    """Least and most."""
-    values = [run[name] for run in runs if run[name] is not None]
+def spread(values: Sequence[float]) -> list[float] | None:
+    """Least and most; None of nothing."""
     return [min(values), max(values)] if values else None
+
+
+def median_of(runs: Sequence[Run], name: str) -> float | None:
+    """Over the runs that have it."""
+    return median([run[name] for run in runs if run[name] is not None])
+
+
+def spread_of(runs: Sequence[Run], name: str) -> list[float] | None:
+    """Over the runs that have it: least and most."""
+    return spread([run[name] for run in runs if run[name] is not None])

@@ -17,8 +17,9 @@ from dualblade.cli.store_place import look_at_store, superblock_at
 from dualblade.errors import DualBladeError, NotAStore
 from dualblade.host.cgroup import MemoryCgroup
 from dualblade.host.devices import device_facts
+from dualblade.host.groups import find_memory_groups
 from dualblade.host.machine import machine_facts
-from dualblade.host.memory import auto_budget_bytes, available_memory, find_memory_groups
+from dualblade.host.memory import auto_budget_bytes, available_memory
 from dualblade.host.page_cache import cached_bytes
 from dualblade.host.profile import load_profile
 from dualblade.io import Arena, open_engine

@@ -140,7 +140,7 @@ class PrefillProgress:
         self._hooks = [layer.register_forward_hook(self._count) for layer in layers]
 
     def close(self) -> None:
-        """Take the hooks away. Twice is once."""
+        """Take the hooks away. Idempotent."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

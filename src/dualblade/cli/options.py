@@ -197,8 +197,6 @@ Trace = Annotated[
         "ui.perfetto.dev or chrome://tracing: the newest 100,000 spans.",
     ),
 ]
-TRACE_EVENTS = 100_000
-"""20 MB of memory and of JSON; a step of 1 GiB in pieces of 4 MiB is about 800."""
 
 PREFILL_CHUNK_TOKENS = 2048
 """A whole prompt at once needs memory for its activations; each chunk reads the earlier KV back."""

@@ -28,7 +28,7 @@ def show_plan(result: dict[str, Any]) -> None:
         table.add_column(name, justify="right" if name in ("layer", "per layer") else "left")
     for first, last, unit in _runs(result["units"]):
         layers = str(first) if first == last else f"{first}-{last}"
-        size = format_size(unit["bytes"]) if unit["bytes"] >= 0 else "?"
+        size = "?" if unit["bytes"] is None else format_size(unit["bytes"])
         path = unit["path"]
         if path == "dual":
             path += f", {format_size(unit['cached_bytes'])} cached"

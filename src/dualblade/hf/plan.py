@@ -87,8 +87,8 @@ class PlanRequest:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CachePlan:
     """The plan of one cache. `tile_rows` and `kv_bytes` cover the layers that are stored;
-    placements cover all layers, bytes -1 where the configuration does not tell them. `step` is the
-    predicted time of a step; None where the drive's speeds are not known."""
+    placements cover all layers. `step` is the predicted time of a step; None where the drive's
+    speeds are not known."""
 
     placements: tuple[UnitPlacement, ...]
     shares: BudgetShares | None
@@ -103,8 +103,8 @@ class CachePlan:
             return sum(p.cached_bytes for p in self.placements)
         if path is Path.DIRECT:
             stored = (p for p in self.placements if p.path != Path.MEMORY.value)
-            return sum(p.bytes - p.cached_bytes for p in stored)
-        return sum(max(p.bytes, 0) for p in self.placements if p.path == path.value)
+            return sum((p.bytes or 0) - p.cached_bytes for p in stored)
+        return sum(p.bytes or 0 for p in self.placements if p.path == path.value)
 
 
 def gathers_on_host(device: str) -> bool:
@@ -285,7 +285,7 @@ def _step(
 def _kept(shape: LayerShape, config: PretrainedConfig, request: PlanRequest) -> UnitPlacement:
     """A layer that transformers' own class holds in memory; a window bounds a sliding one."""
     window = getattr(config.get_text_config(decoder=True), "sliding_window", None)
-    size = -1
+    size = None
     if shape.kind == "sliding_attention" and window is not None:
         row = request.batch * _row_bytes(shape, request.item_bytes)
         size = min(request.tokens, int(window)) * row

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dualblade.errors import StorageError
-from dualblade.host.memory import ROOT, unescape
+from dualblade.host.groups import ROOT, unescape
 from dualblade.units import BLOCK_BYTES, KIB
 
 MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"})

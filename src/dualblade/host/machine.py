@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dualblade.host.devices import device_facts
-from dualblade.host.memory import ROOT, available_memory
+from dualblade.host.groups import ROOT
+from dualblade.host.memory import available_memory
 
 PACKAGES = ("dualblade", "torch", "transformers", "safetensors", "numpy")
 

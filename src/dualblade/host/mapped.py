@@ -103,7 +103,7 @@ class FileMemory:
             _libc.madvise(self.address, self.size_bytes, mmap.MADV_NORMAL)
 
     def close(self) -> None:
-        """Take the memory away. Twice is once."""
+        """Take the memory away. Idempotent."""
         if self._is_open:
             self.held_bytes = 0
             # One after the other, with no line of Python between where Ctrl-C could come.

@@ -23,23 +23,19 @@ from dualblade.host.groups import (
     find_memory_groups,
     read_file,
     read_limit,
-    unescape,
 )
 from dualblade.host.pressure import Pressure, read_pressure
 from dualblade.units import KIB, MIB, format_size
 
 __all__ = [
     "AUTO_RESERVE_BYTES",
-    "ROOT",
     "MemoryProbe",
     "MemoryReading",
     "OwnMemory",
     "ProcessMemory",
     "auto_budget_bytes",
     "available_memory",
-    "find_memory_groups",
     "process_memory",
-    "unescape",
 ]
 
 AUTO_RESERVE_BYTES = 256 * MIB

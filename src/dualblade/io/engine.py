@@ -190,7 +190,7 @@ class Engine:
     def register_arena(self, arena: Arena) -> bool:
         """Spare the kernel pinning the pages of `arena` for each transfer; False if not allowed.
 
-        The arena's memory then lives as long as the engine. Twice is once. Waits for the engine's
+        The arena's memory then lives as long as the engine. Idempotent. Waits for the engine's
         thread.
         """
         if not arena.huge:

@@ -26,7 +26,7 @@ def tokens_ahead(tokens: int, tokens_max: int | None) -> int:
 
 class MemoryBudget:
     """Claims on the budget: staging, gather buffers, tails and tables. See `Division` for
-    `gather_on_host`, `over_tiles` and `layers_alike`.
+    `layer_count`, `gather_on_host`, `over_tiles` and `layers_alike`.
     """
 
     def __init__(
@@ -34,11 +34,13 @@ class MemoryBudget:
         budget_bytes: int,
         tokens_max: int | None,
         *,
+        layer_count: int,
         gather_on_host: bool = True,
         over_tiles: bool = False,
         layers_alike: bool = True,
     ) -> None:
         self._tokens_max = tokens_max
+        self._layer_count = layer_count
         self._gather_on_host = gather_on_host
         self.over_tiles = over_tiles
         self._layers_alike = layers_alike
@@ -64,11 +66,11 @@ class MemoryBudget:
     def claim(
         self,
         layers: Collection[Layer],
-        layer_count: int,
-        staging_bytes: int,
         tokens: int,
-        buffers: GatherBuffers,
+        *,
+        staging_bytes: int,
         in_force_bytes: int,
+        buffers: GatherBuffers,
         too_small: Callable[[BudgetShares], BudgetError],
     ) -> None:
         """Claim for `tokens` and a while more, or for `tokens` alone where `in_force_bytes`, the
@@ -78,7 +80,7 @@ class MemoryBudget:
         Raises: what `too_small` makes of shares that pass the budget, BudgetError; the claims are
         then as before.
         """
-        division = self.division(layers, layer_count)
+        division = self.division(layers)
         wide = round_up(tokens_ahead(tokens, self._tokens_max), CAPACITY_STEP_TOKENS)
         narrow = round_up(tokens, CAPACITY_STEP_TOKENS)
         most = self.shares.budget_bytes
@@ -108,12 +110,12 @@ class MemoryBudget:
         whole = self.capacity_tokens
         return min(whole, layer.group_tiles * layer.rows) if self.over_tiles else whole
 
-    def division(self, layers: Collection[Layer], layer_count: int) -> Division:
-        """The budget as it is, and `layers`, of the `layer_count` that there will be."""
+    def division(self, layers: Collection[Layer]) -> Division:
+        """The budget as it is, and `layers`, of those that there will be."""
         return Division(
             budget_bytes=self.shares.budget_bytes,
             layers=tuple(layer.sizes for layer in layers),
-            layer_count=layer_count,
+            layer_count=self._layer_count,
             are_alike=self._layers_alike,
             over_tiles=self.over_tiles,
             gather_on_host=self._gather_on_host,

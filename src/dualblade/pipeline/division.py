@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from dualblade.attention import group_tokens
 from dualblade.config import EngineConfig
 from dualblade.errors import BudgetError
-from dualblade.geometry import TileGeometry, choose_tile_rows
+from dualblade.geometry import TileGeometry
 from dualblade.pipeline.gather import GatherBuffers
 from dualblade.pipeline.staging import StagingShape, staging_shape
-from dualblade.pipeline.tails import TailLimit
+from dualblade.pipeline.tails import TailLimit, tile_rows
 from dualblade.residency import BudgetShares, DoorSpeeds, worth_caching
 from dualblade.units import MIB, format_size, round_up
 
@@ -57,14 +57,12 @@ class LayerSizes:
         """The layer with tiles of `tile_tokens`; None: of as many as `limit` allows a new layer.
         Its tail is one of them, or as many as it is now."""
         keys, values = self.halves
-        rows = tile_tokens or choose_tile_rows(
+        rows = tile_tokens or tile_rows(
+            limit,
             kv_heads=keys.kv_heads,
             dims=(keys.dim, values.dim),
             item_bytes=keys.item_bytes,
             batch=self.batch,
-            tail_bytes_max=limit.bytes_max(
-                self.batch * keys.kv_heads * (keys.dim + values.dim), keys.item_bytes
-            ),
         )
         return replace(
             self,

@@ -66,6 +66,7 @@ class KVPipeline(LayeredKV):
         self._budget = MemoryBudget(
             settings.budget_bytes,
             settings.tokens_max,
+            layer_count=settings.layer_count,
             gather_on_host=shares_host_memory(settings.device),
             over_tiles=settings.over_tiles,
             layers_alike=settings.layers_alike,
@@ -244,17 +245,15 @@ class KVPipeline(LayeredKV):
                     raise
 
     def _claim(self, tokens: int) -> None:
-        count, layers = self._settings.layer_count, self._layers.values()
-        shape = self._shape or self._staging(self._budget.division(layers, count))
-        in_force = self._placements.budget_bytes
+        layers = self._layers.values()
+        shape = self._shape or self._staging(self._budget.division(layers))
         self._budget.claim(
             layers,
-            count,
-            shape.total_bytes,
             tokens,
-            self._gather,
-            in_force,
-            partial(self._too_small, tokens),
+            staging_bytes=shape.total_bytes,
+            in_force_bytes=self._placements.budget_bytes,
+            buffers=self._gather,
+            too_small=partial(self._too_small, tokens),
         )
         if self._machinery is None:
             device, sums, timeline = self._settings.device, self.checksums, self._timeline
@@ -285,7 +284,7 @@ class KVPipeline(LayeredKV):
 
     def _too_small(self, tokens: int, shares: BudgetShares) -> BudgetError:
         """That `shares` for `tokens` do not fit, and with what budget a new cache's would."""
-        here = self._budget.division(self._layers.values(), self._settings.layer_count)
+        here = self._budget.division(self._layers.values())
         # As it was made: a model that touches keys turns a cache over tiles to gathering later.
         made = replace(here, over_tiles=self._settings.over_tiles)
 
@@ -307,7 +306,11 @@ class KVPipeline(LayeredKV):
         """From here on layers are gathered whole. Raises: BudgetError when there is no room."""
         if self._budget.over_tiles:
             self._budget.over_tiles = False
-            self._claim(layer.tokens + new_rows)
+            try:
+                self._claim(layer.tokens + new_rows)
+            except BudgetError:
+                self._was_refused = True  # before anything was read: a reset is all that it takes
+                raise
             self._place(layer, layer.tokens + new_rows)
 
     def _group_buffers(self, layer: Layer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -408,7 +411,7 @@ class KVPipeline(LayeredKV):
             self._reads = None
 
     def close(self) -> None:
-        """End all transfers, discard the store, free memory. Twice is once; what Ctrl-C left is
+        """End all transfers, discard the store, free memory. Idempotent; what Ctrl-C left is
         ended by the next call. A forked child has let go of the store when it began."""
         self._closed = True
         if self._store.is_inherited:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from dualblade.errors import BudgetError, ConfigError
-from dualblade.geometry import Part, TileGeometry, UnitId, choose_tile_rows
+from dualblade.geometry import Part, TileGeometry, UnitId
 from dualblade.pipeline.division import LayerSizes, group_tiles
 from dualblade.pipeline.order import SequenceTable
 from dualblade.pipeline.staging import SLOTS_MIN
-from dualblade.pipeline.tails import TailLimit
+from dualblade.pipeline.tails import TailLimit, tile_rows
 from dualblade.pipeline.unit import Piece, Space, Unit
 from dualblade.units import format_size
 
@@ -206,7 +206,7 @@ class Layer:
 class LayerMaker:
     """Makes empty layers: where their units are, and what their tiles' rows are chosen by.
 
-    tile_tokens     rows of a tile; None: see `choose_tile_rows`.
+    tile_tokens     rows of a tile; None: see `tile_rows`.
     tail_limit      most memory for the tails of one layer; None: as much as they like.
     slot_bytes      of staging, which a slab must fit; None: there is none yet, it is made to fit.
     """
@@ -228,15 +228,12 @@ class LayerMaker:
         """A layer for rows like these, [batch, kv_heads, n, dim]. Raises: BudgetError when its
         slabs are larger than the slots that staging has."""
         batch, heads, _, key_dim = key_rows.shape
-        item_bytes = key_rows.element_size()
-        token_elements = batch * heads * (key_dim + value_rows.shape[3])
-        limit = self.tail_limit
-        rows = self.tile_tokens or choose_tile_rows(
+        rows = self.tile_tokens or tile_rows(
+            self.tail_limit,
             kv_heads=heads,
             dims=(key_dim, value_rows.shape[3]),
-            item_bytes=item_bytes,
+            item_bytes=key_rows.element_size(),
             batch=batch,
-            tail_bytes_max=limit.bytes_max(token_elements, item_bytes) if limit else None,
             slab_bytes_max=self.slot_bytes,
         )
         halves = []
@@ -292,6 +289,32 @@ def check_length(tokens: int, tokens_max: int | None) -> None:
             f"the context would grow to {tokens} tokens, past max_tokens={tokens_max}",
             hint="give for_model a larger max_tokens, or none",
         )
+
+
+def chosen_sequences(indices: torch.Tensor, batch: int) -> torch.Tensor:
+    """Which of a batch's sequences `indices` name: numbers (negative: from the end), or a mask with
+    a bool for each. Returns int64 [n], none negative. Raises: ConfigError."""
+    is_mask = indices.dtype == torch.bool
+    if indices.ndim != 1 or not (is_mask or indices.dtype in _NUMBERS):
+        raise ConfigError(
+            f"sequences are chosen by a list of numbers or bools, not by {indices.dtype} "
+            f"{list(indices.shape)}",
+            hint="such as torch.tensor([0, 2])",
+        )
+    if is_mask:
+        chosen, fits = indices.nonzero().squeeze(1), len(indices) == batch
+    else:
+        chosen = torch.where(indices < 0, indices + batch, indices).long()
+        fits = bool(((chosen >= 0) & (chosen < batch)).all())
+    if not fits or not len(chosen):
+        raise ConfigError(
+            f"{indices.tolist()} are no sequences of a batch of {batch}",
+            hint=f"name some of 0 to {batch - 1}",
+        )
+    return chosen
+
+
+_NUMBERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_removal(count: int, tokens: int) -> None:

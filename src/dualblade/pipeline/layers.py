@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from dualblade.attention import AttentionQuery, KernelAttention
-from dualblade.errors import Closed, ConfigError
+from dualblade.errors import Closed
 from dualblade.pipeline.attend import Arrived, NewRows, attend
-from dualblade.pipeline.layer import Layer, check_removal
+from dualblade.pipeline.layer import Layer, check_removal, chosen_sequences
 from dualblade.pipeline.offer import Offer
 from dualblade.pipeline.timeline import Lane, Timeline, now_ns
 
@@ -166,19 +166,14 @@ class LayeredKV(ABC):
         return layer.batch if layer is not None and layer.tokens else 0
 
     def select(self, index: int, indices: torch.Tensor) -> None:
-        """In layer `index`, sequence i becomes what `indices[i]` was (negative: from the end). No
-        stored byte moves. Raises: ConfigError before anything changed."""
+        """In layer `index`, sequence i becomes what the i-th of `indices` names (see
+        `chosen_sequences`). No stored byte moves. Raises: ConfigError before anything changed."""
         self.check_usable()
         self._settle()
         batch = self.batch(index)
         if not batch:
             return
-        chosen = torch.where(indices < 0, indices + batch, indices)
-        if not len(chosen) or not bool(((chosen >= 0) & (chosen < batch)).all()):
-            raise ConfigError(
-                f"{indices.tolist()} are no sequences of a batch of {batch}",
-                hint=f"name some of 0 to {batch - 1}",
-            )
+        chosen = chosen_sequences(indices, batch)
         try:
             self._layers[index].select(chosen)
         except BaseException as exc:
@@ -299,7 +294,7 @@ class LayeredKV(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Free everything. Twice is once."""
+        """Free everything. Idempotent."""
 
     def write_trace(self, path: Path) -> int:
         """See `Timeline.write_trace`."""

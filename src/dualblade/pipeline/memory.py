@@ -168,7 +168,7 @@ class MemoryKV(LayeredKV):
         """Nothing moves by itself here."""
 
     def close(self) -> None:
-        """Free all memory. Twice is once."""
+        """Free all memory. Idempotent."""
         self._closed = True
         self._offer = None
         self._layers.clear()

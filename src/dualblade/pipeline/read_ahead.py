@@ -68,7 +68,7 @@ class _Read:
 
 
 @dataclass(slots=True)
-class _Lying:
+class _Resident:
     """A piece that was in the page cache when its turn came, or is expected there."""
 
     wanted: tuple[HalfLayer, Piece]
@@ -85,16 +85,16 @@ class _Lying:
             self._landing = Landing(*self.wanted, slot, in_place=True)
         return self._landing
 
-    def is_followed_by(self, after: _Lying) -> bool:
+    def is_followed_by(self, after: _Resident) -> bool:
         """Whether `after` goes on where this ends, in one mapping: a re-read makes another."""
         goes_on = self.wanted[1].goes_on_in(after.wanted[1])
         return goes_on and self.place.memory is after.place.memory
 
-    def joined(self, after: _Lying) -> _Lying:
+    def joined(self, after: _Resident) -> _Resident:
         """This and `after`, which lie side by side, as one."""
         (half, piece), (_, other) = self.wanted, after.wanted
         whole = replace(piece, tiles=piece.tiles + other.tiles)
-        return _Lying((half, whole), self.place.joined(after.place))
+        return _Resident((half, whole), self.place.joined(after.place))
 
 
 @dataclass(slots=True, eq=False)
@@ -107,9 +107,9 @@ class _Visit:
     index: int
     stored_tiles: int
     waiting: deque[tuple[HalfLayer, Piece]] = field(default_factory=deque)
-    coming: deque[_Read | _Lying] = field(default_factory=deque)
+    coming: deque[_Read | _Resident] = field(default_factory=deque)
     is_large: bool = False
-    taken: list[_Lying] = field(default_factory=list)
+    taken: list[_Resident] = field(default_factory=list)
     is_expected: bool = False
     damaged: set[tuple[UnitId, int]] = field(default_factory=set)
 
@@ -119,12 +119,12 @@ class _Visit:
         return (self.coming[0].wanted if self.coming else self.waiting[0])[1].tile
 
 
-def _side_by_side(coming: Iterable[_Read | _Lying]) -> list[tuple[_Lying, _Lying]]:
+def _side_by_side(coming: Iterable[_Read | _Resident]) -> list[tuple[_Resident, _Resident]]:
     """Pairs at the head of `coming` that are in the page cache one behind the other."""
-    pairs: list[tuple[_Lying, _Lying]] = []
+    pairs: list[tuple[_Resident, _Resident]] = []
     size_bytes, pieces = 0, iter(coming)
     for one, other in zip(pieces, pieces, strict=False):
-        if not isinstance(one, _Lying) or not isinstance(other, _Lying):
+        if not isinstance(one, _Resident) or not isinstance(other, _Resident):
             break
         if pairs and not all(
             before.is_followed_by(after)
@@ -151,8 +151,8 @@ def _is_steady(layer: Layer) -> bool:
     return all(half.unit.sweeps_in_memory >= SAMPLE_SWEEPS for half in layer.halves)
 
 
-def _tiles(lying: _Lying) -> Iterator[tuple[UnitId, int]]:
-    half, piece = lying.wanted
+def _tiles(resident: _Resident) -> Iterator[tuple[UnitId, int]]:
+    half, piece = resident.wanted
     return ((half.unit.id, tile) for tile in range(piece.tile, piece.tile + piece.tiles))
 
 
@@ -223,7 +223,7 @@ class ReadAhead:
                 self._cut(visit)
                 continue
             landing, coming = None, visit.coming.popleft()
-            if isinstance(coming, _Lying):
+            if isinstance(coming, _Resident):
                 landing = self._hold(visit, coming)
                 if landing is None:
                     coming = self._read(*coming.wanted, self._spare_slot())
@@ -273,19 +273,19 @@ class ReadAhead:
         self._checksums.verify(unit, piece, landing.slot)
         timeline.span(Lane.CONTROL, "verify", landed, now_ns(), layer)
 
-    def _hold(self, visit: _Visit, lying: _Lying) -> Landing | None:
+    def _hold(self, visit: _Visit, resident: _Resident) -> Landing | None:
         """The piece where it lies, or in a slot if it was damaged there; None: it is not there any
         more, and to be read. Raises: CorruptExtent, DeviceError."""
         began = now_ns()
-        (half, piece), place = lying.wanted, lying.place
+        (half, piece), place = resident.wanted, resident.place
         assert not visit.is_expected, "taken together, or cut"
         memory = place.hold()
         if memory is None:
             return None
         place.count()
-        if visit.damaged.isdisjoint(_tiles(lying)):
-            self._verify(visit, lying, memory)
-        if not visit.damaged.isdisjoint(_tiles(lying)):
+        if visit.damaged.isdisjoint(_tiles(resident)):
+            self._verify(visit, resident, memory)
+        if not visit.damaged.isdisjoint(_tiles(resident)):
             slot = self._spare_slot()
             half.unit.sweeps_in_memory = 0
             try:
@@ -295,7 +295,7 @@ class ReadAhead:
                 raise
             return Landing(half, piece, slot)
         self._timeline.span(Lane.CONTROL, "in place", began, now_ns(), visit.index)
-        return lying.landing(memory)
+        return resident.landing(memory)
 
     def _hold_together(self, visit: _Visit) -> list[Landing]:
         """Keys and values at the head of what comes, as far as they lie side by side in the page
@@ -304,27 +304,27 @@ class ReadAhead:
         pairs = [] if visit.damaged else _side_by_side(visit.coming)
         if not pairs or pairs[0][0].wanted[0] is not self._layers[visit.index].keys:
             return []
-        both = [reduce(_Lying.joined, column) for column in zip(*pairs, strict=True)]
-        for lying in both:
-            memory = lying.place.hold()
+        both = [reduce(_Resident.joined, column) for column in zip(*pairs, strict=True)]
+        for resident in both:
+            memory = resident.place.hold()
             if memory is None:
                 return []
-            self._verify(visit, lying, memory)
+            self._verify(visit, resident, memory)
             if visit.damaged:
                 return []
-            landings.append(lying.landing(memory))
+            landings.append(resident.landing(memory))
         landings[0].values_follow = True
-        for lying in both:
-            lying.place.count()
+        for resident in both:
+            resident.place.count()
         visit.taken.extend(both)
         for _ in range(2 * len(pairs)):
             visit.coming.popleft()
         self._timeline.span(Lane.CONTROL, "in place", began, now_ns(), visit.index)
         return landings
 
-    def _verify(self, visit: _Visit, lying: _Lying, memory: memoryview) -> None:
+    def _verify(self, visit: _Visit, resident: _Resident, memory: memoryview) -> None:
         """Note which tiles in `memory` are not what was written."""
-        (half, piece) = lying.wanted
+        (half, piece) = resident.wanted
         found = self._checksums.damaged_tiles(half.unit, piece, memory)
         visit.damaged.update((half.unit.id, tile) for tile in found)
 
@@ -437,7 +437,7 @@ class ReadAhead:
             half, piece = visit.waiting[0]
             place = self._place(half, piece)
             if place is not None:
-                visit.coming.append(_Lying(visit.waiting.popleft(), place))
+                visit.coming.append(_Resident(visit.waiting.popleft(), place))
                 continue
             if visit.is_large:
                 self._cut(visit)

@@ -119,7 +119,7 @@ class Placements:
         """Plan afresh for the next prompt. The events stay, and what was learned of the room."""
         self._plan: ResidencyPlan | None = None
         self._controller: Controller | None = None
-        self._shares_of_units: dict[UnitId, int] = {}
+        self._cached: dict[UnitId, int] = {}
         self._demands: tuple[UnitDemand, ...] = ()
         self._planned_for: tuple[int, int, int] = (0, 0, 0)
         self._steps_since = 0  # of this prompt: a plan just made is not judged by the last one's
@@ -246,7 +246,7 @@ class Placements:
                 cache_percent=self._cache_percent,
             )
         )
-        self._shares_of_units = Ladder(self._demands).shares(self._plan.level)
+        self._cached = Ladder(self._demands).cached(self._plan.level)
         if self._cache_percent is None:
             self._controller = Controller(self._plan.level, self._policy, self._lessons)
             # Told at once, so that it knows sizes and room before the next boundary.
@@ -292,7 +292,7 @@ class Placements:
             return
         assert self._plan is not None
         self._plan = after(self._plan, event)
-        self._shares_of_units = controller.shares
+        self._cached = controller.cached
         self._carry_out(event, layers)
         self.hits.restart()
 
@@ -352,7 +352,7 @@ class Placements:
 
     def cached_bytes(self, unit: UnitId) -> int:
         """What of `unit`'s beginning is to go through the page cache: see `Unit.place`."""
-        return WHOLE if self._path is Path.PAGE_CACHE else self._shares_of_units.get(unit, 0)
+        return WHOLE if self._path is Path.PAGE_CACHE else self._cached.get(unit, 0)
 
     def events(self) -> tuple[ResidencyEvent, ...]:
         """What moved since the cache was made, oldest first; the newest 256."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dualblade.attention import BLOCK_TOKENS, group_tokens
+from dualblade.geometry import choose_tile_rows
 
 _SHARE_OF_BUDGET = 10
 _SHARE_OF_TABLES = 16
@@ -42,3 +43,24 @@ class TailLimit:
         room = self.budget_bytes - group - left
         wanted = _TOKENS_WANTED * token_elements * item_bytes
         return max(share, wanted) if wanted * self.layer_count <= room else share
+
+
+def tile_rows(
+    limit: TailLimit | None,
+    *,
+    kv_heads: int,
+    dims: tuple[int, int],
+    item_bytes: int,
+    batch: int,
+    slab_bytes_max: int | None = None,
+) -> int:
+    """`choose_tile_rows` of a new layer whose tails are within `limit`; None: none is set."""
+    elements = batch * kv_heads * sum(dims)
+    return choose_tile_rows(
+        kv_heads=kv_heads,
+        dims=dims,
+        item_bytes=item_bytes,
+        batch=batch,
+        tail_bytes_max=None if limit is None else limit.bytes_max(elements, item_bytes),
+        slab_bytes_max=slab_bytes_max,
+    )

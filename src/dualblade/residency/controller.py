@@ -140,10 +140,10 @@ class Controller:
         self._stalls = _StallWindow(self._policy.stall_window_seconds)
 
     @property
-    def shares(self) -> dict[UnitId, int]:
+    def cached(self) -> dict[UnitId, int]:
         """What of each unit is in the page cache once the last event is carried out; see
-        `Ladder.shares`."""
-        return self._ladder.shares(self._level)
+        `Ladder.cached`."""
+        return self._ladder.cached(self._level)
 
     @property
     def planned_bytes(self) -> int:
@@ -223,8 +223,8 @@ class Controller:
     def _resident_fraction(self, seen: Observation) -> float:
         """How much of the cached units is held. A sweep over too much hits nothing, while what
         it left behind shows the room. At least a half, so that one bad reading is no disaster."""
-        shares = self.shares
-        stored = sum(min(d.now_bytes, shares.get(d.unit, 0)) for d in self._demands)
+        cached = self.cached
+        stored = sum(min(d.now_bytes, cached.get(d.unit, 0)) for d in self._demands)
         if seen.resident_bytes is None or not stored:
             return max(0.5, seen.hit_fraction or 0.0)
         return min(1.0, max(0.5, seen.resident_bytes / stored))
@@ -314,9 +314,9 @@ class Controller:
     def _move(self, seen: Observation, cause: Cause, reason: str, level: Level) -> Event | None:
         if level == self._level:
             return None
-        moving, old = self._ladder.between(self._level, level), self.shares
+        moving, old = self._ladder.between(self._level, level), self.cached
         before, self._level = self._planned_bytes, level
-        self._planned_bytes, new = self._ladder.size_bytes(level), self.shares
+        self._planned_bytes, new = self._ladder.size_bytes(level), self.cached
         moves = tuple(
             Move(unit=d.unit, from_bytes=old.get(d.unit, 0), to_bytes=new.get(d.unit, 0))
             for d in moving

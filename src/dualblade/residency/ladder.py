@@ -93,16 +93,16 @@ class Ladder:
             return self.top
         return Level(level.whole, min(level.part_bytes, self.ordered[level.whole].size_bytes))
 
-    def shares(self, level: Level) -> dict[UnitId, int]:
+    def cached(self, level: Level) -> dict[UnitId, int]:
         """Bytes of each unit's beginning that are cached; units of which nothing is are left out,
         those that are cached whole have `WHOLE`."""
-        shares = dict.fromkeys((d.unit for d in self.ordered[: level.whole]), WHOLE)
+        cached = dict.fromkeys((d.unit for d in self.ordered[: level.whole]), WHOLE)
         if level.part_bytes:
-            shares[self.ordered[level.whole].unit] = level.part_bytes
-        return shares
+            cached[self.ordered[level.whole].unit] = level.part_bytes
+        return cached
 
     def between(self, one: Level, other: Level) -> tuple[UnitDemand, ...]:
-        """Units that do not have the same share at both, in the order."""
+        """Units of which not the same is cached at both, in the order."""
         low, high = min(one, other), max(one, other)
         return self.ordered[low.whole : high.whole + (high.part_bytes > 0)]
 

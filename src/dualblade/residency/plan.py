@@ -139,14 +139,14 @@ def decide(inputs: PlanInputs) -> ResidencyPlan:
         kept = left = f"{inputs.cache_percent} % through the page cache was asked for"
         if ladder.size_bytes(level) > room:
             kept += f"; only {format_size(room)} fit"
-    shares = ladder.shares(level)
+    cached = ladder.cached(level)
     return ResidencyPlan(
         placements=tuple(
             Placement(
                 unit=demand.unit,
                 size_bytes=demand.size_bytes,
-                cached_bytes=min(demand.size_bytes, shares.get(demand.unit, 0)),
-                reason=kept if demand.unit in shares else left,
+                cached_bytes=min(demand.size_bytes, cached.get(demand.unit, 0)),
+                reason=kept if demand.unit in cached else left,
             )
             for demand in inputs.demands
         ),

@@ -5,8 +5,10 @@
                   `- DEMOTING <--'             demotion writes back, drops, then opens the door
     any of them ----> FREE                     freeing drops the range too
 
-An extent is open through one door at a time: while its direct door is open, no page of it is
-cached, dirty or stale.
+An extent is open through one door at a time. While its direct door is open no page of it is dirty,
+and none is read by us. Some may be cached: what the kernel reads around a mapped page that is
+touched next to it, or what others read of a device. They are dropped before the page-cache door
+opens.
 """
 
 from __future__ import annotations

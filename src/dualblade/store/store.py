@@ -386,7 +386,7 @@ class Store:
         return None if self._members.is_closed else self._members.fragments()
 
     def close(self) -> None:
-        """Wait for transfers, discard the content, unlock. Twice is once; what Ctrl-C left is ended
+        """Wait for transfers, discard the content, unlock. Idempotent; what Ctrl-C left is ended
         by the next call. A forked child lets go of it, if it has not when it began.
 
         Raises: StorageError when the superblock could not be written; all is released anyway.
