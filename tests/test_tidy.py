@@ -94,6 +94,7 @@ def test_files_and_functions_stay_readable(path: Path) -> None:
 def test_public_names_are_pinned() -> None:
     assert dualblade.__all__ == [
         "BudgetError",
+        "CacheStats",
         "Closed",
         "ConfigError",
         "CorruptExtent",
@@ -106,6 +107,7 @@ def test_public_names_are_pinned() -> None:
         "StorageError",
         "Unsupported",
         "__version__",
+        "use_long_rope",
         "wait_briefly",
         "widen_linears",
     ]

@@ -19,8 +19,10 @@ from dualblade.errors import (
     Unsupported,
 )
 from dualblade.host.threads import wait_briefly
+from dualblade.metrics import CacheStats
 
 if TYPE_CHECKING:
+    from dualblade.hf.boundary import use_long_rope
     from dualblade.hf.cache import DualBladeCache
     from dualblade.hf.linear import widen_linears
 
@@ -28,6 +30,7 @@ __version__ = version("dualblade")
 
 __all__ = [
     "BudgetError",
+    "CacheStats",
     "Closed",
     "ConfigError",
     "CorruptExtent",
@@ -40,6 +43,7 @@ __all__ = [
     "StorageError",
     "Unsupported",
     "__version__",
+    "use_long_rope",
     "wait_briefly",
     "widen_linears",
 ]
@@ -53,6 +57,10 @@ if not TYPE_CHECKING:  # who checks types would find any name
             from dualblade.hf.cache import DualBladeCache
 
             return DualBladeCache
+        if name == "use_long_rope":
+            from dualblade.hf.boundary import use_long_rope
+
+            return use_long_rope
         if name == "widen_linears":
             from dualblade.hf.linear import widen_linears
 

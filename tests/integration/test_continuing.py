@@ -191,6 +191,25 @@ def test_what_is_not_known_is_not_refused() -> None:
             generate(model, cache, other)
 
 
+def test_a_change_that_was_refused_leaves_the_text_known() -> None:
+    model, ids = tiny_model(), prompt(tokens=80)["input_ids"]
+    other = text(prompt(tokens=130, seed=5)["input_ids"])
+    rows = torch.ones(1, 3, 4, 16)  # one head too many
+    with cache_for(model) as cache, torch.no_grad():
+        model(input_ids=ids, cache=cache)
+        for change in (
+            lambda: cache.append(rows, rows, 0),
+            lambda: cache.batch_select_indices(torch.tensor([7])),
+            lambda: cache.batch_select_indices(torch.tensor([True, True])),
+            lambda: cache.batch_repeat_interleave(0),
+            lambda: cache.reorder_cache(torch.tensor([1])),
+        ):
+            with pytest.raises(ConfigError):
+                change()
+            with pytest.raises(ConfigError, match="differs from the 80 tokens"):
+                generate(model, cache, other)
+
+
 def test_a_pass_that_did_not_come_to_pass_is_not_held() -> None:
     model, ids = tiny_model(), prompt(tokens=80)["input_ids"]
     with cache_for(model) as cache, torch.no_grad():

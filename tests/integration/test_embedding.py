@@ -103,6 +103,21 @@ def test_an_interrupted_step_is_not_continued_beside_windows() -> None:
             model(input_ids=step, cache=cache)
 
 
+@pytest.mark.parametrize("path", ["direct", "memory"])
+def test_taking_back_from_a_first_pass_that_was_interrupted_before_a_window(path: str) -> None:
+    model = tiny_model("gemma3")
+    with torch.no_grad(), cache_for(model, path, attention="exact") as cache:
+        hook = model.model.layers[2].register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            model(**prompt(tokens=9), cache=cache)
+        hook.remove()
+        cache.crop(-4)
+        with pytest.raises(Closed, match="between two layers"):
+            model(input_ids=torch.tensor([[5]]), cache=cache)
+        cache.reset()
+        model(**prompt(tokens=9), cache=cache)
+
+
 def hybrid_model(family: str = "lfm2") -> Any:
     """Convolutions or linear attention, whose states do not tell how many tokens they have seen,
     around full attention."""
@@ -224,8 +239,11 @@ def test_wrong_arguments_change_nothing(path: str, attention: str, family: str) 
         model(**inputs, cache=cache)
         with pytest.raises((ValueError, RuntimeError)):  # windows take nothing back
             cache.crop(60)
-        with pytest.raises((IndexError, ConfigError)):
-            cache.batch_select_indices(torch.tensor([7]))
+        for wrong in ([7], [True], [False, False]):
+            with pytest.raises(ConfigError, match="no sequences of a batch of 2"):
+                cache.batch_select_indices(torch.tensor(wrong))
+        with pytest.raises(ConfigError, match="cannot be repeated 0 times"):
+            cache.batch_repeat_interleave(0)
         model(input_ids=torch.tensor([[5], [6]]), cache=cache)
 
 
@@ -502,10 +520,14 @@ def test_what_the_first_layer_refuses_has_changed_nothing_beside_states(path: st
         model(**prompt(batch=2, tokens=70), cache=cache)
         with pytest.raises(Unsupported, match="nothing of tokens to go back to"):
             cache.crop(-1)
-        with pytest.raises(ConfigError, match="no sequence is left"):
-            cache.batch_select_indices(torch.tensor([], dtype=torch.int64))
-        with pytest.raises(IndexError):
-            cache.batch_select_indices(torch.tensor([7]))
+        for wrong in ([7], [True, False, True], [True]):
+            with pytest.raises(ConfigError, match="no sequences of a batch of 2"):
+                cache.batch_select_indices(torch.tensor(wrong))
+        with pytest.raises(ConfigError, match="no sequences of a batch of 2"):
+            cache.batch_select_indices(torch.empty(0, dtype=torch.int64))
+        for numbers in (torch.tensor([0.0]), torch.tensor([[0]]), torch.tensor([0]).byte()):
+            with pytest.raises(ConfigError, match="a list of numbers or bools"):
+                cache.batch_select_indices(numbers)
         model(input_ids=torch.tensor([[5], [6]]), cache=cache)
 
 

@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 from transformers import DynamicCache
 
+from dualblade import DualBladeCache
 from dualblade.attention import kernel
 from dualblade.errors import ConfigError, Unsupported
 from dualblade.hf import models
@@ -64,3 +65,10 @@ def test_offline_is_what_the_hub_makes_of_its_setting(monkeypatch: pytest.Monkey
     monkeypatch.setattr(models.hub, "HF_HUB_OFFLINE", False)
     assert models._hub_reachable()
     connected.assert_called_once()
+
+
+def test_a_cache_is_made_by_for_model_alone() -> None:
+    unusual: Any = DualBladeCache
+    with pytest.raises(ConfigError, match="not made from a model") as caught:
+        unusual(tiny_model())
+    assert "for_model" in str(caught.value.hint)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dualblade.cli import options
+from dualblade.config import TRACE_EVENTS
 from dualblade.errors import ConfigError
 from dualblade.units import parse_size
 
@@ -174,7 +175,7 @@ def generate(
             queue_depth=queue_depth,
             disk_capacity_bytes=disk_capacity_bytes,
             checksums=checksums,
-            trace_events=options.TRACE_EVENTS if trace else None,
+            trace_events=TRACE_EVENTS if trace else None,
             cache_percent=cache_percent,
             io_poll=io_poll,
             discard=discard,
@@ -263,11 +264,15 @@ def _generate(
 ) -> tuple[Generation, dict[str, Any], dict[str, Any]]:
     """The text, and what the cache says at its first token and at its end."""
     from dualblade.cli.generation import LIMIT, Sampling, check_candidates, generate_text
+    from dualblade.hf.boundary import rotation_boundary, use_long_rope
     from dualblade.hf.cache import DualBladeCache
 
     if request.prompt_lookup:
         check_candidates(loaded.name, loaded.model)
     prompt, new_tokens = prepared.prompt, prepared.new_tokens
+    boundary = rotation_boundary(loaded.model.config)
+    if boundary is not None and len(prompt) + new_tokens > boundary:
+        use_long_rope(loaded.model)  # else all of it would be computed in memory, or refused
     with DualBladeCache.for_model(
         loaded.model,
         store=request.store,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 
-from dualblade.errors import Closed, ConfigError
+from dualblade.errors import Closed
 from dualblade.hf.layer import MemoryLayer, StoredLayer
 from dualblade.hf.lazy import lasting
 
@@ -116,31 +116,23 @@ def reset_layer(layer: Any) -> None:
     layer.reset()
 
 
-def select_sequences(layer: Any, indices: torch.Tensor) -> None:
-    """Keep the sequences that `indices` name. Of states transformers' layers (5.24) can only be
-    told a new order, which may be of more or fewer."""
+def select_sequences(layer: Any, numbers: torch.Tensor) -> None:
+    """Keep the sequences of these `numbers` (see `chosen_sequences`). Of states transformers'
+    layers (5.24) can only be told a new order, which may be of more or fewer."""
     if not isinstance(layer, LinearAttentionCacheLayerMixin):
-        layer.batch_select_indices(indices)
-    elif batch := _batch(layer):
-        if indices.dtype == torch.bool:
-            indices = indices.nonzero().squeeze(1)
-        if not indices.numel():
-            raise ConfigError("no sequence is left", hint="name some, or reset() the cache")
-        layer.reorder_cache(torch.where(indices < 0, indices + batch, indices).long())  # type: ignore[arg-type]
+        layer.batch_select_indices(numbers)
+    elif batch_of(layer):
+        layer.reorder_cache(numbers)  # type: ignore[arg-type]
 
 
-def repeat_sequences(layer: Any, repeats: int) -> None:
-    """Repeat each sequence, copies side by side; see `select_sequences`."""
-    if not isinstance(layer, LinearAttentionCacheLayerMixin):
-        layer.batch_repeat_interleave(repeats)
-    elif batch := _batch(layer):
-        layer.reorder_cache(torch.arange(batch).repeat_interleave(repeats))  # type: ignore[arg-type]
-
-
-def _batch(layer: LinearAttentionCacheLayerMixin) -> int:
-    """Sequences that it has states of."""
-    states = (*layer.conv_states.values(), *layer.recurrent_states.values())
-    return next((len(state) for state in states if state is not None), 0)
+def batch_of(layer: Any) -> int:
+    """Sequences that `layer` holds something of; 0: it is empty."""
+    if isinstance(layer, StoredLayer):
+        return layer.batch
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        states = (*layer.conv_states.values(), *layer.recurrent_states.values())
+        return next((len(state) for state in states if state is not None), 0)
+    return len(layer.keys) if layer.get_seq_length() else 0
 
 
 def _half_a_step() -> Closed:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import PreTrainedModel
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from dualblade.config import AttentionWord, EngineConfig, Path
 from dualblade.errors import Closed, ConfigError, Unsupported
 from dualblade.hf.beside import reset_layer
+from dualblade.hf.boundary import rotation_boundary, warn_of_boundary
 from dualblade.hf.choice import (
     AttentionChoice,
     choose,
@@ -40,7 +41,6 @@ from dualblade.hf.refusals import (
     check_budget,
     check_kinds,
     check_model,
-    warn_of_boundary,
     warn_of_version,
 )
 from dualblade.hf.whole_steps import WholeSteps
@@ -68,6 +68,15 @@ class DualBladeCache(WholeSteps):
     further use; closing it always works and leaves nothing behind.
     """
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: ARG004
+        """Raises: ConfigError for a model, which most caches of transformers are made with."""
+        if args and isinstance(args[0], torch.nn.Module):
+            raise ConfigError(
+                "a DualBladeCache is not made from a model directly",
+                hint="call DualBladeCache.for_model(model, ...)",
+            )
+        return super().__new__(cls)
+
     def __init__(
         self,
         layers: list[Any],
@@ -94,7 +103,8 @@ class DualBladeCache(WholeSteps):
         self._end_watches: list[Callable[[], object]] = []
         if model is None:
             return
-        self._end_watches += watch_texts(texts_come_to(model), self)
+        boundary = rotation_boundary(model.config)
+        self._end_watches += watch_texts(texts_come_to(model), self, boundary)
         self._end_watches += watch_generate(generating(model), self)
         self._beside.watch(decoder_of(model), self)
         if attention.over_tiles:  # last: what fails above leaves the model as it was
@@ -226,8 +236,12 @@ class DualBladeCache(WholeSteps):
         layer = self.layers[layer_idx]
         if not isinstance(layer, StoredLayer | MemoryLayer):
             raise Unsupported(f"layer {layer_idx} is a {type(layer).__name__}; it cannot append")
-        self.held_text.forget()
-        layer.append(key_states, value_states)
+        before = layer.get_seq_length()
+        try:
+            layer.append(key_states, value_states)
+        finally:  # what was refused has changed nothing
+            if layer.get_seq_length() != before:
+                self.held_text.forget()
 
     def close(self) -> None:
         """End all transfers, discard the KV, free memory, give the model its attention back. Twice

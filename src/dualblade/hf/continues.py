@@ -21,6 +21,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from dualblade.errors import ConfigError, Unsupported
+from dualblade.hf.boundary import check_pass, check_text
 from dualblade.hf.choice import MODELS_LOCK
 from dualblade.hf.layer import MemoryLayer, StoredLayer
 from dualblade.hf.whole_steps import WholeSteps
@@ -90,6 +91,9 @@ def _prefill(
         tokens = given if columns == given else past + given
         new = (generation_config.max_length or 0) - input_ids.shape[1]
         _check_room(model_kwargs, tokens, tokens + new - 1)  # the last token is not stored
+        if _watched_cache(model_kwargs) is not None:
+            chunk = getattr(generation_config, "prefill_chunk_size", None)
+            check_text(self.config, past, tokens, tokens + new - 1, chunk)
     if cache is not None:
         # Of as many columns it is the whole text, of more the new tokens.
         if columns < past + (1 if columns == given else given):
@@ -189,12 +193,13 @@ def _checked_cache(model_kwargs: dict[str, Any]) -> WholeSteps | None:
 
 
 def watch_texts(
-    modules: Iterable[torch.nn.Module], cache: WholeSteps
+    modules: Iterable[torch.nn.Module], cache: WholeSteps, boundary: int | None
 ) -> list[Callable[[], object]]:
     """Check each pass of `modules` through `cache`, for as long as that lives or until the returned
     functions are called. A pass that does not go on from there raises ConfigError, and has changed
-    nothing; of a cache that lost its content `check_usable` tells first."""
-    check = _TextCheck(cache)
+    nothing; of a cache that lost its content `check_usable` tells first. `boundary`: see
+    `rotation_boundary`."""
+    check = _TextCheck(cache, boundary)
     hooks = [module.register_forward_pre_hook(check, with_kwargs=True) for module in modules]
     return [weakref.finalize(cache, hook.remove) for hook in hooks]
 
@@ -204,8 +209,9 @@ class _TextCheck:
     removed meanwhile (the collector, or another thread, ended its cache) no `kwargs`. Of a copied
     or saved model it looks at nothing."""
 
-    def __init__(self, cache: WholeSteps | None) -> None:
+    def __init__(self, cache: WholeSteps | None, boundary: int | None = None) -> None:
         self._cache = (lambda: None) if cache is None else weakref.ref(cache)
+        self._boundary = boundary
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (None,)
@@ -223,6 +229,8 @@ class _TextCheck:
         # Half a step is told of by the layers, which know more.
         if new is not None and not goes_on(past, new, kwargs) and _is_whole(cache):
             raise _does_not_go_on(new, past)
+        if new is not None:
+            check_pass(self._boundary, past, past + new)
         are_ids = brought is not None and brought.ndim == 2 and not brought.is_floating_point()
         cache.held_text.bring(past, brought if are_ids else None)
 

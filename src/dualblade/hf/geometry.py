@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dualblade.errors import Unsupported
 
@@ -71,15 +71,22 @@ def _encoder_decoder(config: PretrainedConfig) -> Unsupported:
 def offloadable(config: PretrainedConfig, layers: list[Any]) -> list[bool]:
     """Which of `layers` may go to the store: full attention, and not read again by later layers.
 
-    A layer whose KV later layers share is kept by the model beyond its turn, so its tensors
-    cannot live in a buffer that the next layer overwrites.
+    A window that is no narrower than all positions (Phi-3.5, Phi-4-mini) is full attention. A layer
+    whose KV later layers share is kept by the model beyond its turn, so its tensors cannot live in
+    a buffer that the next layer overwrites.
     """
     text = config.get_text_config(decoder=True)
+    positions = getattr(text, "max_position_embeddings", None)
     sharing = getattr(text, "kv_sharing_modes", None) or [None] * len(layers)
     return [
-        type(layer) is DynamicLayer and mode != "store"
+        (type(layer) is DynamicLayer or _sees_all(layer, positions)) and mode != "store"
         for layer, mode in zip(layers, sharing, strict=True)
     ]
+
+
+def _sees_all(layer: Any, positions: int | None) -> bool:
+    is_window = type(layer) is DynamicSlidingWindowLayer
+    return is_window and positions is not None and layer.sliding_window >= positions
 
 
 def layer_shapes(config: PretrainedConfig) -> list[LayerShape]:
@@ -98,7 +105,7 @@ def layer_shapes(config: PretrainedConfig) -> list[LayerShape]:
         shapes.append(
             LayerShape(
                 index=index,
-                kind=kind if kind != "DynamicLayer" else "full_attention",
+                kind="full_attention" if is_stored or kind == "DynamicLayer" else kind,
                 offloaded=is_stored,
                 kv_heads=kv_heads,
                 key_dim=key_dim,

@@ -119,6 +119,11 @@ class StoredLayer(CacheLayerMixin):
         """Tokens of each sequence."""
         return self._pipeline.tokens(self._index)
 
+    @property
+    def batch(self) -> int:
+        """Sequences; 0 before the first rows."""
+        return self._pipeline.batch(self._index)
+
     def get_max_length(self) -> int:
         """The stated maximum, -1 without one."""
         return -1 if self._tokens_max is None else self._tokens_max
@@ -137,16 +142,13 @@ class StoredLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences that `indices` name (numbers, or a mask), in that order."""
-        if indices.dtype == torch.bool:
-            indices = indices.nonzero().squeeze(1)
         with lasting():
             self._pipeline.select(self._index, indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence `repeats` times, copies side by side."""
-        batch = self._pipeline.batch(self._index)
         with lasting():
-            self._pipeline.select(self._index, torch.arange(batch).repeat_interleave(repeats))
+            self._pipeline.select(self._index, torch.arange(self.batch).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` tokens. Raises: ConfigError for a positive one."""

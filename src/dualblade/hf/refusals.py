@@ -89,28 +89,6 @@ def warn_of_version(installed: str = transformers.__version__) -> None:
         )
 
 
-_FORGETFUL = ("phi3", "phi4_multimodal", "phimoe")
-"""Models that begin without their cache once a text passes the context of their first training, for
-their rotations change there (transformers 5.24, prepare_inputs_for_generation)."""
-
-
-def warn_of_boundary(model: PreTrainedModel, max_tokens: int | None) -> None:
-    """Log where `model` drops any cache, if a text of `max_tokens` (None: no end) gets there."""
-    text = model.config.get_text_config(decoder=True)
-    boundary = getattr(text, "original_max_position_embeddings", None)
-    most = getattr(text, "max_position_embeddings", None)
-    if text.model_type not in _FORGETFUL or not boundary or not most or most <= boundary:
-        return
-    if max_tokens is None or max_tokens > boundary:
-        log.warning(
-            "%s computes a text anew, with its KV in memory, where it passes %d tokens; longer "
-            "prompts stay in the store with prefill_chunk_size=%d or less",
-            type(model).__name__,
-            boundary,
-            boundary,
-        )
-
-
 _TOKENS_ADVISED = 2048
 """Where nobody says how many there will be: a prompt's chunk, with which buffers of attention over
 tiles are as large as they get."""

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    Cache,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
-from dualblade.errors import Unsupported
-from dualblade.hf.beside import Beside, repeat_sequences, reset_layer, select_sequences
+from dualblade.errors import ConfigError, Unsupported
+from dualblade.hf.beside import Beside, batch_of, reset_layer, select_sequences
 from dualblade.hf.held_text import HeldText
 from dualblade.hf.layer import removed_count
 from dualblade.hf.lazy import lasting
 from dualblade.hf.tile_attention import refuse_gradients
-from dualblade.pipeline.layer import check_removal
+from dualblade.pipeline.layer import check_removal, chosen_sequences
 
 
 class WholeSteps(Cache):
@@ -104,23 +109,43 @@ class WholeSteps(Cache):
                 "layers with windows or states keep nothing of tokens to go back to",
                 hint="reset() it, and give it the text that is to stay",
             )
-        self._beside.change(self.layers, lambda layer: layer.crop(tokens_to_remove))
+        self._beside.change(self.layers, lambda layer: _crop(layer, tokens_to_remove))
         self.held_text.crop(past, self.get_seq_length())
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Sequence i becomes what `beam_idx[i]` was. Raises: ConfigError, Closed."""
-        self.held_text.forget()
-        self._beside.change(self.layers, lambda layer: layer.reorder_cache(beam_idx))
+        self._choose(beam_idx, lambda layer, numbers: layer.reorder_cache(numbers))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each sequence `repeats` times, copies side by side. Raises: Closed."""
-        self.held_text.forget()
-        self._beside.change(self.layers, lambda layer: repeat_sequences(layer, repeats))
+        """Repeat each sequence, copies side by side. Raises: ConfigError, Closed."""
+        if repeats < 1:
+            raise ConfigError(f"sequences cannot be repeated {repeats} times")
+        self._choose(torch.arange(self._batch()).repeat_interleave(repeats), select_sequences)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the sequences that `indices` name, in that order. Raises: ConfigError, Closed."""
-        self.held_text.forget()
-        self._beside.change(self.layers, lambda layer: select_sequences(layer, indices))
+        """Keep the sequences that `indices` name (numbers, or a mask), in that order. Raises:
+        ConfigError, Closed."""
+        self._choose(indices, select_sequences)
+
+    def _choose(self, indices: torch.Tensor, change: Callable[[Any, torch.Tensor], object]) -> None:
+        """`change` all layers to the sequences that `indices` name. What is refused has changed
+        nothing, nor what is known of the text."""
+        self.check_usable()
+        batch = self._batch()
+        if batch:
+            indices = chosen_sequences(indices, batch)
+            self.held_text.forget()
+        self._beside.change(self.layers, lambda layer: change(layer, indices))
+
+    def _batch(self) -> int:
+        return next(filter(None, map(batch_of, self.layers)), 0)
+
+
+def _crop(layer: Any, tokens_to_remove: int) -> None:
+    """One with a window that no token has come to (half a step left it so) fails in transformers
+    5.24; the next step refuses to go on from there."""
+    if not isinstance(layer, DynamicSlidingWindowLayer) or layer.is_initialized:
+        layer.crop(tokens_to_remove)
 
 
 def _goes_back(layer: Any, count: int) -> bool:
