@@ -256,6 +256,16 @@ def test_the_tune_command_saves_what_plan_then_uses(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("doors_alone")
+def test_tune_without_a_place_measures_the_drive_of_private_stores() -> None:
+    tuned = CliRunner().invoke(app, ["tune", "--size", "16MiB", "--json"])
+    assert tuned.exit_code == 0, tuned.output
+    found = load_profile(cache_directory())
+    assert found is not None
+    assert found.device == json.loads(tuned.stdout)["device"]
+    assert list(cache_directory().iterdir()) == []
+
+
+@pytest.mark.usefixtures("doors_alone")
 def test_what_tune_found_is_told_even_where_it_cannot_be_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

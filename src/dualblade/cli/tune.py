@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 
 def tune(
     store: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Argument(
-            metavar="STORE...",
+            metavar="[STORE]...",
             help="A folder or store file on the device, or a device formatted for dualblade; of a "
             "striped store, one on each.",
+            show_default="~/.cache/dualblade, where private stores are",
         ),
-    ],
+    ] = None,
     size: Annotated[
         str, typer.Option("--size", metavar="SIZE", help="Of the scratch store; gone at the end.")
     ] = "256MiB",
@@ -39,6 +40,7 @@ def tune(
 
     \b
     Examples:
+      dualblade tune
       dualblade tune /mnt/nvme
       dualblade tune kv.store --json
       dualblade tune /dev/ng0n1
@@ -48,10 +50,12 @@ def tune(
     from dualblade.cli.output import Reporter
     from dualblade.errors import StorageError
     from dualblade.host.profile import save_profile
+    from dualblade.store import cache_directory
 
+    places = tuple(store or (cache_directory(),))
     with Reporter() as reporter:
         profile = measure_doors(
-            TuneOptions(places=tuple(store), size_bytes=parse_size(size)), reporter.tell
+            TuneOptions(places=places, size_bytes=parse_size(size)), reporter.tell
         )
     try:
         saved = save_profile(profile)
