@@ -6,6 +6,7 @@
 #   make lint           the first three
 #   make check-native   the native engine's tests under sanitizers
 #   make lab            device tests in a guest with emulated NVMe drives, two guests at once
+#   make dist           sdist and wheel in dist/, and the wheel tried outside the clone
 
 SHELL := /bin/bash
 PYTHON ?= python3.11
@@ -15,7 +16,7 @@ INSTALL := $(BIN)/pip install -q -c constraints.txt
 STAMP := $(VENV)/.installed$(if $(wildcard /usr/include/liburing.h),,-posix)
 NATIVE := CMakeLists.txt $(shell find native -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
 
-.PHONY: demo test check lint check-native lab test-packages venv clean
+.PHONY: demo test check lint check-native lab dist test-packages venv clean
 .NOTPARALLEL:  # two of them install Debian packages
 export PYTHON
 
@@ -40,6 +41,11 @@ check-native: venv
 lab: venv test-packages
 	$(BIN)/python -m pytest tests/lab
 
+dist: venv
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	bash scripts/try_wheel dist/*.whl
+
 test-packages:
 	bash scripts/system_packages tests
 
@@ -57,4 +63,4 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE) scripts/system_packages
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-gpu build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-gpu build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
