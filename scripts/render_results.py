@@ -470,18 +470,11 @@ def drive_speed(data: dict[str, Any], mode: str, limit: str) -> str:
     return f"{speed:.2f} ({speed * GIB / median_of(limited, 'fio_read_bytes_per_second'):.2f})"
 
 
-def against_limits(
-    data: dict[str, Any], *, brief: bool = False
-) -> tuple[list[str], list[list[str]]]:
+def against_limits(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of a decode result under several limits, dual among its modes; beside each kind
-    of mapped files that is among them, too. `brief`: no spreads, and not what they read."""
+    of mapped files that is among them, too."""
     modes, mapped = data["options"]["modes"], mapped_modes(data)
-    beside = [] if brief else [*mapped, "dual"]
-
-    def ratio_cell(limit: str, other: str | None) -> str:
-        cell = paired_cell(data, limit, other)
-        return cell.partition(" (")[0] if brief else cell
-
+    beside = [*mapped, "dual"]
     by_limit: dict[str, dict[str, Any]] = {}
     for item in data["summary"]:
         by_limit.setdefault(item["memory_limit"], {})[item["mode"]] = item
@@ -493,8 +486,8 @@ def against_limits(
             [
                 limit.removeprefix("+").replace("%", " %").replace("GiB", " GiB"),
                 *(step_cell(data, items[mode]) for mode in modes),
-                *(ratio_cell(limit, mode) for mode in mapped),
-                ratio_cell(limit, min(others, key=others.__getitem__, default=None)),
+                *(paired_cell(data, limit, mode) for mode in mapped),
+                paired_cell(data, limit, min(others, key=others.__getitem__, default=None)),
                 *(drive_speed(data, mode, limit) for mode in beside),
             ]
         )
@@ -536,10 +529,6 @@ def paired_ratios(
     ]
 
 
-BRIEF_RATIOS = (
-    "ratios are medians of those within a round; the best of the others is the mode with the least "
-    "median."
-)
 OF_PAIRS = (
     "Ratios are medians of those within a round, with their spread; the best of the others is the "
     "mode with the least median."
@@ -559,15 +548,9 @@ def spread_text(ratios: list[float]) -> str:
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
 
-def budgets(*, brief: bool = False) -> str:
+def budgets() -> str:
     data, above, fits = (load(f"budgets/budgets{part}") for part in ("", "-150", "-fits"))
-    head, rows = against_limits(data, brief=brief)
-    if brief:
-        return (
-            f"{table(head, rows)}\n\nMilliseconds a step, medians of {data['options']['repeats']} "
-            f"runs in turn; {BRIEF_RATIOS} Memory: of the KV's {kv_bytes(data) / GIB:.2f} GiB. On "
-            f"{machine_line(data['machine'])} ([performance](docs/performance.md#every-budget))."
-        )
+    head, rows = against_limits(data)
     apart = (
         f"{ahead_words(item['mode'])} {1000 * item['step_seconds_median']:.0f}"
         for item in above["summary"]
@@ -605,7 +588,7 @@ def read_ahead() -> str:
     )
 
 
-def paper(*, brief: bool = False) -> str:
+def paper() -> str:
     shapes = {
         "OPT-6.7B": "paper-opt-6.7b",
         "OPT-2.7B": "paper-opt-2.7b",
@@ -614,20 +597,13 @@ def paper(*, brief: bool = False) -> str:
     rows, of, machines = [], [], set()
     for name, file in shapes.items():
         data = load(f"paper-24gib/{file}")
-        head, its = against_limits(data, brief=brief)
+        head, its = against_limits(data)
         rows += [[name, *row] for row in its]
         options = data["options"]
         machines.add(machine_line(data["machine"]))
         of.append(
             f"{name}: {options['batch']} x {options['context']} tokens, "
             f"{kv_bytes(data) / GIB:.1f} GiB of KV, {options['repeats']} runs"
-        )
-    if brief:
-        return (
-            f"{table(['shape', *head], rows)}\n\nMilliseconds a step, medians of runs in turn; "
-            f"{BRIEF_RATIOS} Memory: left for the cache beside weights and activations. "
-            f"{'. '.join(of)}. On {' and '.join(sorted(machines))} "
-            "([performance](docs/performance.md#real-shapes))."
         )
     return (
         f"{table(['shape', *head], rows)}\n\nMilliseconds a step; medians of runs in turn, "
@@ -714,6 +690,78 @@ def paper_large() -> str:
         f"in turn. {OF_PAIRS} Memory: left for the cache beside weights and activations. "
         f"{'. '.join(of)}. `{data['command']}` on {' and '.join(sorted(machines))}; files: "
         "`results/paper/`."
+    )
+
+
+SMALL = {
+    "a laptop of 8 GB": "laptop-8gb",
+    "a drive of 1 GB/s": "jetson",
+    "a long document": "long-document",
+}
+"""Scenarios of machines smaller than this one, by what the tables call them."""
+
+
+def small_machines() -> str:
+    rows, of, results = [], [], []
+    for name, scenario in SMALL.items():
+        data = load(f"{scenario}/decode")
+        head, its = against_limits(data)
+        rows += [[name, *row] for row in its]
+        options, results = data["options"], [*results, data]
+        of.append(
+            f"{name[0].upper()}{name[1:]}: `{options['model']}`, {options['dtype']}, "
+            f"{options['batch']} x {options['context']} tokens, "
+            f"{kv_bytes(data) / GIB:.2f} GiB of KV, {options['repeats']} runs"
+        )
+    return (
+        f"{table(['', *head], rows)}\n\nMilliseconds a step, attention tiles; medians of runs in "
+        f"turn. {OF_PAIRS} Memory: of the whole process on the laptop; left for the cache beside "
+        "weights and activations with +; else a part of the KV. "
+        f"{'. '.join(of)}. {stolen_note(*results)}{small_source(results)}"
+    )
+
+
+def small_prompts() -> str:
+    rows, of, results = [], [], []
+    mapped = [f"mmap+read_ahead={ahead}" for ahead in ("128KiB", "1MiB")]
+    for name, scenario in SMALL.items():
+        data = load(f"{scenario}/prefill")
+        options, results = data["options"], [*results, data]
+        for item in data["summary"]:
+            kind = (item["memory_limit"], item["store_state"])
+            same = [r for r in data["runs"] if (r["memory_limit"], r["store_state"]) == kind]
+            text = seconds_spread(item["prefill_seconds"], item["prefill_seconds_spread"])
+            ratios = (
+                spread_text(paired_ratios(same, item["mode"], mode, "prefill_seconds"))
+                for mode in mapped
+            )
+            rows.append(
+                [
+                    f"{name}, {kind[0]}, {kind[1]}: {ahead_words(item['mode'])}",
+                    of_runs(text, runs_of(data, item), "prefill_seconds"),
+                    *ratios,
+                    percent(item["stall_fraction"]),
+                ]
+            )
+        of.append(
+            f"{name[0].upper()}{name[1:]}: {options['batch']} x {options['context']} tokens in "
+            f"chunks of {options['prefill_chunk']}"
+        )
+    beside = (f"/ {ahead_words(mode)}" for mode in mapped)
+    return (
+        f"{table(['memory, store: mode', 'seconds', *beside, 'stalled'], rows)}\n\n"
+        "A prompt until its first token. Fresh: a new store; written: one that all rewrite. "
+        f"{'. '.join(of)}. Ratios are medians of those within a round. "
+        f"{stolen_note(*results)}{small_source(results)}"
+    )
+
+
+def small_source(results: list[dict[str, Any]]) -> str:
+    machines = sorted({machine_line(data["machine"]) for data in results})
+    folders = ", ".join(f"`results/{scenario}/`" for scenario in SMALL.values())
+    return (
+        "`dualblade bench paper SCENARIO --output results/SCENARIO` on "
+        f"{' and '.join(machines)}; files: {folders}."
     )
 
 
@@ -921,11 +969,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "lmcache": lmcache,
     "mlperf": mlperf,
     "budgets": budgets,
-    "budgets-brief": partial(budgets, brief=True),
     "read-ahead": read_ahead,
     "paper": paper,
-    "paper-brief": partial(paper, brief=True),
     "paper-large": paper_large,
+    "small-machines": small_machines,
+    "small-prompts": small_prompts,
     "growth": growth,
     "pipeline": pipeline,
     "prefill-paths": prefill_paths,

@@ -108,7 +108,7 @@ class SimulatedDma:
         slot.busy = self._last
 
     def close(self) -> None:
-        """End the thread after what was issued. Twice is once."""
+        """End the thread after what was issued. Idempotent."""
         self._queue.put(None)
         self._thread.join()
 
