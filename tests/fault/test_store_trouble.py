@@ -28,11 +28,11 @@ from dualblade.errors import (
 )
 from dualblade.host import devices, page_cache
 from dualblade.io import Arena, Engine, Op, open_engine
-from dualblade.store import Door, Store, formatting
+from dualblade.store import Door, Store, backing, formatting
 from dualblade.store import store as store_module
 from dualblade.store.format import DATA_OFFSET, SUPERBLOCK_BYTES
 from dualblade.store.formatting import carry_out_wipe, plan_formats, plan_wipe
-from dualblade.store.inspect import inspect_store
+from dualblade.store.inspect import inspect_store, unreadable_ranges
 from dualblade.store.members import Members
 from dualblade.testing import Fault, FaultyEngine
 from dualblade.testing.contract import fork
@@ -290,6 +290,62 @@ def test_a_store_in_use_is_refused(tmp_path: Path, engine: Engine) -> None:
     with open_store(path, engine), pytest.raises(NotAStore, match="in use"):
         open_store(path, engine)
     open_store(path, engine).close()
+
+
+def test_a_file_that_is_removed_while_its_lock_is_waited_for_is_opened_again(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two programs begin with one name: the first only looks whether there can be a store."""
+    path, lock, waits = tmp_path / "kv.store", backing._lock, []
+
+    def locked_late(fd: int, name: str) -> None:
+        if not waits:
+            path.unlink()
+        waits.append(name)
+        lock(fd, name)
+
+    path.touch()  # as the other made it
+    monkeypatch.setattr(backing, "_lock", locked_late)
+    with open_store(path, engine) as store:
+        assert store.free_bytes
+        assert len(waits) == 2
+        assert path.stat().st_size == DATA_OFFSET
+    monkeypatch.setattr(backing, "_is_at", lambda *_: False)
+    with pytest.raises(StorageError, match="again and again"):
+        open_store(path, engine)
+
+
+def test_a_link_that_leads_nowhere_is_told(tmp_path: Path, engine: Engine) -> None:
+    link = tmp_path / "kv.store"
+    link.symlink_to(tmp_path / "not-mounted" / "kv.store")
+    with pytest.raises(StorageError, match=r"not-mounted/kv\.store, which is not there") as caught:
+        open_store(link, engine)
+    assert "mount the drive" in (caught.value.hint or "")
+    assert link.is_symlink()
+
+
+@pytest.mark.parametrize(("code", "found"), [(errno.EIO, 100), (errno.ENODEV, None)])
+def test_verify_tells_of_so_many_blocks_and_of_no_drive_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, found: int | None
+) -> None:
+    path, parts = tmp_path / "large", []
+    path.write_bytes(bytes(8 * MIB))
+
+    def fail() -> None:
+        raise DeviceError(errno=code, operation="read", offset=0, size_bytes=4096)
+
+    failing = SimpleNamespace(submit=lambda *_, **__: SimpleNamespace(wait=fail))
+    monkeypatch.setattr(
+        "dualblade.store.inspect.open_engine", lambda: contextlib.nullcontext(failing)
+    )
+    report: Any = SimpleNamespace(path=str(path), drive=None)
+    if found is None:
+        with pytest.raises(DeviceError):
+            unreadable_ranges(report, parts.append)
+        return
+    bad = unreadable_ranges(report, parts.append)
+    assert bad == [(at * 4096, 4096) for at in range(found)]
+    assert len(parts) == found, "each of them may take a drive seconds"
 
 
 def test_kill_9_leaves_no_lock_and_is_told(

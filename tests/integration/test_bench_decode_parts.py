@@ -30,6 +30,9 @@ from dualblade.cli.bench_decode import _decode_row
 from dualblade.errors import BudgetError, ConfigError, NoSpace, StorageError, Unsupported
 from dualblade.host.cgroup import MemoryLimit
 from dualblade.host.process import ProcessIO
+from dualblade.io import open_engine
+from dualblade.store import Door, Store
+from dualblade.store.format import DATA_OFFSET
 from dualblade.units import GIB, MIB
 
 NARROW = LayerShape(kv_heads=2, key_dim=16, value_dim=8, item_bytes=2, grows=True)
@@ -389,6 +392,27 @@ def test_a_store_that_was_not_there_is_removed(tmp_path: Path) -> None:
     with workload.store_left_as_found(theirs):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_a_link_that_leads_nowhere_is_left_as_found(tmp_path: Path) -> None:
+    link = tmp_path / "kv.store"
+    link.symlink_to(tmp_path / "not-mounted" / "kv.store")
+    with workload.store_left_as_found(link):
+        pass
+    assert link.is_symlink()
+
+
+def test_a_store_that_was_there_is_left_empty(tmp_path: Path) -> None:
+    path = tmp_path / "kv.store"
+    options: dict[str, Any] = {"direct": False, "capacity_bytes": 16 * MIB}
+    with open_engine("posix") as engine:
+        Store.open(path, engine, **options).close()
+        with workload.store_left_as_found(path):
+            store = Store.open(path, engine, **options, keep_blocks=True)
+            store.allocate(8 * MIB, Door.PAGE_CACHE)
+            store.close()
+            assert path.stat().st_size > 8 * MIB
+    assert path.stat().st_size == DATA_OFFSET
 
 
 def _make_and_interrupt(path: Path) -> None:

@@ -25,6 +25,8 @@ from dualblade.bench.workload import Limit
 from dualblade.cli.app import app
 from dualblade.errors import ConfigError
 from dualblade.host.cgroup import MemoryCgroup
+from dualblade.io import open_engine
+from dualblade.store import Store
 from dualblade.units import MIB
 
 MODEL = "random:llama?layers=4,hidden=64,heads=2,kv_heads=2,head_dim=64,vocab=256"
@@ -277,8 +279,11 @@ def test_a_fresh_store_is_new_after_a_run_that_was_killed(tmp_path: Path) -> Non
     """It leaves its blocks, and the next run would only rewrite them."""
     options = PrefillBenchOptions(**SHAPE, store=tmp_path / "kv.store")
     stale, running = tmp_path / "kv.store.fresh-99999999", tmp_path / "kv.store.fresh-1"
-    for path in (stale, running):
-        path.touch()
+    copy = tmp_path / "kv.store.fresh-99999998"
+    copy.write_text("somebody's, of no process")
+    with open_engine("posix") as engine:
+        for path in (stale, running):
+            Store.open(path, engine, direct=False, capacity_bytes=2 * MIB).close()
     stores = prefill._Stores(options, tmp_path, Watch())
     planned = Planned(0, None, "fresh", "direct")
     assert stores.ready(planned).store == stores.fresh
@@ -287,3 +292,4 @@ def test_a_fresh_store_is_new_after_a_run_that_was_killed(tmp_path: Path) -> Non
     assert not stores.fresh.exists()
     assert not stale.exists(), "of a benchmark that was killed itself"
     assert running.exists()
+    assert copy.exists()

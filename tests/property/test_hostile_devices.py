@@ -20,6 +20,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from dualblade.cli import device_checks
 from dualblade.errors import NoSpace, NotAStore
 from dualblade.io import open_engine
 from dualblade.store import Store
@@ -135,6 +136,10 @@ def test_a_store_of_another_version_is_not_formatted_over(tmp_path: Path) -> Non
             with pytest.raises(NotAStore, match="a store of version 9"):
                 plan(device)
         assert contents(device) == before
+        told = device_checks.examine(device)
+        assert told is not None
+        (finding,) = told["drive"]["findings"]
+        assert "a store of version 9" in finding["what"], "doctor does not call it free"
 
 
 sections = st.builds(

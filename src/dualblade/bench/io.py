@@ -323,7 +323,7 @@ def _open_scratch(path: str, opened: contextlib.ExitStack, undo: contextlib.Exit
     if existed:
         undo.callback(os.ftruncate, fd, size_before)
     else:
-        undo.callback(os.unlink, path)
+        undo.callback(os.unlink, os.path.realpath(path))  # a link is somebody's
     return fd
 
 

@@ -64,6 +64,7 @@ from dualblade.bench.workload import (
 from dualblade.errors import ConfigError, DualBladeError
 from dualblade.host.machine import command_line, machine_facts
 from dualblade.host.page_cache import drop
+from dualblade.store.inspect import inspect_store
 from dualblade.units import format_size
 
 FRESH, WRITTEN = "fresh", "written"
@@ -241,8 +242,15 @@ class _Stores:
 def _remove_stale(store: Path) -> None:
     """Fresh stores beside a named one, of benchmarks that were killed."""
     for left in store.parent.glob(f"{glob.escape(store.name)}.fresh-*"):
-        if _is_gone(left.name.rpartition("-")[2]):
+        if _is_gone(left.name.rpartition("-")[2]) and _is_store(left):
             left.unlink(missing_ok=True)
+
+
+def _is_store(file: Path) -> bool:
+    try:
+        return inspect_store(str(file)).superblock is not None
+    except DualBladeError:
+        return False
 
 
 def _remove_left(folder: Path) -> None:

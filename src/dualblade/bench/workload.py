@@ -15,6 +15,7 @@ from the start.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from dualblade.host.drives import find_drive
 from dualblade.host.machine import STOLEN_MAX
 from dualblade.host.memory import available_memory
 from dualblade.host.read_ahead import reading_ahead
+from dualblade.store.formatting import empty_store
 from dualblade.units import KIB, MIB, format_size, parse_size
 
 YARDSTICK = "dynamic-cache"
@@ -417,12 +419,15 @@ def store_left_as_found(store: Path | None) -> Iterator[None]:
         yield
         return
     files = store.with_name(store.name + MMAP_ENDING)
-    existed, files_existed = store.exists(), files.exists()
+    existed, files_existed = os.path.lexists(store), os.path.lexists(files)
     try:
         yield
     finally:
         if not existed:
             store.unlink(missing_ok=True)
+        elif store.is_file():  # with `keep_store_blocks` it holds what was written last
+            with contextlib.suppress(DualBladeError):
+                empty_store(str(store))
         if not files_existed:
             shutil.rmtree(files, ignore_errors=True)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import resource
 import stat
 import tempfile
@@ -23,7 +22,7 @@ from dualblade.host.memory import auto_budget_bytes, available_memory
 from dualblade.host.page_cache import cached_bytes
 from dualblade.host.profile import load_profile
 from dualblade.io import Arena, open_engine
-from dualblade.store.backing import cache_folder
+from dualblade.store import nearest_cache_folder
 from dualblade.store.fiemap import count_fragments, file_extents
 from dualblade.store.inspect import inspect_store
 from dualblade.units import BLOCK_BYTES, MIB
@@ -79,16 +78,10 @@ def store(path: Path | None) -> dict[str, Any]:
     Nothing is written to an existing file.
     """
     try:
-        return _store_at(_cache_place() if path is None else path, is_default=path is None)
+        return _store_at(nearest_cache_folder() if path is None else path, is_default=path is None)
     except DualBladeError as exc:
         named = None if path is None else str(path)
         return {"path": named, "is_default": path is None, "error": exc.message}
-
-
-def _cache_place() -> Path:
-    """The cache directory, or the nearest folder above that exists: looking makes nothing."""
-    folder = cache_folder()
-    return next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
 
 
 def _store_at(place: Path, *, is_default: bool) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dualblade.host.drives import Drive, Finding, find_drive, findings
 from dualblade.host.nvme import nvme_facts
 from dualblade.io import Namespace, open_engine
 from dualblade.store.format import Superblock
+from dualblade.store.formatting import plan_format
 from dualblade.store.inspect import inspect_store
 from dualblade.units import BLOCK_BYTES
 
@@ -50,6 +51,8 @@ def examine(path: str) -> dict[str, Any] | None:
     is_store = told["store"] is not None
     try:
         found = [] if is_store and report.in_use_now else findings(drive, has_store=is_store)
+        if not is_store and not found:
+            plan_format(path)  # what stands against a store of its own
     except DualBladeError as exc:
         found = [Finding(what=exc.message, free_with=exc.hint)]
     told["drive"]["findings"] = [asdict(finding) for finding in found]

@@ -148,7 +148,7 @@ def verify(
       dualblade store verify /dev/nvme1n1 /dev/nvme2n1
       dualblade store verify kv.store --superblocks-only
     """
-    from dualblade.store.inspect import inspect_store, store_problem
+    from dualblade.store.inspect import UNREADABLE_MAX, inspect_store, store_problem
 
     reports = [inspect_store(path) for path in store]
     problem = store_problem(reports)
@@ -170,8 +170,9 @@ def verify(
     _tell(result, json, f"{name}: {whole}" if not problems and not bad else "")
     if bad:
         path, offset, size_bytes = bad[0]
+        count = f"at least {len(bad)}" if len(bad) >= UNREADABLE_MAX else f"{len(bad)}"
         raise CorruptExtent(
-            f"{name}: {len(bad)} blocks cannot be read, the first at offset {offset} of {path}",
+            f"{name}: {count} blocks cannot be read, the first at offset {offset} of {path}",
             path=path,
             offset=offset,
             size_bytes=size_bytes,

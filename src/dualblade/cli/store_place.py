@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dualblade.errors import NotAStore
 from dualblade.host.drives import find_drive
 from dualblade.io import open_engine
-from dualblade.store import as_places, cache_directory
-from dualblade.store.backing import check_place, file_room, is_device
-from dualblade.store.device import recognise
+from dualblade.store import as_places, nearest_cache_folder
+from dualblade.store.backing import check_place, file_room, is_device, refuse_special
+from dualblade.store.device import device_error, recognise
 from dualblade.store.format import Superblock
 from dualblade.store.members import check_kinds, check_members, held_members
 from dualblade.store.place import read_superblock, storage_error
@@ -50,7 +48,7 @@ def look_at_store(stores: Sequence[Path] | None) -> None:
 def store_room(stores: Sequence[Path] | None) -> int:
     """Bytes of KV that there is room for at the places of one store (None: a private one). Raises:
     as `look_at_store`."""
-    places = [os.fspath(place) for place in as_places(stores) or (cache_directory(),)]
+    places = [os.fspath(place) for place in as_places(stores) or (nearest_cache_folder(),)]
     folders = [
         place if os.path.exists(place) else os.path.dirname(place) or "." for place in places
     ]
@@ -71,19 +69,20 @@ def _check_together(found: list[tuple[str, Superblock]]) -> None:
 
 def superblock_at(place: str) -> Superblock | None:
     """Of the store at `place`; None for a folder, and where a file would be made."""
-    try:
-        if is_device(place):
-            drive = find_drive(place)
+    if is_device(place):
+        drive = find_drive(place)
+        try:
             with open(drive.block_path, "rb", buffering=0) as node:
                 return recognise(node.fileno(), drive)
+        except OSError as exc:
+            raise device_error("open", place, exc) from exc
+    try:
         if not os.path.lexists(place):
             check_place(place)
             return None
-        mode = os.stat(place).st_mode
-        if stat.S_ISDIR(mode):
+        if os.path.isdir(place):
             return None
-        if not stat.S_ISREG(mode):
-            raise NotAStore(f"{place} is not a regular file", path=place)
+        refuse_special(place)
         with open(place, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             return Superblock.decode(read_superblock(file.fileno(), 0), path=place, file_bytes=size)

@@ -13,7 +13,7 @@ from dualblade.host.mapped import can_hold_pages
 from dualblade.host.profile import DeviceProfile, device_identity, load_profile, save_profile
 from dualblade.io import Arena, Engine
 from dualblade.residency import DoorSpeeds
-from dualblade.store import Place, Store, as_places, cache_directory, member_count
+from dualblade.store import Place, Store, as_places, member_count, nearest_cache_folder
 from dualblade.store.measure import SWEEP_BYTES, measure_rates
 from dualblade.units import GIB, MIB, format_size, round_up
 
@@ -45,7 +45,7 @@ def known_profile(store: Place | Sequence[Place] | None) -> DeviceProfile | None
 
 
 def _places(store: Place | Sequence[Place] | None) -> tuple[Place, ...]:
-    return as_places(store) or (cache_directory(),)
+    return as_places(store) or (nearest_cache_folder(),)
 
 
 def reads_in_place(

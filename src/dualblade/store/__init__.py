@@ -1,6 +1,6 @@
 """Where bytes are on a drive, and ways to them: extents, doors and the on-disk format."""
 
-from dualblade.store.backing import cache_directory
+from dualblade.store.backing import cache_directory, nearest_cache_folder
 from dualblade.store.doors import Door
 from dualblade.store.extent import Extent
 from dualblade.store.in_place import InPlace
@@ -16,4 +16,5 @@ __all__ = [
     "as_places",
     "cache_directory",
     "member_count",
+    "nearest_cache_folder",
 ]

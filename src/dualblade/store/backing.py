@@ -153,7 +153,7 @@ class HeldFile:
 def _unlink_own(name: str, fd: int) -> None:
     """Remove a name, unless it is another file's by now. What it is removed for is told."""
     with contextlib.suppress(OSError):
-        if os.path.samestat(os.stat(name), os.fstat(fd)):
+        if _is_at(name, fd):
             os.unlink(name)
 
 
@@ -185,6 +185,12 @@ def cache_folder() -> Path:
     """Where that is, or would be made."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "dualblade"
+
+
+def nearest_cache_folder() -> Path:
+    """That, or the nearest folder above that exists: looking makes nothing."""
+    folder = cache_folder()
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 
 
 def check_engine(path: str | os.PathLike[str] | None, engine: Engine, *, direct: bool) -> None:
@@ -237,6 +243,9 @@ def _mode(path: str | os.PathLike[str]) -> int:
         return 0
 
 
+_OPENED_AGAIN_MAX = 10
+
+
 def hold_file(
     path: str | os.PathLike[str] | None, *, direct: bool, existing_only: bool = False
 ) -> HeldFile:
@@ -249,9 +258,8 @@ def hold_file(
     """
     name = str(cache_directory()) if path is None else os.fspath(path)
     private = not existing_only and os.path.isdir(name)
-    fd, is_new = _open_private(name) if private else _open_named(name, existing_only)
+    fd, is_new = _open_private(name) if private else _open_locked(name, existing_only)
     try:
-        _lock(fd, name)
         superblock = None
         if not is_new:
             raw = read_superblock(fd, 0)
@@ -267,6 +275,37 @@ def hold_file(
             raise storage_error("open", name, exc) from exc
         raise
     return HeldFile(name=name, fd=fd, direct_fd=direct_fd, superblock=superblock, private=private)
+
+
+def _open_locked(name: str, existing_only: bool) -> tuple[int, bool]:
+    """(descriptor of the file at `name`, locked; whether it is new). One that another process
+    removed while its lock was waited for is nobody's: the name is opened again."""
+    for _ in range(_OPENED_AGAIN_MAX):
+        fd, is_new = _open_named(name, existing_only)
+        try:
+            _lock(fd, name)
+            if is_new or _is_at(name, fd):
+                return fd, is_new
+        except BaseException:
+            if is_new:
+                _unlink_own(name, fd)
+            os.close(fd)
+            raise
+        os.close(fd)
+    raise StorageError(
+        f"{name} is made and removed again and again by others",
+        operation="open",
+        path=name,
+        hint="name another store file",
+    )
+
+
+def _is_at(name: str, fd: int) -> bool:
+    """Whether the open file still has its name."""
+    try:
+        return os.path.samestat(os.stat(name), os.fstat(fd))
+    except OSError:
+        return False
 
 
 def _open_private(folder: str) -> tuple[int, bool]:
@@ -314,6 +353,12 @@ def check_place(path: str | os.PathLike[str]) -> None:
     if os.path.exists(path):
         return
     name = os.fspath(path)
+    if os.path.islink(name):
+        raise StorageError(
+            f"{name} is a link to {os.readlink(name)}, which is not there",
+            path=name,
+            hint="mount the drive that it leads to, or remove the link",
+        )
     parent = os.path.dirname(name) or "."
     if not os.path.isdir(parent):
         raise StorageError(

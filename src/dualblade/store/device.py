@@ -126,7 +126,7 @@ class HeldDevice:
             # What probing and readahead left: pages that direct writes would make stale.
             drop(self.fd, 0, self.drive.size_bytes)
         except OSError as exc:
-            raise _device_error("open", self.path, exc) from exc
+            raise device_error("open", self.path, exc) from exc
         return DeviceBacking(
             path=self.path,
             drive=self.drive,
@@ -168,7 +168,7 @@ def hold_store(path: str | os.PathLike[str], engine: Engine, *, direct: bool) ->
     except BaseException as exc:
         os.close(fd)
         if isinstance(exc, OSError):
-            raise _device_error("open", drive.path, exc) from exc
+            raise device_error("open", drive.path, exc) from exc
         raise
     return HeldDevice(
         drive=drive,
@@ -252,7 +252,7 @@ def hold_device(drive: Drive) -> int:
                 path=drive.path,
                 hint=f"see dualblade doctor {drive.path}",
             ) from exc
-        raise _device_error("open", drive.block_path, exc) from exc
+        raise device_error("open", drive.block_path, exc) from exc
     try:
         _check_unchanged(fd, drive)
     except BaseException:
@@ -358,7 +358,8 @@ def zero(fd: int, offset: int, size_bytes: int) -> None:
     fcntl.ioctl(fd, _BLKZEROOUT, struct.pack("=QQ", offset, size_bytes))
 
 
-def _device_error(operation: str, node: str, exc: OSError) -> StorageError:
+def device_error(operation: str, node: str, exc: OSError) -> StorageError:
+    """`storage_error` of a device, whose nodes are opened to a user or group."""
     if exc.errno not in (errno.EACCES, errno.EPERM):
         return storage_error(operation, node, exc)
     return StorageError(

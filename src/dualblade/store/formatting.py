@@ -153,6 +153,14 @@ def _refuse_store(fd: int, drive: Drive) -> None:
     )
 
 
+def empty_store(*paths: str) -> Superblock:
+    """Have the store of the files at `paths` empty, made where nothing is, and closed cleanly.
+    Returns the first superblock. Raises: as `Store.open`."""
+    store = open_members(paths, None, direct=False, capacity_bytes=None)
+    store.close(keep_blocks=False, end=DATA_OFFSET)
+    return store.backings[0].superblock
+
+
 def carry_out_format(*plans: Plan) -> Superblock:
     """Make the store that `plans` describe: one, or the members of a striped one, in their order.
 
@@ -160,10 +168,7 @@ def carry_out_format(*plans: Plan) -> Superblock:
     Raises: NotAStore when one is not free any more.
     """
     if plans[0].drive is None:
-        paths = [plan.path for plan in plans]
-        made = open_members(paths, None, direct=False, capacity_bytes=None)
-        made.close(keep_blocks=False, end=DATA_OFFSET)
-        return made.backings[0].superblock
+        return empty_store(*(plan.path for plan in plans))
     with contextlib.ExitStack() as stack:
         held = [_hold(plan, stack) for plan in plans]
         blocks = _new_superblocks(plans, held)

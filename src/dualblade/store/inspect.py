@@ -13,7 +13,7 @@ from dualblade.errors import DeviceError, NotAStore, Unsupported
 from dualblade.host.drives import Drive, find_drive, is_held
 from dualblade.io import Arena, Op, Transfer, open_engine
 from dualblade.store.backing import is_device, refuse_special
-from dualblade.store.device import recognise, section_of
+from dualblade.store.device import device_error, recognise, section_of
 from dualblade.store.format import (
     DATA_OFFSET,
     DEVICE_VERSION,
@@ -26,7 +26,9 @@ from dualblade.store.place import read_superblock, storage_error
 from dualblade.units import BLOCK_BYTES, MIB
 
 _READ_BYTES = 4 * MIB  # of one verifying read: far above what a drive needs to stream
-_UNREADABLE_MAX = 100  # told at most: a drive with more is not worth the list
+UNREADABLE_MAX = 100  # told at most: a drive with more is not worth the list
+# The kernel's words for a block, not the whole drive: unknown, medium, protection, target.
+_BAD_BLOCK = (errno.EIO, errno.ENODATA, errno.EILSEQ, errno.EREMOTEIO)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +82,8 @@ def inspect_store(path: str) -> Report:
             refuse_special(path)  # a pipe would be waited for
         fd = os.open(path if drive is None else drive.block_path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as exc:
-        raise storage_error("inspect", path, exc) from exc
+        told = storage_error if drive is None else device_error
+        raise told("inspect", path, exc) from exc
     try:
         if drive is None:
             return _inspect_file(fd, path)
@@ -118,7 +121,8 @@ def unreadable_ranges(report: Report, tell: Callable[[float], None]) -> list[tup
                 f"the file system of {report.path} has no O_DIRECT, by which all blocks are read",
                 hint="--superblocks-only does without",
             ) from exc
-        raise storage_error("verify", report.path, exc) from exc
+        told = storage_error if report.drive is None else device_error
+        raise told("verify", report.path, exc) from exc
     bad: list[tuple[int, int]] = []
     try:
         end = os.lseek(fd, 0, os.SEEK_END) // BLOCK_BYTES * BLOCK_BYTES
@@ -129,21 +133,25 @@ def unreadable_ranges(report: Report, tell: Callable[[float], None]) -> list[tup
                 read = Transfer(fd, Op.READ, arena.address, size_bytes, offset)
                 try:
                     engine.submit([read], path=report.path).wait()
-                except DeviceError:
+                except DeviceError as exc:
+                    if exc.errno not in _BAD_BLOCK:
+                        raise  # the drive is gone, or no longer ours to read
                     return False
                 return True
 
             for offset in range(0, end, _READ_BYTES):
                 size_bytes = min(_READ_BYTES, end - offset)
                 if not readable(offset, size_bytes):
-                    blocks = range(offset, offset + size_bytes, BLOCK_BYTES)
-                    bad += [(at, BLOCK_BYTES) for at in blocks if not readable(at, BLOCK_BYTES)]
+                    for at in range(offset, offset + size_bytes, BLOCK_BYTES):
+                        tell(at / end)  # a drive may try for seconds
+                        if not readable(at, BLOCK_BYTES):
+                            bad.append((at, BLOCK_BYTES))
+                        if len(bad) == UNREADABLE_MAX:
+                            return bad
                 tell((offset + size_bytes) / end)
-                if len(bad) >= _UNREADABLE_MAX:
-                    break
     finally:
         os.close(fd)
-    return bad[:_UNREADABLE_MAX]
+    return bad
 
 
 def _inspect_file(fd: int, path: str) -> Report:

@@ -166,11 +166,16 @@ def write_superblock(fd: int, superblock: Superblock) -> None:
     drop(fd, offset, DATA_OFFSET)
 
 
+_LOOKING = ("inspect", "verify", "wipe")
+
+
 def storage_error(operation: str, name: str, exc: OSError) -> StorageError:
     """`exc` in our words: what was tried on which store, and what to do."""
     kind = NoSpace if exc.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
     hints = {
-        errno.EACCES: "choose a place that you may write to",
+        errno.EACCES: "do so as the user that it belongs to, or as root"
+        if operation in _LOOKING
+        else "choose a place that you may write to",
         errno.EROFS: "the file system is read-only; choose another",
         errno.ENOSPC: "free some space there, or name a store on another drive",
     }
