@@ -405,7 +405,7 @@ def test_the_plan_is_what_a_cache_does(name: str, budget: int, path: str, attent
 
 def test_layers_are_numbered_as_the_model_numbers_them() -> None:
     """Where some have windows, too: those are in memory, and count all the same."""
-    name = "random:gemma3?layers=7,hidden=64,heads=2,kv_heads=1,vocab=500,positions=512"
+    name = "random:gemma3?layers=7,hidden=64,heads=2,kv_heads=1,vocab=500,positions=8192"
     model = load_model(name, dtype=torch.float32, device="cpu").model
     full = [n for n, kind in enumerate(model.config.layer_types) if kind == "full_attention"]
     assert full == [5]
