@@ -484,7 +484,10 @@ def against_limits(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         others = {mode: seconds for mode, seconds in took.items() if seconds and mode != "dual"}
         rows.append(
             [
-                limit.removeprefix("+").replace("%", " %").replace("GiB", " GiB"),
+                limit.removeprefix("+")
+                .replace("%", " %")
+                .replace("GiB", " GiB")
+                .replace("MiB", " MiB"),
                 *(step_cell(data, items[mode]) for mode in modes),
                 *(paired_cell(data, limit, mode) for mode in mapped),
                 paired_cell(data, limit, min(others, key=others.__getitem__, default=None)),
@@ -716,7 +719,7 @@ def small_machines() -> str:
     return (
         f"{table(['', *head], rows)}\n\nMilliseconds a step, attention tiles; medians of runs in "
         f"turn. {OF_PAIRS} Memory: of the whole process on the laptop; left for the cache beside "
-        "weights and activations with +; else a part of the KV. "
+        "weights and activations with the slow drive; else a part of the KV. "
         f"{'. '.join(of)}. {stolen_note(*results)}{small_source(results)}"
     )
 

@@ -407,6 +407,13 @@ def test_a_store_that_was_there_is_left_empty(tmp_path: Path) -> None:
     options: dict[str, Any] = {"direct": False, "capacity_bytes": 16 * MIB}
     with open_engine("posix") as engine:
         Store.open(path, engine, **options).close()
+        kept = Store.open(path, engine, **options, keep_blocks=True)
+        kept.allocate(2 * MIB, Door.PAGE_CACHE)
+        kept.close()
+        before = path.stat().st_size
+        with workload.store_left_as_found(path):
+            pass
+        assert path.stat().st_size == before > DATA_OFFSET, "nothing was written to it"
         with workload.store_left_as_found(path):
             store = Store.open(path, engine, **options, keep_blocks=True)
             store.allocate(8 * MIB, Door.PAGE_CACHE)

@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, Phi3Config, PreTrai
 
 import dualblade
 from dualblade import DualBladeCache, EngineConfig
+from dualblade.bench.decode_rows import kv_bytes, probe_layers
 from dualblade.config import Path as KVPath
 from dualblade.errors import Unsupported
+from dualblade.hf import tile_attention
 from dualblade.hf.boundary import check_text
 from dualblade.hf.plan import PlanRequest, plan_cache
 from dualblade.units import MIB
@@ -21,6 +23,13 @@ from tests.integration.tiny_models import prompt
 BOUNDARY = 96
 POSITIONS = 512
 HALF_DIM = 8
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": BOUNDARY,
+    "short_factor": [1.0] * HALF_DIM,
+    "long_factor": [float(4 + at) for at in range(HALF_DIM)],
+}
 
 
 def phi3(**more: Any) -> PreTrainedModel:
@@ -35,14 +44,7 @@ def phi3(**more: Any) -> PreTrainedModel:
         max_position_embeddings=POSITIONS,
         original_max_position_embeddings=BOUNDARY,
         pad_token_id=0,
-        rope_parameters={
-            "rope_type": "longrope",
-            "rope_theta": 10000.0,
-            "original_max_position_embeddings": BOUNDARY,
-            "short_factor": [1.0] * HALF_DIM,
-            "long_factor": [float(4 + at) for at in range(HALF_DIM)],
-        },
-        **more,
+        **{"rope_parameters": LONG_ROPE, **more},
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -125,13 +127,26 @@ def test_long_rotations_from_the_first_token_keep_a_long_text_in_the_store(atten
     expected = generated(phi3(), prompt(tokens=150), DynamicCache(config=phi3().config))
     model = phi3()
     assert dualblade.use_long_rope(model)
-    assert not dualblade.use_long_rope(model), "it does so already"
+    assert not dualblade.use_long_rope(model), "nothing is left to change"
     with cache_for(model, attention=attention) as cache:
         assert generated(model, prompt(tokens=150), cache, prefill_chunk_size=40) == expected
         assert cache.get_seq_length() == 169
         cache.reset()
         generated(model, prompt(tokens=60), cache, max_new_tokens=80)
         assert cache.get_seq_length() == 139, "over the boundary while it decodes"
+
+
+def test_one_without_long_rotations_goes_on_in_chunks() -> None:
+    """As those of .gguf files are: transformers forgets their text all the same."""
+    plain: Any = {"rope_type": "default", "rope_theta": 10000.0}
+    model = phi3(rope_parameters=plain)
+    whole = generated(model, prompt(tokens=150), DynamicCache(config=model.config))
+    with cache_for(model) as cache:
+        assert generated(model, prompt(tokens=150), cache, prefill_chunk_size=40) == whole
+    assert dualblade.use_long_rope(model)
+    with cache_for(model) as cache:
+        assert generated(model, prompt(tokens=60), cache, max_new_tokens=110) is not None
+        assert cache.get_seq_length() == 169, "not forgotten any more"
 
 
 def test_the_boundary_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
@@ -152,15 +167,29 @@ def test_phi4_multimodal_is_refused_to_pass_the_boundary_while_it_decodes() -> N
     check_text(config, 0, 150, 170, None)
     with pytest.raises(Unsupported, match="without what was before") as caught:
         check_text(config, 0, 90, 110, None)
-    assert "6 new tokens" in str(caught.value.hint)
+    assert "7 new tokens" in str(caught.value.hint)
+    with pytest.raises(Unsupported, match="without what was before") as caught:
+        check_text(config, 60, 140, 160, None)
+    assert "reset() the cache" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("attention", ["exact", "tiles"])
-def test_a_window_as_wide_as_all_positions_is_full_attention(attention: str) -> None:
+def test_a_window_as_wide_as_all_positions_is_full_attention(
+    attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = tile_attention.sdpa_mask
+
+    def no_mask(batch: int, queries: int, tokens: int, *rest: Any, **more: Any) -> Any:
+        """But for the first chunk, where nothing is stored and sdpa attends."""
+        assert queries == tokens, "it grows with chunk times context"
+        return dense(batch, queries, tokens, *rest, **more)
+
     model = phi3(sliding_window=POSITIONS)
     expected = generated(model, prompt(2, tokens=70, pad=5), DynamicCache(config=model.config))
     with cache_for(model, attention=attention) as cache:
         given = {"prefill_chunk_size": 32}
+        if attention == "tiles":
+            monkeypatch.setattr(tile_attention, "sdpa_mask", no_mask)
         assert generated(model, prompt(2, tokens=70, pad=5), cache, **given) == expected
         stats = cache.stats()
         assert (stats.offloaded_layers, stats.memory_layers) == (3, 0)
@@ -168,7 +197,9 @@ def test_a_window_as_wide_as_all_positions_is_full_attention(attention: str) -> 
     request = PlanRequest.of(
         model, tokens=400, batch=1, budget_bytes=16 * MIB, path=KVPath.DIRECT, engine=EngineConfig()
     )
-    assert plan_cache(model.config, request).kv_bytes == 400 * 3 * 2 * 2 * 16 * 4
+    planned = plan_cache(model.config, request).kv_bytes
+    assert planned == 400 * 3 * 2 * 2 * 16 * 4
+    assert kv_bytes(probe_layers(model), 1, 400) == planned, "what benchmarks fill"
 
 
 def test_a_window_that_binds_stays_in_memory() -> None:

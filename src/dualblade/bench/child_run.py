@@ -104,11 +104,13 @@ def calibrate(options: ChildOptions) -> dict[str, Any]:
 
 def load(options: ChildOptions) -> tuple[Any, RandomRows]:
     """The model after a warm-up with a tiny cache, and the rows to fill a cache with."""
+    from dualblade.hf.boundary import use_long_rope
     from dualblade.hf.models import load_model
 
     dtype: torch.dtype = getattr(torch, options.dtype)
     model = load_model(options.model, dtype=dtype, seed=options.seed).model
     model.eval()
+    use_long_rope(model)  # a text that passes the boundary would be computed anew, in memory
     shapes = probe_layers(model)
     return model, RandomRows(shapes, options.batch, dtype, options.seed)
 

@@ -99,12 +99,15 @@ def probe_layers(model: Any) -> list[LayerShape]:
     """
     from transformers import DynamicCache  # here: costs seconds to import
 
+    from dualblade.hf.geometry import offloadable
+
     cache = DynamicCache(config=model.config)
     token = torch.ones(1, 1, dtype=torch.long, device=model.device)
     with torch.inference_mode():
         model(input_ids=token, cache=cache, use_cache=True)
     shapes = []
     layers: list[Any] = list(cache.layers)
+    stored = offloadable(model.config, layers)  # windows that never bind are, too
     for index, layer in enumerate(layers):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is None or values is None or keys.ndim != 4:
@@ -115,7 +118,7 @@ def probe_layers(model: Any) -> list[LayerShape]:
                 key_dim=keys.shape[3],
                 value_dim=values.shape[3],
                 item_bytes=keys.element_size(),
-                grows=not layer.is_sliding,
+                grows=stored[index] or not layer.is_sliding,
             )
         )
     return shapes

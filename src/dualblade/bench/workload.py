@@ -414,18 +414,20 @@ def _limit_from(limit: Limit) -> str | None:
 
 @contextlib.contextmanager
 def store_left_as_found(store: Path | None) -> Iterator[None]:
-    """Remove the store file afterwards when it was not there before; so with the mapped files."""
+    """Remove the store file afterwards when it was not there before; so with the mapped files. One
+    that was there, and has grown, is emptied."""
     if store is None:
         yield
         return
     files = store.with_name(store.name + MMAP_ENDING)
     existed, files_existed = os.path.lexists(store), os.path.lexists(files)
+    before = store.stat().st_size if store.is_file() else 0
     try:
         yield
     finally:
         if not existed:
             store.unlink(missing_ok=True)
-        elif store.is_file():  # with `keep_store_blocks` it holds what was written last
+        elif store.is_file() and store.stat().st_size > before:  # some runs keep its blocks
             with contextlib.suppress(DualBladeError):
                 empty_store(str(store))
         if not files_existed:

@@ -264,23 +264,25 @@ def _generate(
 ) -> tuple[Generation, dict[str, Any], dict[str, Any]]:
     """The text, and what the cache says at its first token and at its end."""
     from dualblade.cli.generation import LIMIT, Sampling, check_candidates, generate_text
-    from dualblade.hf.boundary import rotation_boundary, use_long_rope
+    from dualblade.hf.boundary import forgetting_boundary, use_long_rope
     from dualblade.hf.cache import DualBladeCache
 
     if request.prompt_lookup:
         check_candidates(loaded.name, loaded.model)
     prompt, new_tokens = prepared.prompt, prepared.new_tokens
-    boundary = rotation_boundary(loaded.model.config)
-    if boundary is not None and len(prompt) + new_tokens > boundary:
-        use_long_rope(loaded.model)  # else all of it would be computed in memory, or refused
+    # Candidates are stored before they are refused.
+    most = len(prompt) + new_tokens + request.prompt_lookup
+    boundary = forgetting_boundary(loaded.model.config)
+    # Else all of it would be computed in memory, or refused.
+    if boundary is not None and most > boundary and use_long_rope(loaded.model):
+        reporter.note(f"prompt and answer may pass {boundary} tokens: rotated as a longer text")
     with DualBladeCache.for_model(
         loaded.model,
         store=request.store,
         memory_budget=request.memory_budget,
         path=request.path,
         attention=request.attention,  # type: ignore[arg-type]  # a wrong word is told there
-        # Candidates are stored before they are refused.
-        max_tokens=len(prompt) + new_tokens + request.prompt_lookup,
+        max_tokens=most,
         config=request.engine,
     ) as cache:
         if request.trace is not None:

@@ -12,7 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from dualblade.errors import Closed
 from dualblade.hf.layer import MemoryLayer, StoredLayer
@@ -129,6 +134,8 @@ def batch_of(layer: Any) -> int:
     """Sequences that `layer` holds something of; 0: it is empty."""
     if isinstance(layer, StoredLayer):
         return layer.batch
+    if isinstance(layer, DummyLayer):
+        return 0
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         states = (*layer.conv_states.values(), *layer.recurrent_states.values())
         return next((len(state) for state in states if state is not None), 0)

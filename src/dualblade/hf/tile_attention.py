@@ -160,7 +160,13 @@ def tile_mask(
         device=device,
         **kwargs,
     )
-    if mask_function is not causal_mask_function or kv_offset or q_offset + q_length != kv_length:
+    # A window that is wider than all there is hides nothing; transformers says whether anything
+    # else was laid over it.
+    window, is_plain = kwargs.get("local_size"), kwargs.get("allow_is_causal_skip", True)
+    is_causal = mask_function is causal_mask_function or (
+        window is not None and kv_length < window and is_plain
+    )
+    if not is_causal or kv_offset or q_offset + q_length != kv_length:
         return dense()
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     starts = None

@@ -304,7 +304,8 @@ def chosen_sequences(indices: torch.Tensor, batch: int) -> torch.Tensor:
     if is_mask:
         chosen, fits = indices.nonzero().squeeze(1), len(indices) == batch
     else:
-        chosen = torch.where(indices < 0, indices + batch, indices).long()
+        chosen = indices.long()
+        chosen = torch.where(chosen < 0, chosen + batch, chosen)
         fits = bool(((chosen >= 0) & (chosen < batch)).all())
     if not fits or not len(chosen):
         raise ConfigError(

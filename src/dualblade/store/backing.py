@@ -190,7 +190,7 @@ def cache_folder() -> Path:
 def nearest_cache_folder() -> Path:
     """That, or the nearest folder above that exists: looking makes nothing."""
     folder = cache_folder()
-    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
 
 
 def check_engine(path: str | os.PathLike[str] | None, engine: Engine, *, direct: bool) -> None:

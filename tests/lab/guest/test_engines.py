@@ -158,10 +158,13 @@ def test_polled_reads_interrupt_nobody(small: str, arena: Arena, by: str) -> Non
             engine.register_arena(arena)
             extent = store.allocate(4 * MIB, Door.DIRECT)
             fill(store, extent, arena, data)
-            reads, before = reads_of("small"), interrupts_of(path)
-            for _ in range(4):
-                assert read_back(store, extent, arena, len(data)) == data
-            raised[io_poll] = interrupts_of(path) - before
+            for _ in range(3):
+                reads, before = reads_of("small"), interrupts_of(path)
+                for _ in range(4):
+                    assert read_back(store, extent, arena, len(data)) == data
+                raised[io_poll] = interrupts_of(path) - before
+                if raised[io_poll] >= 0:
+                    break  # else the drive was reset, and counts anew: an emulator that is starved
             assert reads_of("small") - reads == 4 * 32
             # The other door has a ring of its own, which sleeps as ever.
             store.move(extent, Door.PAGE_CACHE)
