@@ -699,18 +699,18 @@ def paper_large() -> str:
 SMALL = {
     "a laptop of 8 GB": "laptop-8gb",
     "a drive of 1 GB/s": "jetson",
-    "a long document": "long-document",
 }
 """Scenarios of machines smaller than this one, by what the tables call them."""
 
 
 def small_machines() -> str:
-    rows, of, results = [], [], []
+    rows, of, results, machines = [], [], [], set()
     for name, scenario in SMALL.items():
         data = load(f"{scenario}/decode")
         head, its = against_limits(data)
         rows += [[name, *row] for row in its]
         options, results = data["options"], [*results, data]
+        machines.add(machine_line(data["machine"]))
         of.append(
             f"{name[0].upper()}{name[1:]}: `{options['model']}`, {options['dtype']}, "
             f"{options['batch']} x {options['context']} tokens, "
@@ -719,52 +719,10 @@ def small_machines() -> str:
     return (
         f"{table(['', *head], rows)}\n\nMilliseconds a step, attention tiles; medians of runs in "
         f"turn. {OF_PAIRS} Memory: of the whole process on the laptop; left for the cache beside "
-        "weights and activations with the slow drive; else a part of the KV. "
-        f"{'. '.join(of)}. {stolen_note(*results)}{small_source(results)}"
-    )
-
-
-def small_prompts() -> str:
-    rows, of, results = [], [], []
-    mapped = [f"mmap+read_ahead={ahead}" for ahead in ("128KiB", "1MiB")]
-    for name, scenario in SMALL.items():
-        data = load(f"{scenario}/prefill")
-        options, results = data["options"], [*results, data]
-        for item in data["summary"]:
-            kind = (item["memory_limit"], item["store_state"])
-            same = [r for r in data["runs"] if (r["memory_limit"], r["store_state"]) == kind]
-            text = seconds_spread(item["prefill_seconds"], item["prefill_seconds_spread"])
-            ratios = (
-                spread_text(paired_ratios(same, item["mode"], mode, "prefill_seconds"))
-                for mode in mapped
-            )
-            rows.append(
-                [
-                    f"{name}, {kind[0]}, {kind[1]}: {ahead_words(item['mode'])}",
-                    of_runs(text, runs_of(data, item), "prefill_seconds"),
-                    *ratios,
-                    percent(item["stall_fraction"]),
-                ]
-            )
-        of.append(
-            f"{name[0].upper()}{name[1:]}: {options['batch']} x {options['context']} tokens in "
-            f"chunks of {options['prefill_chunk']}"
-        )
-    beside = (f"/ {ahead_words(mode)}" for mode in mapped)
-    return (
-        f"{table(['memory, store: mode', 'seconds', *beside, 'stalled'], rows)}\n\n"
-        "A prompt until its first token. Fresh: a new store; written: one that all rewrite. "
-        f"{'. '.join(of)}. Ratios are medians of those within a round. "
-        f"{stolen_note(*results)}{small_source(results)}"
-    )
-
-
-def small_source(results: list[dict[str, Any]]) -> str:
-    machines = sorted({machine_line(data["machine"]) for data in results})
-    folders = ", ".join(f"`results/{scenario}/`" for scenario in SMALL.values())
-    return (
+        "weights and activations with the slow drive. "
+        f"{'. '.join(of)}. {stolen_note(*results)}"
         "`dualblade bench paper SCENARIO --output results/SCENARIO` on "
-        f"{' and '.join(machines)}; files: {folders}."
+        f"{' and '.join(sorted(machines))}; files: `results/laptop-8gb/`, `results/jetson/`."
     )
 
 
@@ -976,7 +934,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "paper": paper,
     "paper-large": paper_large,
     "small-machines": small_machines,
-    "small-prompts": small_prompts,
     "growth": growth,
     "pipeline": pipeline,
     "prefill-paths": prefill_paths,

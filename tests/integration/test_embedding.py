@@ -23,9 +23,11 @@ from transformers import (
     Qwen2_5OmniConfig,
     Qwen3NextConfig,
 )
+from transformers.cache_utils import DummyLayer
 
 from dualblade import DualBladeCache
 from dualblade.errors import Closed, ConfigError, Unsupported
+from dualblade.hf.beside import batch_of
 from dualblade.hf.choice import _attentions_of
 from dualblade.hf.held_text import HeldText
 from dualblade.hf.layer import StoredLayer
@@ -116,6 +118,11 @@ def test_taking_back_from_a_first_pass_that_was_interrupted_before_a_window(path
             model(input_ids=torch.tensor([[5]]), cache=cache)
         cache.reset()
         model(**prompt(tokens=9), cache=cache)
+
+
+def test_a_layer_that_holds_nothing_by_its_kind_has_no_sequences() -> None:
+    """Of layers that share another's KV, or attend to nothing (transformers 5.24)."""
+    assert batch_of(DummyLayer()) == 0
 
 
 def hybrid_model(family: str = "lfm2") -> Any:
