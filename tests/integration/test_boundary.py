@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, Phi3Config, PreTrainedModel
+from transformers import DynamicCache, Phi3Config, PreTrainedModel
 
 import dualblade
 from dualblade import DualBladeCache, EngineConfig
@@ -18,7 +18,7 @@ from dualblade.hf import tile_attention
 from dualblade.hf.boundary import check_text
 from dualblade.hf.plan import PlanRequest, plan_cache
 from dualblade.units import MIB
-from tests.integration.tiny_models import prompt
+from tests.integration.tiny_models import model_of, prompt
 
 BOUNDARY = 96
 POSITIONS = 512
@@ -33,7 +33,6 @@ LONG_ROPE = {
 
 
 def phi3(**more: Any) -> PreTrainedModel:
-    torch.manual_seed(7)
     config = Phi3Config(
         vocab_size=128,
         hidden_size=64,
@@ -46,13 +45,7 @@ def phi3(**more: Any) -> PreTrainedModel:
         pad_token_id=0,
         **{"rope_parameters": LONG_ROPE, **more},
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0.0, 0.15)
-    model.generation_config.eos_token_id = None
-    return model
+    return model_of(config)
 
 
 def generated(model: Any, inputs: dict[str, torch.Tensor], cache: Any, **more: Any) -> list[int]:

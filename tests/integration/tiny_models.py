@@ -80,8 +80,14 @@ def tiny_model(
     family: str = "llama", dtype: torch.dtype = torch.float32, attention: str = "sdpa"
 ) -> PreTrainedModel:
     """A model of `family` with random weights, the same at every call."""
+    return model_of(_configs()[family], dtype, attention)
+
+
+def model_of(
+    config: PretrainedConfig, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+) -> PreTrainedModel:
+    """Likewise, of a configuration."""
     torch.manual_seed(7)
-    config = _configs()[family]
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     with torch.no_grad():
         for parameter in model.parameters():
